@@ -1,0 +1,16 @@
+"""Selective Language Modeling: pretrain on the tokens that a frozen reference says are worth learning.
+
+The names below are imported on first use, so that `import megatron_slm` stays light.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+__all__ = ["Selection", "plan_k", "score", "select_tokens", "selected_loss"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("megatron_slm.selection"), name)

@@ -1,0 +1,1 @@
+"""One file a score, found by its name: see `selection/score.py`."""

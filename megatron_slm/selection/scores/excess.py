@@ -1,0 +1,9 @@
+from torch import Tensor
+
+from megatron_slm.selection.score import score
+
+
+@score(needs=("student.loss", "reference.loss"))
+def excess(signals: dict[str, Tensor]) -> Tensor:
+    """Excess loss: what the student has yet to learn and the reference shows learnable (Rho-1, section 2.2)."""
+    return signals["student.loss"] - signals["reference.loss"]

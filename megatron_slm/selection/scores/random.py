@@ -1,0 +1,9 @@
+from torch import Tensor
+
+from megatron_slm.selection.score import score
+
+
+@score(needs=("uniform",))
+def random(signals: dict[str, Tensor]) -> Tensor:
+    """A random choice that is the same at any number of ranks: the control for 'fewer tokens'."""
+    return signals["uniform"]

@@ -1,0 +1,9 @@
+from torch import Tensor
+
+from megatron_slm.selection.score import score
+
+
+@score(needs=("reference.loss",))
+def reference_loss(signals: dict[str, Tensor]) -> Tensor:
+    """Low reference loss is kept (Rho-1, NeurIPS version, section 3.4: self-reference)."""
+    return -signals["reference.loss"]

@@ -1,0 +1,157 @@
+"""The mask: exactly k tokens of a pool, the same whichever rank holds them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.selection.threshold import Ranks, kth_largest, order_key, score_of_key
+
+Scope = Literal["global", "rank", "sequence"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was selected.
+
+    mask          bool, shape of the scores, this rank
+    weights       float32, shape of the scores, this rank; 0 or 1 for a hard selection
+    threshold     float32, the lowest selected score: 0-dim, or `scores.shape[:-1]` for scope
+                  'sequence'; NaN where nothing is valid
+    num_selected, num_valid, num_nan
+                  int64, 0-dim, sums over the group in every scope
+    """
+
+    mask: Tensor
+    weights: Tensor
+    threshold: Tensor
+    num_selected: Tensor
+    num_valid: Tensor
+    num_nan: Tensor
+
+
+def plan_k(valid_counts: Tensor, ratio: float) -> Tensor:
+    """How many tokens pools of these sizes keep: `floor(ratio * n + 0.5)`, at least 1 of a pool that is not empty.
+
+    Args:
+        valid_counts: int64, any shape: valid tokens of each pool.
+        ratio: share to keep, in (0, 1].
+
+    Returns:
+        int64 of the same shape.
+    """
+    k = (valid_counts.double() * ratio + 0.5).floor().long()
+    return torch.maximum(k, (valid_counts > 0).long())
+
+
+def select_tokens(
+    scores: Tensor,
+    valid: Tensor,
+    ratio: float,
+    *,
+    scope: Scope = "global",
+    group: dist.ProcessGroup | None = None,
+    position: Tensor | None = None,
+) -> Selection:
+    """Keep the highest `ratio` of the valid scores, exactly (Rho-1, section 2.2, equation 4).
+
+    Ranked as float32. Ties go to the lowest position; -0.0 equals 0.0; NaN ranks below -inf,
+    counts as valid and is kept last. The same scores, split over any number of ranks, give the
+    same mask. All ranks of the group must call this together, also those without a valid token.
+
+    Args:
+        scores: float tensor of any shape, this rank; higher is kept.
+        valid: bool, same shape; False (padding, ignored labels) never competes.
+        ratio: share to keep, in (0, 1].
+        scope: ranked together: 'global' the group, 'rank' this rank, 'sequence' the last dimension.
+        group: process group; None is the default group if initialised, else this process.
+        position: int64, same shape, unique over the group; default: rank, then offset.
+
+    Returns:
+        Selection of this rank; its counts are sums over the group.
+
+    Raises:
+        ValueError: shapes that differ, or a ratio outside (0, 1].
+    """
+    _check_arguments(scores, valid, ratio, scope, position)
+    everyone = Ranks(group)
+    keys = order_key(scores)
+    if scope == "sequence":
+        mask, threshold = _select_sequences(keys, valid, ratio, position)
+    else:
+        mask, threshold = _select_pool(keys, valid, ratio, position, Ranks(group, alone=scope == "rank"))
+    counts = torch.stack([mask.sum(), valid.sum(), (valid & (keys == 0)).sum()])
+    num_selected, num_valid, num_nan = everyone.sum(counts).unbind()
+    return Selection(mask, mask.float(), threshold, num_selected, num_valid, num_nan)
+
+
+def score_quantiles(
+    scores: Tensor, valid: Tensor, quantiles: tuple[float, ...], group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Exact quantiles of the valid scores over the group: float32 `[len(quantiles)]`, NaN where nothing is valid.
+
+    The q-quantile is the lowest of the highest `plan_k(num_valid, 1 - q)` scores, so the
+    quantile `1 - ratio` is the threshold.
+    """
+    ranks = Ranks(group)
+    num_valid = ranks.sum(valid.sum())
+    k_K = torch.stack([plan_k(num_valid, 1 - q) for q in quantiles]).clamp(min=1)
+    kth_K, _, _ = kth_largest(order_key(scores)[valid], k_K, ranks)
+    return score_of_key(kth_K).where(num_valid > 0, torch.nan)
+
+
+def _select_pool(
+    keys: Tensor, valid: Tensor, ratio: float, position: Tensor | None, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    num_valid = ranks.sum(valid.sum())
+    k = plan_k(num_valid, ratio).clamp(min=1)
+    kth, wanted, equal = (value[0] for value in kth_largest(keys[valid], k[None], ranks))
+    mask = valid & (keys >= kth)
+    if wanted < equal:
+        tied = valid & (keys == kth)
+        places = _default_position(keys, ranks) if position is None else position
+        mask[tied] = _lowest(places[tied], wanted, ranks)
+    return mask, score_of_key(kth).where(num_valid > 0, torch.nan)
+
+
+def _lowest(position_N: Tensor, k: Tensor, ranks: Ranks) -> Tensor:
+    """Mask of the k lowest positions over all ranks: the score's radix selection, on positions."""
+    ends = torch.stack([position_N, -position_N]) if len(position_N) else position_N.new_full((2, 1), -(1 << 62))
+    highest, negated_lowest = ranks.max(ends.amax(-1)).tolist()
+    keys_N = highest - position_N
+    kth, _, _ = kth_largest(keys_N, k[None], ranks, bits=max(1, (highest + negated_lowest).bit_length()))
+    return keys_N >= kth
+
+
+def _default_position(keys: Tensor, ranks: Ranks) -> Tensor:
+    stride = ranks.max(torch.tensor(keys.numel(), device=keys.device))
+    return ranks.rank * stride + torch.arange(keys.numel(), device=keys.device).view(keys.shape)
+
+
+def _select_sequences(keys: Tensor, valid: Tensor, ratio: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Each last dimension on its own: no rank needs another."""
+    k = plan_k(valid.sum(-1, keepdim=True), ratio)
+    keys = keys.masked_fill(~valid, -1)
+    if position is not None:
+        by_position = position.argsort(dim=-1)
+        ordered = keys.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
+        order = by_position.gather(-1, ordered)
+    else:
+        order = keys.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(keys.shape[-1], device=keys.device).expand_as(keys)
+    mask = torch.zeros_like(valid).scatter(-1, order, places < k)
+    lowest = keys.gather(-1, order).gather(-1, (k - 1).clamp(min=0))
+    return mask, score_of_key(lowest.clamp(min=0)).where(k > 0, torch.nan).squeeze(-1)
+
+
+def _check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, position: Tensor | None) -> None:
+    if scores.shape != valid.shape or (position is not None and position.shape != scores.shape):
+        raise ValueError(f"scores {tuple(scores.shape)}, valid and position must have one shape.")
+    if valid.dtype != torch.bool or not scores.is_floating_point():
+        raise ValueError("valid must be bool and scores a float tensor.")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio is {ratio}: give the share of tokens to keep, above 0 and at most 1.")
+    if scope not in ("global", "rank", "sequence"):
+        raise ValueError(f"scope is '{scope}': use global, rank or sequence.")

@@ -1,0 +1,52 @@
+"""The values that travel through a run. Shape suffixes: B sequences, T positions, D hidden size, V vocabulary."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+TokenSignals = dict[str, Tensor]
+"""What is known about each token: float32 `[B, T]` columns such as `student.loss` and `reference.loss`.
+
+A plain dict, because DeepSpeed's hooks look into tuples, lists and dicts only.
+"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of this rank.
+
+    tokens_BT        int64, model input
+    labels_BT        int64, `labels_BT[b, t]` follows `tokens_BT[b, t]`
+    valid_BT         bool, False where the label is padding or ignored: no loss, never selected
+    position_ids_BT  int64, restarts at document starts under `data.reset_attention`
+    sample_index_B   int64, ordinal of the sample in the run's order
+    source_B         int64, entry of the blend that the sample comes from
+    label_offset_BT  int64, offset in tokens of each label in its source's `.bin`; -1 for padding
+    """
+
+    tokens_BT: Tensor
+    labels_BT: Tensor
+    valid_BT: Tensor
+    position_ids_BT: Tensor
+    sample_index_B: Tensor
+    source_B: Tensor
+    label_offset_BT: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def rows(self, start: int, stop: int) -> "Batch":
+        """The sequences `start` to `stop` as a batch of their own."""
+        return Batch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
+
+    @staticmethod
+    def concatenate(batches: list["Batch"]) -> "Batch":
+        """The sequences of all batches, in order, as one batch."""
+        return Batch(*(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(Batch)))
+
+    @property
+    def token_position_BT(self) -> Tensor:
+        """int64 `sample_index * T + t`: unique over the run, and the same at any number of ranks."""
+        length = self.tokens_BT.shape[1]
+        return self.sample_index_B[:, None] * length + torch.arange(length, device=self.tokens_BT.device)
