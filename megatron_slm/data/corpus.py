@@ -1,0 +1,135 @@
+"""A prepared corpus: PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json, PREFIX.tokenizer/."""
+
+import hashlib
+import json
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_slm.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+FORMAT_VERSION = 1
+_AGAIN = "prepare it again with megatron-slm prepare"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+_MAGIC = b"MMIDIDX\x00\x00"
+_ITEM_SIZES = {4: 4, 8: 2}  # Megatron's codes for int32 and uint16 -> bytes a token
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What PREFIX.json says of a corpus. ``num_bytes`` counts the UTF-8 bytes of its text."""
+
+    prefix: str
+    name: str  # the prefix's basename
+    num_documents: int
+    num_tokens: int  # end-of-document tokens included
+    num_bytes: int
+    tokenizer_fingerprint: str
+    sha256: dict[str, str]  # ".bin" and ".idx" -> hex
+    format_version: int = FORMAT_VERSION
+
+
+def open_corpus(prefix: str) -> Corpus:
+    """Read PREFIX.json and check that the files it speaks of have the sizes it implies.
+
+    Raises:
+        UserError: a file is missing, of another version, of another size or not an index.
+    """
+    corpus = _read_description(prefix)
+    for suffix in (".bin", ".idx"):
+        if not Path(prefix + suffix).is_file():
+            raise UserError(f"{prefix}{suffix} is missing: {_AGAIN}")
+    if not corpus_tokenizer_path(corpus).is_dir():
+        raise UserError(f"{corpus_tokenizer_path(corpus)} is missing: {_AGAIN}")
+    if corpus.num_tokens <= 0 or corpus.num_documents <= 0:
+        raise UserError(f"{prefix}.json describes an empty corpus: prepare it from text")
+    item_size = _check_index(corpus)
+    _check_size(Path(prefix + ".bin"), corpus.num_tokens * item_size)
+    return corpus
+
+
+def describe(corpus: Corpus) -> str:
+    """Return the text of PREFIX.json."""
+    return json.dumps({key: value for key, value in asdict(corpus).items() if key not in ("prefix", "name")}, indent=2)
+
+
+def verify_checksums(corpus: Corpus) -> None:
+    """Read the whole corpus and compare it with the checksums of PREFIX.json.
+
+    Raises:
+        UserError: a file has changed since it was written.
+    """
+    for suffix, expected in corpus.sha256.items():
+        if file_sha256(Path(corpus.prefix + suffix)) != expected:
+            raise UserError(f"{corpus.prefix}{suffix} has changed since it was written (its sha256 differs): {_AGAIN}")
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_tokens(corpus: Corpus) -> "IndexedDataset":
+    """Map the tokens into memory; ``[i]`` is document i, ``.bin_reader`` reads at any offset."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(corpus.prefix, multimodal=False, mmap=True)
+
+
+def corpus_tokenizer_path(corpus: Corpus) -> Path:
+    """Return the folder of the tokenizer that the corpus carries."""
+    return Path(corpus.prefix + ".tokenizer")
+
+
+def unique_names(prefixes: list[str]) -> list[str]:
+    """Return the basenames of ``prefixes``; one already taken gets the next free suffix -2, -3, ..."""
+    names: list[str] = []
+    for prefix in prefixes:
+        name = base = Path(prefix).name
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{base}-{number}"
+        names.append(name)
+    return names
+
+
+def _read_description(prefix: str) -> Corpus:
+    path = Path(prefix + ".json")
+    try:
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: {_AGAIN}")
+        return Corpus(prefix=prefix, name=Path(prefix).name, **fields)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, so {prefix} is no prepared corpus: {_AGAIN}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {_AGAIN}") from error
+
+
+def _check_index(corpus: Corpus) -> int:
+    """Check PREFIX.idx against its own header and PREFIX.json; return the bytes a token."""
+    path = Path(corpus.prefix + ".idx")
+    with path.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size:
+        raise UserError(f"{path} is cut short: {_AGAIN}")
+    magic, version, code, sequences, boundaries = _HEADER.unpack(header)
+    if magic != _MAGIC or version != 1 or code not in _ITEM_SIZES:
+        raise UserError(f"{path} is not an index of tokens: {_AGAIN}")
+    if (sequences, boundaries) != (corpus.num_documents, corpus.num_documents + 1):
+        raise UserError(f"{path} counts {sequences} documents and PREFIX.json {corpus.num_documents}: {_AGAIN}")
+    _check_size(path, _HEADER.size + (4 + 8) * sequences + 8 * boundaries)
+    return _ITEM_SIZES[code]
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes instead of {expected}: {_AGAIN}")
