@@ -1,1 +1,1 @@
-"""One file a score, found by its name: see `selection/score.py`."""
+"""One file a score, found by its name: see `selection/scoring.py`."""

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from megatron_slm.selection.score import score
+from megatron_slm.selection.scoring import score
 
 
 @score(needs=("student.loss", "reference.loss"))

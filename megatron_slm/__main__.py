@@ -1,0 +1,54 @@
+"""The command line: finds the verb in `commands/`, one file each."""
+
+import argparse
+import ast
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+from megatron_slm import __version__
+from megatron_slm.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one verb. A user's error is one sentence on standard error and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    verbs = {path.stem: _first_line(path) for path in sorted(_commands().glob("[!_]*.py"))}
+    parser = argparse.ArgumentParser(
+        "megatron-slm",
+        description="Selective Language Modeling: train on the tokens that a reference says are worth learning.",
+        epilog="\n".join(["verbs:", *(f"  {name:9} {text}" for name, text in verbs.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("verb", choices=verbs, metavar="VERB", help="what to do; VERB --help says more")
+    # The deepspeed launcher puts its own argument before ours.
+    verb = parser.parse_args([a for a in arguments if not a.startswith("--local_rank")][:1]).verb
+    _run(verb, arguments[arguments.index(verb) + 1 :])
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    """Only the verb that is called is imported, so that --help answers at once."""
+    # megatron-core warns at import that it is without kernels which this package never calls.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    command = import_module(f"megatron_slm.commands.{verb}")
+    parser = argparse.ArgumentParser(f"megatron-slm {verb}", description=command.__doc__)
+    command.add_arguments(parser)
+    try:
+        command.run(parser.parse_args(arguments))
+    except UserError as error:
+        sys.stderr.write(f"megatron-slm {verb}: error: {error}\n")
+        sys.exit(2)
+
+
+def _commands() -> Path:
+    return Path(__file__).parent / "commands"
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    main()

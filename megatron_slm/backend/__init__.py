@@ -1,0 +1,76 @@
+"""How a model is held and stepped on many ranks. `deepspeed.py` is the real one, `plain.py` the plain PyTorch twin.
+
+Nothing outside this package imports deepspeed.
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an optimizer step: applied or skipped, and the gradient norm before clipping, over all ranks."""
+
+    applied: bool
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a training engine needs to know of the run.
+
+    micro_batch_size, accumulation  samples a rank a micro-step, micro-steps an optimizer step
+    clip_grad                       largest gradient norm; 0 for none
+    precision                       of the weights in the forward pass; gradients are summed in float32
+    """
+
+    micro_batch_size: int
+    accumulation: int
+    clip_grad: float
+    precision: torch.dtype
+
+
+class TrainingEngine(Protocol):
+    """A module with its optimizer. Every rank calls every verb the same number of times."""
+
+    module: nn.Module
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of this rank's `loss`, to be averaged over all ranks; `last` of the optimizer step."""
+
+    def step(self, learning_rate: float) -> Update:
+        """Clip and update once, after the last backward; an update with a non-finite gradient is skipped."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state of all ranks to a folder that does not exist yet."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on as many ranks."""
+
+
+class Backend(Protocol):
+    """Where weights live: how models are made, and become engines."""
+
+    def construct(self, make: Callable[[], M]) -> M:
+        """The student as `make` builds it, partitioned as it is built where the backend partitions."""
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+        """Whole parameters inside; what rank 0 writes to them is what all ranks hold afterwards."""
+
+    def training_engine(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
+    ) -> TrainingEngine: ...
+
+    def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
+        """The module in eval mode and without gradients; split over all ranks if `shard`."""
+
+    def consolidate(self, folder: Path) -> dict[str, Tensor]:
+        """Whole float32 weights from what `TrainingEngine.save` wrote, in one process."""

@@ -1,0 +1,170 @@
+"""DeepSpeed: ZeRO stages 0 to 3 for the student, stage 3 for a sharded reference."""
+
+import copy
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor, nn
+
+from megatron_slm.backend import EngineSettings, M, Update
+from megatron_slm.dist import World
+from megatron_slm.errors import UserError
+
+TAG = "engine"
+"""DeepSpeed's name for the folder inside a checkpoint. Ours is the folder around it."""
+
+
+class DeepSpeedBackend:
+    """Args:
+    world: this process among all.
+    settings: the user's `deepspeed:` section; the stage is 3 unless it says otherwise.
+    precision: of the weights in the forward pass.
+    """
+
+    def __init__(self, world: World, settings: dict[str, Any], precision: torch.dtype) -> None:
+        self._world = world
+        self._settings = copy.deepcopy(settings)
+        self._settings.setdefault("zero_optimization", {}).setdefault("stage", 3)
+        self._precision = precision
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if world.device.type == "cpu":
+            # It would be compiled at start: a minute, and an error where there is no compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(
+            "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+
+    @property
+    def stage(self) -> int:
+        return int(self._settings["zero_optimization"]["stage"])
+
+    def construct(self, make: Callable[[], M]) -> M:
+        if self.stage < 3:
+            return make()
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        # Transformers' switch is global to the process: on around the student only, or a
+        # reference that is meant to be replicated would be partitioned too.
+        switch = HfDeepSpeedConfig(self._config(EngineSettings(1, 1, 0.0, self._precision)))
+        try:
+            return make()
+        finally:
+            del switch
+            unset_hf_deepspeed_config()
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+        if self.stage < 3:
+            return nullcontext()
+        partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+
+    def training_engine(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
+    ) -> "DeepSpeedEngine":
+        config = self._config(settings)
+        if self.stage == 3:
+            _partition(module, config)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        return DeepSpeedEngine(engine, self.stage, self._world)
+
+    def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
+        module = module.eval().requires_grad_(False)
+        if not shard:
+            return module.to(self._world.device)
+        config = self._config(EngineSettings(1, 1, 0.0, self._precision))
+        config["zero_optimization"] = {
+            **{key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")},
+            "stage": 3,
+        }
+        _partition(module, config)
+        engine, *_ = deepspeed.initialize(model=module, config=config)
+        return engine.eval()
+
+    def consolidate(self, folder: Path) -> dict[str, Tensor]:
+        """DeepSpeed's checkpoints are pickles: only consolidate a run folder that you trust."""
+        states = list((folder / TAG).glob("*_optim_states.pt"))
+        if states:
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+        else:
+            weights = torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
+                "module"
+            ]
+        return {name: weight.float() for name, weight in weights.items()}
+
+    def _config(self, settings: EngineSettings) -> dict[str, Any]:
+        """The user's section and the keys that this system owns; DeepSpeed's own defaults are not relied on."""
+        return copy.deepcopy(self._settings) | {
+            "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+            "gradient_accumulation_steps": settings.accumulation,
+            "gradient_clipping": settings.clip_grad,
+            "bf16": {"enabled": settings.precision == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": sys.maxsize,
+        }
+
+
+class DeepSpeedEngine:
+    """See `TrainingEngine`."""
+
+    def __init__(self, engine: Any, stage: int, world: World) -> None:
+        self.module: nn.Module = engine
+        self._engine = engine
+        self._stage = stage
+        self._world = world
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self._engine.step()
+
+    def step(self, learning_rate: float) -> Update:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._stage == 0:
+            return self._step_unpartitioned()
+        self._engine.step()
+        return Update(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
+
+    def _step_unpartitioned(self) -> Update:
+        """Stage 0 neither reports the norm nor skips a non-finite gradient, so both are done here."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        applied = norm < float("inf")
+        if not applied:
+            self._engine.optimizer.zero_grad(set_to_none=True)
+        self._engine.step()
+        return Update(applied, norm)
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        self._refuse_other_world_size(folder)
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise UserError(f"The checkpoint {folder} holds no DeepSpeed state: resume from an earlier one.")
+
+    def _refuse_other_world_size(self, folder: Path) -> None:
+        saved = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
+        if saved and saved != self._world.size:
+            raise UserError(
+                f"The checkpoint {folder} was written by {saved} ranks and this run has {self._world.size}: "
+                f"ZeRO stage {self._stage} resumes at the same number only; start {saved} ranks."
+            )
+
+
+def _partition(module: nn.Module, config: dict[str, Any]) -> None:
+    """Split parameters that were built whole, one at a time, so that no device ever holds them all."""
+    if any(not hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        deepspeed.zero.Init(module=module, config_dict_or_path=config)

@@ -1,0 +1,82 @@
+"""Plain PyTorch: every rank holds everything. The twin that the DeepSpeed backend is tested against."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_slm.backend import EngineSettings, M, Update
+from megatron_slm.dist import World
+from megatron_slm.errors import UserError
+
+
+class PlainBackend:
+    """float32 weights and gradients, averaged over the ranks parameter by parameter."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def construct(self, make: Callable[[], M]) -> M:
+        return make()
+
+    def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def training_engine(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
+    ) -> "PlainEngine":
+        if settings.precision != torch.float32:
+            raise UserError("training.precision is bf16, which training.backend plain has not: use deepspeed or fp32.")
+        return PlainEngine(module, optimizer, settings.clip_grad, self._world)
+
+    def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
+        return module.to(self._world.device).eval().requires_grad_(False)
+
+    def consolidate(self, folder: Path) -> dict[str, Tensor]:
+        return torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)["module"]
+
+
+class PlainEngine:
+    """See `TrainingEngine`."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float, world: World) -> None:
+        self.module = module.to(world.device)
+        self._optimizer = optimizer
+        self._clip_grad = clip_grad
+        self._world = world
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        if last and self._world.size > 1:
+            for parameter in self.module.parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self._world.size
+
+    def step(self, learning_rate: float) -> Update:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        limit = self._clip_grad or float("inf")
+        norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), limit))
+        applied = norm < float("inf")
+        if applied:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return Update(applied, norm)
+
+    def save(self, folder: Path) -> None:
+        if self._world.is_main:
+            folder.mkdir(parents=True)
+            state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
+            torch.save(state, folder / "plain.pt")
+        if self._world.size > 1:
+            dist.barrier()
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "plain.pt", map_location=self._world.device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])

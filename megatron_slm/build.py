@@ -1,0 +1,298 @@
+"""The composition root: from a configuration to the objects of a run. Imported by commands only.
+
+Read `build_run` from top to bottom: each line makes one part from those above it.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
+from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus, unique_names
+from megatron_slm.data.loader import StepLoader, accumulation_steps
+from megatron_slm.data.samples import Samples, build_samples
+from megatron_slm.data.settings import blend
+from megatron_slm.data.stream import EvaluationStream
+from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_slm.dist import World, agree
+from megatron_slm.errors import UserError
+from megatron_slm.models.causal_lm import (
+    CausalLM,
+    build_student,
+    check_head,
+    initialize_weights,
+    load_pretrained,
+    model_config,
+)
+from megatron_slm.selection.scoring import find_score
+from megatron_slm.signals.live import LiveReference, NoReference, Reference
+from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.callbacks.checkpoint import Checkpoints
+from megatron_slm.training.callbacks.console import Console
+from megatron_slm.training.callbacks.evaluation import Evaluation
+from megatron_slm.training.callbacks.jsonl import JsonLines
+from megatron_slm.training.callbacks.metrics import StepMetrics
+from megatron_slm.training.callbacks.tensorboard import TensorBoard
+from megatron_slm.training.callbacks.throughput import Throughput
+from megatron_slm.training.checkpoints import CheckpointStore
+from megatron_slm.training.evaluate import Evaluator
+from megatron_slm.training.flops import peak_flops, token_flops
+from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
+from megatron_slm.training.optimizer import adamw
+from megatron_slm.training.run_folder import RunFolder
+from megatron_slm.training.schedule import learning_rate
+from megatron_slm.training.state import Plan, RunState
+from megatron_slm.training.step import TrainingStep
+from megatron_slm.training.trainer import Trainer
+
+UNUSED_DROPOUTS = ("classifier_dropout", "summary_first_dropout")
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The training corpora in the order of the blend, the evaluation sets by name, and their one tokenizer."""
+
+    train: list[Corpus]
+    valid: dict[str, Corpus]
+    fingerprint: str
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command drives: `run.trainer.fit(run.state)`."""
+
+    trainer: Trainer
+    state: RunState
+    engine: TrainingEngine
+
+
+def build_run(config: Config, world: World) -> Run:
+    """Everything of a run, resumed where its folder stands; every rank calls it.
+
+    Raises:
+        UserError: the same on all ranks, for anything that the user can mend.
+    """
+    folder = RunFolder(config.run_dir)
+    config = agree(lambda: folder.settle(config))
+    corpora = agree(lambda: _open_corpora(config))
+    config, plan = _resolve(config, corpora)
+    objective = agree(lambda: _objective(config, world))
+    hf_config = agree(lambda: _student_config(config, corpora))
+    samples = _samples(config, corpora, plan, folder, world)
+    agree(lambda: folder.begin(config, samples.fingerprint, world))
+    loader = StepLoader(
+        samples, config.training.micro_batch_size, plan.global_batch_size, config.data.reset_attention, world
+    )
+    precision = _precision(config, world)
+    backend = _backend(config, world, precision)
+    student, engine = _student(config, hf_config, backend, precision, world)
+    reference, reference_flops = _reference(config, corpora, backend, precision)
+    step = TrainingStep(
+        engine, reference, objective, seed=config.seed, num_sources=len(corpora.train), world=world
+    )
+    state = RunState(plan)
+    torch.manual_seed(config.seed + world.rank)
+    store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints)
+    if (progress := store.restore(engine)) is not None:
+        state.restore(progress)
+    student_flops = token_flops(student, hf_config, config.data.seq_length).training
+    peak = peak_flops(world.device)
+    speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
+    callbacks = _callbacks(config, corpora, folder, engine, speed, store, world)
+    rate = partial(_learning_rate, config, plan)
+    trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates)
+    return Run(trainer, state, engine)
+
+
+def _open_corpora(config: Config) -> Corpora:
+    """All corpora of the run, which must share a tokenizer."""
+    prefixes, _ = blend(config.data.train)
+    train = [open_corpus(prefix) for prefix in prefixes]
+    valid = {name: open_corpus(prefix) for name, prefix in config.data.valid.items()}
+    for corpus in (*train, *valid.values()):
+        if corpus.tokenizer_fingerprint != train[0].tokenizer_fingerprint:
+            raise UserError(
+                f"The corpora {train[0].prefix} and {corpus.prefix} were prepared with different tokenizers: "
+                "prepare one of them again with the other's PREFIX.tokenizer."
+            )
+    tokenizer = load_tokenizer(str(corpus_tokenizer_path(train[0])))
+    return Corpora(train, valid, train[0].tokenizer_fingerprint, tokenizer)
+
+
+def _resolve(config: Config, corpora: Corpora) -> tuple[Config, Plan]:
+    """The configuration with its lengths as numbers, and the plan in steps."""
+    training, data = config.training, config.data
+    total_tokens = sum(corpus.num_tokens for corpus in corpora.train)
+    tokens = training.train_tokens or math.ceil((training.train_epochs or 0.0) * total_tokens)
+    tokens_per_step = training.global_batch_size * data.seq_length
+    steps = math.ceil(tokens / tokens_per_step)
+    # Whole steps, so that a run of the planned length stays within one cycle of the order.
+    data = dataclasses.replace(data, order_tokens=data.order_tokens or steps * tokens_per_step)
+    plan = Plan(
+        steps,
+        training.global_batch_size,
+        data.seq_length,
+        training.log_interval,
+        training.eval_interval,
+        training.save_interval,
+    )
+    return dataclasses.replace(config, data=data), plan
+
+
+def _objective(config: Config, world: World) -> Objective:
+    """Which tokens count, after checking that the batch can be dealt and that there is what the score needs."""
+    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.size)
+    if config.objective == "clm":
+        return CausalLanguageModeling()
+    settings = config.selection
+    try:
+        score = find_score(settings.score)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if config.reference is None and any(name.startswith("reference.") for name in score.needs):
+        raise UserError(
+            f"selection.score is '{settings.score}', which needs a reference model: set reference.path to a Hugging Face "
+            "folder, or use selection.score=student_loss, selection.score=random, or objective=clm."
+        )
+    return SelectiveLanguageModeling(score, settings.ratio, settings.scope, settings.pool == "step")
+
+
+def _student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
+    tokenizer = corpora.tokenizer
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special_ids = {name: getattr(tokenizer, name) for name in names}
+    if config.model.path is not None:
+        _require_tokenizer(config.model.path, "model", corpora.fingerprint)
+    hf_config = model_config(config.model, len(tokenizer), special_ids)
+    if config.objective == "slm":
+        for name, value in hf_config.to_dict().items():
+            is_dropout = name.endswith(("dropout", "pdrop")) and name not in UNUSED_DROPOUTS
+            if is_dropout and isinstance(value, float) and value > 0:
+                raise UserError(
+                    f"The student's {name} is {value}: dropout makes excess loss noise, so set model.config.{name}=0 "
+                    "or objective=clm."
+                )
+    return hf_config
+
+
+def _require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
+    """Losses of two models compare token by token only if their tokens are the same."""
+    if tokenizer_fingerprint(load_tokenizer(path)) != fingerprint:
+        raise UserError(
+            f"{setting}.path is '{path}', whose tokenizer is not that of data.train: "
+            "prepare the corpora with this tokenizer, or use a model that has the corpora's."
+        )
+
+
+def _samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, world: World) -> Samples:
+    return build_samples(
+        config.data,
+        corpora.train,
+        seed=config.seed,
+        order_tokens=config.data.order_tokens or 0,
+        total_samples=plan.total_steps * plan.global_batch_size,
+        cache=Path(config.data.cache) if config.data.cache else folder.cache,
+        world=world,
+    )
+
+
+def _precision(config: Config, world: World) -> torch.dtype:
+    name = config.training.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+
+
+def _backend(config: Config, world: World, precision: torch.dtype) -> Backend:
+    """Imported here, so that the plain backend does not load DeepSpeed, which changes torch for the whole process."""
+    if config.training.backend == "plain":
+        from megatron_slm.backend.plain import PlainBackend
+
+        return PlainBackend(world)
+    from megatron_slm.backend.deepspeed import DeepSpeedBackend
+
+    return DeepSpeedBackend(world, config.deepspeed, precision)
+
+
+def _student(
+    config: Config, hf_config: PretrainedConfig, backend: Backend, precision: torch.dtype, world: World
+) -> tuple[CausalLM, TrainingEngine]:
+    """The student's module and its engine."""
+    training = config.training
+    if config.model.path is None:
+        lm = backend.construct(lambda: build_student(config.model, hf_config, precision, world.device))
+        initialize_weights(lm, config.seed, backend.gathered)
+    else:
+        # Read whole to host memory and partitioned one parameter at a time: construction under
+        # ZeRO-3 would hold the model twice on every rank.
+        lm = build_student(config.model, hf_config, precision, world.device)
+    lm.config.use_cache = False
+    if training.activation_checkpointing == "full":
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    module = CausalLM(lm)
+    accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
+    settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
+    engine = backend.training_engine(module, adamw(module, training), settings)
+    check_head(lm, engine.module)
+    return module, engine
+
+
+def _reference(
+    config: Config, corpora: Corpora, backend: Backend, precision: torch.dtype
+) -> tuple[Reference, float]:
+    """Where reference signals come from, and their FLOPs a token."""
+    settings = config.reference
+    if settings is None or config.objective == "clm":
+        return NoReference(), 0.0
+    agree(lambda: _require_tokenizer(settings.path, "reference", corpora.fingerprint))
+    lm = agree(lambda: load_pretrained(settings.path, "reference", settings.trust_remote_code, dtype=precision))
+    module = CausalLM(lm)
+    flops = token_flops(module, lm.config, config.data.seq_length).forward
+    engine = backend.frozen_engine(module, shard=settings.shard)
+    check_head(lm, engine)
+    return LiveReference(engine, settings.micro_batch_size), flops
+
+
+def _callbacks(
+    config: Config,
+    corpora: Corpora,
+    folder: RunFolder,
+    engine: TrainingEngine,
+    speed: Throughput,
+    store: CheckpointStore,
+    world: World,
+) -> list[Callback]:
+    """In the order in which they fill, read and save a step's record."""
+    eod, data = corpora.tokenizer.eos_token_id, config.data
+    streams = {
+        name: EvaluationStream(corpus, data.seq_length, eod, data.reset_attention)
+        for name, corpus in corpora.valid.items()
+    }
+    sources = unique_names([corpus.prefix for corpus in corpora.train])
+    evaluator = Evaluator(engine.module, streams, config.training.micro_batch_size, world)
+    writers: list[Callback] = [Console(), JsonLines(folder.metrics), TensorBoard(folder.tensorboard)]
+    return [
+        StepMetrics(sources, config.objective == "slm", config.selection.quantiles),
+        speed,
+        Evaluation(evaluator),
+        *(writers if world.is_main else []),
+        Checkpoints(store, engine),
+    ]
+
+
+def _learning_rate(config: Config, plan: Plan, tokens: int) -> float:
+    training = config.training
+    return learning_rate(
+        tokens,
+        train_tokens=plan.total_steps * plan.tokens_per_step,
+        warmup_tokens=training.warmup_tokens,
+        lr=training.lr,
+        min_lr=training.min_lr,
+        schedule=training.schedule,
+    )

@@ -1,0 +1,51 @@
+"""Train a student on a prepared corpus, resumed where its run folder stands.
+
+Works alone as one process, and under torchrun, the deepspeed launcher and srun.
+"""
+
+import argparse
+import os
+import sys
+
+from megatron_slm.config import Config, load_config
+from megatron_slm.errors import UserError
+
+_EPILOG = """examples:
+  megatron-slm train run.yaml
+  torchrun --nproc-per-node 8 -m megatron_slm train run.yaml training.lr=2.0e-4
+  deepspeed --num_gpus 8 --module megatron_slm train run.yaml
+  srun python -m megatron_slm train run.yaml
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (docs/configuration.md)")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All ranks agree on an error; rank 0 alone says it."""
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    try:
+        # Read before anything heavy is imported: a typo answers at once.
+        _train(load_config(arguments.config, arguments.overrides))
+    except UserError:
+        if not is_main:
+            sys.exit(2)
+        raise
+
+
+def _train(config: Config) -> None:
+    from megatron_slm.build import build_run
+    from megatron_slm.dist import connect, disconnect
+
+    world = connect(config.training.timeout_minutes)
+    try:
+        run = build_run(config, world)
+        run.trainer.fit(run.state)
+    finally:
+        disconnect()

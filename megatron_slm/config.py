@@ -1,0 +1,220 @@
+"""One YAML file a run. The parts own their settings; this file assembles, reads and compares them."""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_slm.data.settings import DataSettings
+from megatron_slm.errors import UserError
+from megatron_slm.models.settings import ModelSettings
+from megatron_slm.selection.settings import SelectionSettings
+from megatron_slm.signals.settings import ReferenceSettings
+from megatron_slm.training.settings import TrainingSettings
+
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.clip_grad",
+    "optimizer": "training.lr, training.weight_decay, training.adam_*",
+    "scheduler": "training.schedule, training.warmup_tokens, training.min_lr",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_types": "training.precision (gradients are accumulated in float32)",
+}
+
+MAY_CHANGE_ON_RESUME = (
+    "training.train_tokens",
+    "training.train_epochs",
+    "training.log_interval",
+    "training.eval_interval",
+    "training.save_interval",
+    "training.keep_checkpoints",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+    "training.timeout_minutes",
+    "reference.micro_batch_size",
+)
+
+_QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBT]?)", re.ASCII)
+_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass
+class Config:
+    """A run, whole.
+
+    run_dir    folder of the run: configuration, metrics, checkpoints; a run resumes where it stands
+    objective  slm: selected tokens count; clm: all of them do
+    seed       of the order of samples, the weights from scratch, dropout, and the score `random`
+    deepspeed  passed to DeepSpeed, except what this system owns
+    """
+
+    run_dir: str
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingSettings
+    objective: Literal["clm", "slm"] = "slm"
+    seed: int = 1234
+    reference: ReferenceSettings | None = None
+    selection: SelectionSettings = field(default_factory=SelectionSettings)
+    deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
+
+    def __post_init__(self) -> None:
+        for key in self.deepspeed:
+            if key in OWNED_DEEPSPEED_KEYS:
+                raise ValueError(f"deepspeed.{key} is set by this system: use {OWNED_DEEPSPEED_KEYS[key]} instead")
+
+
+def load_config(path: str, overrides: list[str]) -> Config:
+    """The configuration in a YAML file, with `a.b=c` overrides applied.
+
+    Raises:
+        UserError: the file, a key, a type or a value is wrong; a sentence each.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """A configuration from nested dicts.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    _refuse_unknown_keys(tree, Config, "")
+    tree = _parse_quantities(tree, Config)
+    try:
+        return TypeAdapter(Config).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from error
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, every setting resolved. Reading it back gives the same configuration."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
+    """What differs between a run folder's configuration and the one asked for, and may not."""
+    before, after = (_flatten(dataclasses.asdict(config)) for config in (stored, wanted))
+    return [
+        f"{key} was {before.get(key)} and is now {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key != "run_dir" and key not in MAY_CHANGE_ON_RESUME
+    ]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The configuration {path} cannot be read ({error.strerror}): check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"The configuration {path} must hold 'key: value' lines.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise UserError(f"The override '{override}' must look like a.b=c, such as training.lr=1.0e-4.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"The override '{override}' has a value that is not YAML: quote it.") from error
+    *parents, last = name.split(".")
+    for parent in parents:
+        if not isinstance(tree.setdefault(parent, {}), dict):
+            raise UserError(f"The override '{override}' goes through {parent}, which is not a group of settings.")
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _settings_class(hint: Any) -> type | None:
+    """The dataclass in a type hint such as `ReferenceSettings | None`."""
+    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((c for c in candidates if dataclasses.is_dataclass(c)), None)  # type: ignore[return-value]
+
+
+def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix.rstrip('.')} must be a group of settings, but is {tree!r}.")
+    hints = typing.get_type_hints(settings)
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(hints))}."
+            raise UserError(f"{prefix}{key} is not a setting: {advice}")
+        nested = _settings_class(hints[key])
+        if nested is not None and value is not None:
+            _refuse_unknown_keys(value, nested, f"{prefix}{key}.")
+
+
+def _parse_quantities(tree: dict[str, Any], settings: type) -> dict[str, Any]:
+    """Numbers that YAML reads as text (80e9, 80B, 80_000) become numbers where a number is wanted."""
+    hints = typing.get_type_hints(settings)
+    parsed = {}
+    for key, value in tree.items():
+        nested = _settings_class(hints[key])
+        wanted = {hints[key], *typing.get_args(hints[key])}
+        if nested is not None and isinstance(value, dict):
+            value = _parse_quantities(value, nested)
+        elif isinstance(value, str) and str not in wanted and wanted & {int, float}:
+            value = parse_quantity(value)
+        elif isinstance(value, float) and int in wanted and value.is_integer():
+            value = int(value)
+        parsed[key] = value
+    return parsed
+
+
+def parse_quantity(text: str) -> int | float | str:
+    """80e9, 80B, 80_000_000_000 and 0.1B as numbers; any other text as it is."""
+    match = _QUANTITY.fullmatch(text.strip())
+    try:
+        number = float(match[1].replace("_", "")) * _SUFFIX[match[2]] if match else None
+    except ValueError:
+        number = None
+    if number is None:
+        return text
+    return int(number) if number.is_integer() else number
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing that pydantic found, as a sentence."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]") and part not in ("str", "int"))
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{name} is missing: add it to the configuration."
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        value = first["input"]
+        setting = message.split()[0]
+        if isinstance(value, dict) and setting in value:
+            return f"{name}{'.' if name else ''}{setting} is {value[setting]!r}: {message}."
+        return f"{name}: {message}." if name else f"{message}."
+    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}."
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

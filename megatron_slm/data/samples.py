@@ -1,0 +1,169 @@
+"""Which tokens make sample number n of a run: megatron-core's packing and blending, with every token's address.
+
+The order is a function of (seed, blend, split, seq_length, order_tokens) alone. megatron-core's
+indices depend on how many samples are asked for, so that number is fixed by `order_tokens`: one
+*cycle*. Training beyond it goes on with the next cycle, which has a seed of its own.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from numpy.typing import NDArray
+
+from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.settings import DataSettings, blend
+from megatron_slm.dist import World
+
+
+class Sample(NamedTuple):
+    """`seq_length + 1` consecutive tokens of the packed stream, the last one only as a label.
+
+    text      int64 `[T + 1]`
+    offset    int64 `[T + 1]`, offset in tokens in the source's `.bin`
+    position  int64 `[T + 1]`, counted from the last document start within the sample
+    source    entry of the blend
+    """
+
+    text: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    position: NDArray[np.int64]
+    source: int
+
+
+class PackedDocuments(GPTDataset):
+    """megatron-core's packed samples, with document ids and offsets kept."""
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:  # type: ignore[override]
+        place = int(self.shuffle_index[index])
+        first, begin = (int(value) for value in self.sample_index[place])
+        last, end = (int(value) for value in self.sample_index[place + 1])
+        texts, offsets, positions = [], [], []
+        for entry in range(first, last + 1):
+            document = int(self.document_index[entry])
+            start = begin if entry == first else 0
+            stop = end + 1 if entry == last else int(self.dataset.sequence_lengths[document])
+            texts.append(self.dataset.get(document, offset=start, length=stop - start))
+            offsets.append(self._document_offset(document) + np.arange(start, stop))
+            positions.append(np.arange(stop - start))
+        return {
+            "text": np.concatenate(texts, dtype=np.int64),
+            "offset": np.concatenate(offsets),
+            "position": np.concatenate(positions),
+        }
+
+    def _document_offset(self, document: int) -> int:
+        return int(self.dataset.index.sequence_pointers[document]) // self.dataset.index.dtype_size
+
+
+class Samples:
+    """The samples of a run by ordinal, in O(1).
+
+    Args:
+        cycles: datasets of the consecutive cycles.
+        cycle_length: samples taken from each.
+        fingerprint: of everything that the order depends on.
+    """
+
+    def __init__(self, cycles: list[PackedDocuments], cycle_length: int, fingerprint: str) -> None:
+        self._cycles = cycles
+        self._cycle_length = cycle_length
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        return len(self._cycles) * self._cycle_length
+
+    def __getitem__(self, ordinal: int) -> Sample:
+        cycle, index = divmod(ordinal, self._cycle_length)
+        item = self._cycles[cycle][index]
+        # A blend of one corpus is that corpus's dataset itself, which names no source.
+        return Sample(item["text"], item["offset"], item["position"], int(item.get("dataset_id", 0)))
+
+
+def build_samples(
+    settings: DataSettings,
+    corpora: list[Corpus],
+    *,
+    seed: int,
+    order_tokens: int,
+    total_samples: int,
+    cache: Path,
+    world: World,
+) -> Samples:
+    """The run's samples; every rank calls it, rank 0 builds the indices.
+
+    Args:
+        settings: the blend, the split and the sequence length.
+        corpora: opened, in the order of the blend.
+        seed: of the order.
+        order_tokens: length of a cycle in tokens.
+        total_samples: as far as this run will go.
+        cache: folder that all ranks see; built indices are kept there.
+        world: this process among all.
+    """
+    cycle_length = math.ceil(order_tokens / settings.seq_length)
+    identity = {
+        "seed": seed,
+        "blend": [_weights(settings, corpora), [corpus.sha256 for corpus in corpora]],
+        "split": settings.split,
+        "seq_length": settings.seq_length,
+        "order_tokens": order_tokens,
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    cycles = [
+        _build_cycle(settings, corpora, seed + cycle, cycle_length, cache / f"{fingerprint[:16]}-{cycle}", world)
+        for cycle in range(max(1, math.ceil(total_samples / cycle_length)))
+    ]
+    return Samples(cycles, cycle_length, fingerprint)
+
+
+def _weights(settings: DataSettings, corpora: list[Corpus]) -> list[float]:
+    _, weights = blend(settings.train)
+    return weights or [float(corpus.num_tokens) for corpus in corpora]
+
+
+def _build_cycle(
+    settings: DataSettings, corpora: list[Corpus], seed: int, length: int, cache: Path, world: World
+) -> PackedDocuments:
+    """One cycle's dataset. A cache without its mark was left by a run that died while it was written."""
+    complete = cache / "complete"
+    if world.is_main and not complete.exists():
+        shutil.rmtree(cache, ignore_errors=True)
+    if dist.is_initialized():
+        dist.barrier()
+    prefixes = [corpus.prefix for corpus in corpora]
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=settings.seq_length,
+        blend=(prefixes, _weights(settings, corpora) if len(prefixes) > 1 else None),
+        split=settings.split or "1,0,0",
+        path_to_cache=str(cache),
+        tokenizer=_NoTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    config.split_matrix = [config.split_matrix[0], None, None]
+    train, _, _ = BlendedMegatronDatasetBuilder(PackedDocuments, [length, 0, 0], lambda: True, config).build()
+    if world.is_main:
+        complete.touch()
+    return train
+
+
+class _NoTokenizer:
+    """What megatron-core asks of a tokenizer, and does not need for tokens that are already made."""
+
+    vocab_size = None
+    eod = None
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {}

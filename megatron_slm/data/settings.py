@@ -1,0 +1,46 @@
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataSettings:
+    """Prepared corpora (PREFIX of .bin, .idx, .json) and how samples are drawn from them.
+
+    train            one PREFIX, a list of them (in proportion to their tokens), or [weight, PREFIX, ...]
+    valid            evaluation sets by name
+    split            use a part of the documents of `train`: "98,2,0" takes the first 98 %; null takes all
+    seq_length       tokens a sample
+    reset_attention  positions and attention restart at each document; default: across packed documents
+    order_tokens     length of one order of the samples; default: training.train_tokens. Frozen in the run folder
+    cache            folder of the index caches; default: RUN_DIR/cache
+    """
+
+    train: str | list[str | float]
+    seq_length: int = 2048
+    valid: dict[str, str] = field(default_factory=dict)
+    split: str | None = None
+    reset_attention: bool = False
+    order_tokens: int | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 1:
+            raise ValueError("seq_length must be 1 or more")
+        blend(self.train)
+
+
+def blend(train: str | list[str | float]) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of a blend; no weights where the corpora are to be used in proportion to their size.
+
+    Raises:
+        ValueError: an empty list, a weight without its PREFIX, or a weight that is not positive.
+    """
+    entries = [train] if isinstance(train, str) else list(train)
+    if entries and all(isinstance(entry, str) for entry in entries):
+        return [str(entry) for entry in entries], None
+    weights, prefixes = entries[::2], entries[1::2]
+    paired = len(weights) == len(prefixes) > 0 and all(isinstance(prefix, str) for prefix in prefixes)
+    if not paired or any(isinstance(weight, str) or not weight > 0 for weight in weights):
+        raise ValueError(
+            "train must be one PREFIX, a list of them, or [weight, PREFIX, weight, PREFIX, ...] with weights above 0"
+        )
+    return [str(prefix) for prefix in prefixes], [float(weight) for weight in weights]

@@ -1,0 +1,66 @@
+"""An evaluation corpus as one stream of tokens, in consecutive windows."""
+
+import math
+
+import numpy as np
+import torch
+
+from megatron_slm.data.corpus import Corpus, open_tokens
+from megatron_slm.types import Batch
+
+
+class EvaluationStream:
+    """Windows of `seq_length` over a corpus in the order of its `.bin`, the last one padded.
+
+    Every token is a label once, except the stream's first; end-of-document tokens are not
+    scored, since they are no text. Windows do not overlap: a window's first label is predicted
+    from one token.
+
+    Args:
+        corpus: an opened corpus.
+        seq_length: tokens a window, T.
+        eod: id of the end-of-document token.
+        reset_attention: positions restart after each end-of-document token.
+    """
+
+    def __init__(self, corpus: Corpus, seq_length: int, eod: int, reset_attention: bool) -> None:
+        self.num_bytes = corpus.num_bytes
+        self._seq_length = seq_length
+        self._eod = eod
+        self._reset_attention = reset_attention
+        tokens = open_tokens(corpus)
+        self._tokens = np.memmap(f"{corpus.prefix}.bin", dtype=tokens.index.dtype, mode="r")
+
+    def __len__(self) -> int:
+        """Windows; a corpus of one token has one, with nothing to score."""
+        return max(1, math.ceil((len(self._tokens) - 1) / self._seq_length))
+
+    def batch(self, windows: list[int]) -> Batch:
+        """These windows side by side; one beyond the end is all padding, so that all ranks run equally often."""
+        text_BS, offset_BS = (torch.from_numpy(np.stack(rows)) for rows in zip(*map(self._window, windows), strict=True))
+        labels_BT, offset_BT = text_BS[:, 1:], offset_BS[:, 1:]
+        padding_BT = offset_BT < 0
+        return Batch(
+            tokens_BT=text_BS[:, :-1],
+            labels_BT=labels_BT,
+            valid_BT=~padding_BT & (labels_BT != self._eod),
+            position_ids_BT=self._positions(text_BS[:, :-1]),
+            sample_index_B=torch.tensor(windows),
+            source_B=torch.zeros(len(windows), dtype=torch.long),
+            label_offset_BT=offset_BT,
+        )
+
+    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        start = window * self._seq_length
+        text = np.asarray(self._tokens[start : start + self._seq_length + 1], dtype=np.int64)
+        missing = self._seq_length + 1 - len(text)
+        offset = np.concatenate([start + np.arange(len(text)), np.full(missing, -1)])
+        return np.concatenate([text, np.full(missing, self._eod)]), offset
+
+    def _positions(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        position_BT = torch.arange(self._seq_length).expand(tokens_BT.shape)
+        if not self._reset_attention:
+            return position_BT
+        starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        starts_BT[:, 1:] = tokens_BT[:, :-1] == self._eod
+        return position_BT - position_BT.masked_fill(~starts_BT, 0).cummax(-1).values

@@ -1,0 +1,153 @@
+"""Where this process stands among all processes, and the few small collectives that the package needs."""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, `local_rank` on its host, and its device.
+
+    All ranks hold different samples (data parallelism), so `size` is the data-parallel size.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def connect(timeout_minutes: float = 30.0) -> World:
+    """Join the process group that the launcher describes, and say where this process stands.
+
+    Understands torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT), srun (SLURM_*), and no launcher at all (one process).
+
+    Args:
+        timeout_minutes: how long a collective may wait for a silent rank before the run stops.
+
+    Raises:
+        UserError: the launcher's variables contradict each other.
+    """
+    os.environ.update(launcher_variables(os.environ))
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 <= rank < size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}: start all ranks with one launcher.")
+    device = _device(local_rank)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=size,
+        store=dist.HashStore() if size == 1 else None,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+    )
+    return World(rank, size, local_rank, device)
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of torchrun, whichever launcher started this process.
+
+    DeepSpeed and torch both read them from the environment. A job script may itself run inside
+    an allocation, so SLURM's variables count only in a step started by srun.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        return {name: environment.get(name, default) for name, default in defaults.items()}
+    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit():
+        return _slurm_variables(environment)
+    return {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+    }
+
+
+def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": address,
+        # Jobs that share a host must not meet at one port.
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + job % 20000)),
+    }
+
+
+def _free_port() -> int:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum over all ranks, of a copy; the value itself where there is no process group."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def gather_objects(value: T) -> list[T]:
+    """One small value a rank, in the order of ranks, on every rank. Pickled: for this run's own ranks only."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def agree(work: Callable[[], T]) -> T:
+    """Do `work` on every rank; if it is a user's error on any rank, it is the same error on all.
+
+    Without this, the ranks that did not fail would wait for the one that did. `work` must not
+    use collectives of its own.
+
+    Raises:
+        UserError: that of the lowest rank that had one.
+    """
+    result: T | None = None
+    message: str | None = None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    for found in gather_objects(message):
+        if found is not None:
+            raise UserError(found)
+    return result  # type: ignore[return-value]

@@ -1,0 +1,56 @@
+"""Losses and selection of a logged step, over all ranks."""
+
+from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.state import RunState
+from megatron_slm.training.step import StepResult
+
+
+class StepMetrics(Callback):
+    """Fills the record with what the step's sums say.
+
+    Args:
+        sources: names of the blend's entries.
+        selective: report what exists only where tokens are selected.
+        quantiles: of the excess loss.
+    """
+
+    def __init__(self, sources: list[str], selective: bool, quantiles: tuple[float, ...]) -> None:
+        self._sources = sources
+        self._selective = selective
+        self._quantiles = quantiles
+
+    def on_step_end(self, state: RunState, result: StepResult) -> None:
+        if state.record is None:
+            return
+        sums = result.statistics.reduce()
+        state.record |= {
+            "step": state.step,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "loss/all": ratio(sums["loss"], sums["valid"]),
+            "lr": result.learning_rate,
+            "grad_norm": result.update.grad_norm,
+            "skipped_updates": state.skipped_updates,
+        }
+        if self._selective:
+            state.record |= self._selection(state, result, sums)
+
+    def _selection(self, state: RunState, result: StepResult, sums: dict[str, float]) -> dict[str, float | None]:
+        unselected = sums["valid"] - sums["selected"]
+        quantiles = result.statistics.excess_quantiles(self._quantiles)
+        shares = result.statistics.reduce_by_source()
+        return {
+            "consumed_selected_tokens": state.consumed_selected_tokens,
+            "loss/selected": ratio(sums["selected_loss"], sums["selected"]),
+            "loss/unselected": ratio(sums["loss"] - sums["selected_loss"], unselected),
+            "loss/reference": ratio(sums["reference_loss"], sums["valid"]) if quantiles else None,
+            "selection/threshold": ratio(sums["threshold"], sums["thresholds"]),
+            "selection/ratio": ratio(sums["selected"], sums["valid"]),
+            **{f"selection/ratio/{name}": share for name, share in zip(self._sources, shares, strict=True)},
+            **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=False)},
+        }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """None where it is not defined."""
+    return part / whole if whole else None

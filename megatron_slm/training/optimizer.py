@@ -1,0 +1,36 @@
+"""AdamW with decay on matrices only."""
+
+import torch
+from torch import nn
+
+from megatron_slm.training.settings import TrainingSettings
+
+
+def adamw(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
+    """The optimizer of a model whose parameters may be partitioned.
+
+    Fused on CUDA: one kernel over the flat partitions that ZeRO keeps.
+    """
+    decayed, kept = decay_groups(module)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        fused=True if next(module.parameters()).is_cuda else None,
+    )
+
+
+def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters that decay, and those that do not: norms, biases and embeddings, a tied head among them."""
+    embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    decayed, kept = [], []
+    for parameter in module.parameters():
+        # A partitioned parameter has shape [0]; DeepSpeed keeps the true one.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (kept if len(shape) < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    return decayed, kept

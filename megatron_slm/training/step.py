@@ -1,0 +1,120 @@
+"""One optimizer step, which is the method: plan, reference, score, select, backward, update."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_slm.backend import TrainingEngine, Update
+from megatron_slm.dist import World, all_reduce_sum, gather_objects
+from megatron_slm.errors import UserError
+from megatron_slm.models.student import Student, Tape
+from megatron_slm.selection.uniform import token_uniform
+from megatron_slm.signals.live import Reference
+from megatron_slm.training.objective import Objective
+from megatron_slm.training.statistics import StepStatistics
+from megatron_slm.types import Batch, TokenSignals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did: tokens that counted over all ranks, the update, and sums still to be reduced."""
+
+    selected_tokens: int
+    learning_rate: float
+    update: Update
+    statistics: StepStatistics
+
+
+class TrainingStep:
+    """Args:
+    engine: the student's engine.
+    reference: where reference signals come from.
+    objective: which tokens count.
+    seed: of the column `uniform`.
+    num_sources: entries of the blend.
+    world: this process among all.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        reference: Reference,
+        objective: Objective,
+        *,
+        seed: int,
+        num_sources: int,
+        world: World,
+    ) -> None:
+        self._engine = engine
+        self._student = Student(engine)
+        self._reference = reference
+        self._objective = objective
+        self._seed = seed
+        self._num_sources = num_sources
+        self._world = world
+
+    def __call__(self, batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+        """Run the step on this rank's micro-batches; every rank calls it with as many.
+
+        Raises:
+            UserError: a loss is not finite; the weights are as they were before the step.
+        """
+        self._engine.module.train()
+        pools = [batches] if self._objective.pools_whole_step else [[batch] for batch in batches]
+        joined = [Batch.concatenate(pool) if len(pool) > 1 else pool[0] for pool in pools]
+        planned = int(self._objective.plan(joined).sum())
+        # DeepSpeed and the plain backend average gradients over the ranks; one over the global
+        # count times the number of ranks makes that the sum over all ranks divided once.
+        scale = self._world.size / max(planned, 1)
+        reference = iter(self._reference.take(batches, self._wanted("reference.")))
+        statistics = StepStatistics(self._num_sources, self._world.device)
+        suspects: list[tuple[Tensor, Tensor]] = []
+        for index, (pool, whole) in enumerate(zip(pools, joined, strict=True)):
+            signals, tapes = self._score(pool, [next(reference) for _ in pool])
+            choice = self._objective.choose(whole, signals)
+            statistics.add(whole, signals, choice)
+            suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
+            self._backward(tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
+        self._refuse_not_finite(suspects, step)
+        return StepResult(planned, learning_rate, self._engine.step(learning_rate), statistics)
+
+    def _wanted(self, prefix: str) -> tuple[str, ...]:
+        """Columns beside the loss that the objective reads from the student or the reference."""
+        names = (name.removeprefix(prefix) for name in self._objective.needs if name.startswith(prefix))
+        return tuple(name for name in names if name != "loss")
+
+    def _score(self, pool: list[Batch], reference: list[TokenSignals]) -> tuple[TokenSignals, list[Tape]]:
+        """All signals of a pool. The graph is kept where the pool is one micro-batch, else it is run again."""
+        parts, tapes = [], []
+        for batch, columns in zip(pool, reference, strict=True):
+            scored, tape = self._student.score(batch, self._wanted("student."), keep_graph=len(pool) == 1)
+            tapes.append(tape)
+            parts.append(
+                {f"student.{name}": column for name, column in scored.items()}
+                | {f"reference.{name}": column for name, column in columns.items()}
+                | {"uniform": token_uniform(self._seed, batch.sample_index_B, batch.tokens_BT.shape[1])}
+            )
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, tapes
+
+    def _backward(self, tapes: list[Tape], weights_BT: Tensor, scale: float, last_pool: bool) -> None:
+        sizes = [len(tape.batch.tokens_BT) for tape in tapes]
+        for index, (tape, part_BT) in enumerate(zip(tapes, weights_BT.split(sizes), strict=True)):
+            self._student.backward(tape, part_BT, scale, last=last_pool and index == len(tapes) - 1)
+
+    def _refuse_not_finite(self, suspects: list[tuple[Tensor, Tensor]], step: int) -> None:
+        """All ranks look before the update, so that a bad loss never reaches the weights of one of them."""
+        samples_B, bad_B = (torch.cat(parts) for parts in zip(*suspects, strict=True))
+        if not all_reduce_sum(bad_B.sum()):
+            return
+        found = gather_objects(samples_B[bad_B].tolist())
+        where = "; ".join(f"rank {rank}, samples {samples}" for rank, samples in enumerate(found) if samples)
+        raise UserError(
+            f"The student's loss is not finite at step {step} on {where}: lower training.lr or look at these samples. "
+            "The weights were not updated and the last checkpoint is untouched."
+        )
+
+
+def _not_finite(pool: Batch, signals: TokenSignals) -> Tensor:
+    """bool `[B]`: sequences with a loss that is infinite or NaN."""
+    return (pool.valid_BT & ~signals["student.loss"].isfinite()).any(-1)

@@ -1,0 +1,66 @@
+"""The loop. It knows the order of things and no feature: those are callbacks."""
+
+from collections.abc import Callable, Sequence
+
+from megatron_slm.data.loader import StepLoader
+from megatron_slm.errors import UserError
+from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.state import RunState
+from megatron_slm.training.step import TrainingStep
+
+
+class Trainer:
+    """Args:
+    loader: the micro-batches of each step.
+    step: the optimizer step.
+    learning_rate: of the step that ends at so many tokens.
+    callbacks: told of each moment, in this order.
+    max_skipped_updates: stop after so many in a row.
+    """
+
+    def __init__(
+        self,
+        loader: StepLoader,
+        step: TrainingStep,
+        learning_rate: Callable[[int], float],
+        callbacks: Sequence[Callback],
+        max_skipped_updates: int,
+    ) -> None:
+        self._loader = loader
+        self._step = step
+        self._learning_rate = learning_rate
+        self._callbacks = callbacks
+        self._max_skipped_updates = max_skipped_updates
+
+    def fit(self, state: RunState) -> None:
+        """Train from where the state stands to the end of the plan.
+
+        Raises:
+            UserError: a loss that is not finite, or too many skipped updates.
+        """
+        try:
+            for callback in self._callbacks:
+                callback.on_train_start(state)
+            while not state.is_last:
+                self._run_step(state)
+            for callback in self._callbacks:
+                callback.on_train_end(state)
+        finally:
+            for callback in self._callbacks:
+                callback.close()
+
+    def _run_step(self, state: RunState) -> None:
+        for callback in self._callbacks:
+            callback.on_step_start(state)
+        batches = self._loader.take(state.consumed_samples)
+        rate = self._learning_rate(state.consumed_tokens + state.plan.tokens_per_step)
+        result = self._step(batches, rate, state.step + 1)
+        state.advance(result.selected_tokens, result.update.applied)
+        state.record = {} if state.is_logged else None
+        for callback in self._callbacks:
+            callback.on_step_end(state, result)
+        if state.skipped_in_a_row >= self._max_skipped_updates:
+            raise UserError(
+                f"{state.skipped_in_a_row} updates in a row up to step {state.step} had gradients that are not finite "
+                "(training.max_skipped_updates): lower training.lr and resume from the last checkpoint."
+            )
