@@ -31,6 +31,7 @@ from megatron_slm.models.causal_lm import (
     load_pretrained,
     model_config,
 )
+from megatron_slm.run_folder import RunFolder
 from megatron_slm.selection.scoring import find_score
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
 from megatron_slm.training.callbacks.callback import Callback
@@ -46,12 +47,12 @@ from megatron_slm.training.evaluate import Evaluator
 from megatron_slm.training.flops import peak_flops, token_flops
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
-from megatron_slm.training.run_folder import RunFolder
 from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
 
+PRECISIONS: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 UNUSED_DROPOUTS = ("classifier_dropout", "summary_first_dropout")
 
 
@@ -82,22 +83,19 @@ def build_run(config: Config, world: World) -> Run:
     """
     folder = RunFolder(config.run_dir)
     config = agree(lambda: folder.settle(config))
-    corpora = agree(lambda: _open_corpora(config))
-    config, plan = _resolve(config, corpora)
+    corpora = agree(lambda: open_corpora(config))
+    config, plan = _resolve(config, corpora, world)
     objective = agree(lambda: _objective(config, world))
-    hf_config = agree(lambda: _student_config(config, corpora))
+    hf_config = agree(lambda: student_config(config, corpora))
     samples = _samples(config, corpora, plan, folder, world)
     agree(lambda: folder.begin(config, samples.fingerprint, world))
     loader = StepLoader(
         samples, config.training.micro_batch_size, plan.global_batch_size, config.data.reset_attention, world
     )
-    precision = _precision(config, world)
-    backend = _backend(config, world, precision)
-    student, engine = _student(config, hf_config, backend, precision, world)
-    reference, reference_flops = _reference(config, corpora, backend, precision)
-    step = TrainingStep(
-        engine, reference, objective, seed=config.seed, num_sources=len(corpora.train), world=world
-    )
+    backend = make_backend(config, world)
+    student, engine = _student(config, hf_config, backend, world)
+    reference, reference_flops = _reference(config, corpora, backend)
+    step = TrainingStep(engine, reference, objective, seed=config.seed, num_sources=len(corpora.train), world=world)
     state = RunState(plan)
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints)
@@ -112,7 +110,7 @@ def build_run(config: Config, world: World) -> Run:
     return Run(trainer, state, engine)
 
 
-def _open_corpora(config: Config) -> Corpora:
+def open_corpora(config: Config) -> Corpora:
     """All corpora of the run, which must share a tokenizer."""
     prefixes, _ = blend(config.data.train)
     train = [open_corpus(prefix) for prefix in prefixes]
@@ -127,8 +125,8 @@ def _open_corpora(config: Config) -> Corpora:
     return Corpora(train, valid, train[0].tokenizer_fingerprint, tokenizer)
 
 
-def _resolve(config: Config, corpora: Corpora) -> tuple[Config, Plan]:
-    """The configuration with its lengths as numbers, and the plan in steps."""
+def _resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Plan]:
+    """The configuration with its defaults as values, and the plan in steps."""
     training, data = config.training, config.data
     total_tokens = sum(corpus.num_tokens for corpus in corpora.train)
     tokens = training.train_tokens or math.ceil((training.train_epochs or 0.0) * total_tokens)
@@ -144,7 +142,9 @@ def _resolve(config: Config, corpora: Corpora) -> tuple[Config, Plan]:
         training.eval_interval,
         training.save_interval,
     )
-    return dataclasses.replace(config, data=data), plan
+    precision = training.precision or ("bf16" if world.device.type == "cuda" else "fp32")
+    training = dataclasses.replace(training, precision=precision)
+    return dataclasses.replace(config, data=data, training=training), plan
 
 
 def _objective(config: Config, world: World) -> Objective:
@@ -159,13 +159,13 @@ def _objective(config: Config, world: World) -> Objective:
         raise UserError(str(error)) from error
     if config.reference is None and any(name.startswith("reference.") for name in score.needs):
         raise UserError(
-            f"selection.score is '{settings.score}', which needs a reference model: set reference.path to a Hugging Face "
-            "folder, or use selection.score=student_loss, selection.score=random, or objective=clm."
+            f"selection.score is '{settings.score}', which needs a reference model: set reference.path to a "
+            "Hugging Face folder, or use selection.score=student_loss, selection.score=random, or objective=clm."
         )
     return SelectiveLanguageModeling(score, settings.ratio, settings.scope, settings.pool == "step")
 
 
-def _student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
+def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     tokenizer = corpora.tokenizer
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special_ids = {name: getattr(tokenizer, name) for name in names}
@@ -204,27 +204,23 @@ def _samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, wo
     )
 
 
-def _precision(config: Config, world: World) -> torch.dtype:
-    name = config.training.precision or ("bf16" if world.device.type == "cuda" else "fp32")
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-
-
-def _backend(config: Config, world: World, precision: torch.dtype) -> Backend:
-    """Imported here, so that the plain backend does not load DeepSpeed, which changes torch for the whole process."""
+def make_backend(config: Config, world: World) -> Backend:
+    """Where the run's weights live. DeepSpeed changes torch for the whole process, so it is imported on demand."""
     if config.training.backend == "plain":
         from megatron_slm.backend.plain import PlainBackend
 
         return PlainBackend(world)
     from megatron_slm.backend.deepspeed import DeepSpeedBackend
 
-    return DeepSpeedBackend(world, config.deepspeed, precision)
+    return DeepSpeedBackend(world, config.deepspeed, PRECISIONS[config.training.precision])
 
 
 def _student(
-    config: Config, hf_config: PretrainedConfig, backend: Backend, precision: torch.dtype, world: World
+    config: Config, hf_config: PretrainedConfig, backend: Backend, world: World
 ) -> tuple[CausalLM, TrainingEngine]:
     """The student's module and its engine."""
     training = config.training
+    precision = PRECISIONS[training.precision]
     if config.model.path is None:
         lm = backend.construct(lambda: build_student(config.model, hf_config, precision, world.device))
         initialize_weights(lm, config.seed, backend.gathered)
@@ -243,15 +239,17 @@ def _student(
     return module, engine
 
 
-def _reference(
-    config: Config, corpora: Corpora, backend: Backend, precision: torch.dtype
-) -> tuple[Reference, float]:
+def _reference(config: Config, corpora: Corpora, backend: Backend) -> tuple[Reference, float]:
     """Where reference signals come from, and their FLOPs a token."""
     settings = config.reference
     if settings is None or config.objective == "clm":
         return NoReference(), 0.0
     agree(lambda: _require_tokenizer(settings.path, "reference", corpora.fingerprint))
-    lm = agree(lambda: load_pretrained(settings.path, "reference", settings.trust_remote_code, dtype=precision))
+    lm = agree(
+        lambda: load_pretrained(
+            settings.path, "reference", settings.trust_remote_code, dtype=PRECISIONS[config.training.precision]
+        )
+    )
     module = CausalLM(lm)
     flops = token_flops(module, lm.config, config.data.seq_length).forward
     engine = backend.frozen_engine(module, shard=settings.shard)

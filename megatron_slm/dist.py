@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from megatron_slm.errors import UserError
 
@@ -51,11 +52,13 @@ def connect(timeout_minutes: float = 30.0) -> World:
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}: start all ranks with one launcher.")
     device = _device(local_rank)
+    # DeepSpeed looks for an accelerator when it is imported, and warns where there is none.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=rank,
         world_size=size,
-        store=dist.HashStore() if size == 1 else None,
+        store=HashStore() if size == 1 else None,
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     return World(rank, size, local_rank, device)

@@ -85,7 +85,8 @@ class DeepSpeedBackend:
         }
         _partition(module, config)
         engine, *_ = deepspeed.initialize(model=module, config=config)
-        return engine.eval()
+        engine.eval()
+        return engine
 
     def consolidate(self, folder: Path) -> dict[str, Tensor]:
         """DeepSpeed's checkpoints are pickles: only consolidate a run folder that you trust."""

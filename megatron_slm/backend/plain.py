@@ -49,7 +49,7 @@ class PlainEngine:
         self._world = world
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if last and self._world.size > 1:
             for parameter in self.module.parameters():
                 if parameter.grad is None:

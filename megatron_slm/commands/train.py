@@ -40,10 +40,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _train(config: Config) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_slm.build import build_run
     from megatron_slm.dist import connect, disconnect
 
     world = connect(config.training.timeout_minutes)
+    if not (world.is_main and sys.stderr.isatty()):
+        disable_progress_bar()
     try:
         run = build_run(config, world)
         run.trainer.fit(run.state)

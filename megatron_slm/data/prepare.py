@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WINDOW, _OVERLAP = 262_144, 8_192  # characters; longer documents are encoded window by window
+_WINDOW, _OVERLAP = 65_536, 4_096  # characters; longer documents are encoded window by window
 _LOG_SECONDS = 30.0
 
 

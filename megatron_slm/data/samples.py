@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 class PackedDocuments(GPTDataset):
     """megatron-core's packed samples, with document ids and offsets kept."""
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
         place = int(self.shuffle_index[index])
         first, begin = (int(value) for value in self.sample_index[place])
         last, end = (int(value) for value in self.sample_index[place + 1])

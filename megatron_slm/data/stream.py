@@ -37,7 +37,9 @@ class EvaluationStream:
 
     def batch(self, windows: list[int]) -> Batch:
         """These windows side by side; one beyond the end is all padding, so that all ranks run equally often."""
-        text_BS, offset_BS = (torch.from_numpy(np.stack(rows)) for rows in zip(*map(self._window, windows), strict=True))
+        text_BS, offset_BS = (
+            torch.from_numpy(np.stack(rows)) for rows in zip(*map(self._window, windows), strict=True)
+        )
         labels_BT, offset_BT = text_BS[:, 1:], offset_BS[:, 1:]
         padding_BT = offset_BT < 0
         return Batch(

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
-_UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
-_NEVER = -1e6  # a score that keeps a Unigram piece out of every best path
+_BPE = 2  # TrainerSpec.ModelType; fast Unigram tokenizers break ties otherwise than sentencepiece does
 _MAX_LINE = 4000  # characters; sentencepiece skips sentences above 4,192 bytes unless told otherwise
 _PROBE = (
     "  A café: x_1 = 12.50;\n\n\tif (a <= b) {  return 'über';  }\r\n\u00a0日本 🙂 \u0007 "
@@ -27,7 +26,7 @@ _PROBE = (
 def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
     """Load a tokenizer from a Hugging Face folder, a hub name, or a sentencepiece model file.
 
-    A sentencepiece model gives the ids that sentencepiece itself gives.
+    A sentencepiece model (BPE) gives the ids that sentencepiece itself gives.
 
     Raises:
         UserError: nothing loadable is there, it has no fast form, or it has no end token.
@@ -134,8 +133,8 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     processor = _sentencepiece(path)
     proto = ModelProto.FromString(processor.serialized_model_proto())
     trainer = proto.trainer_spec
-    if trainer.model_type not in (_UNIGRAM, _BPE):
-        raise UserError(f"tokenizer {path} is neither a BPE nor a Unigram sentencepiece model: give another")
+    if trainer.model_type != _BPE:
+        raise UserError(f"tokenizer {path} is no BPE model, so its ids could change: give its Hugging Face folder")
     ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id, "eos_token": trainer.eos_id}
     named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     tokenizer = PreTrainedTokenizerFast(
@@ -162,7 +161,7 @@ def _fast_tokenizer(proto: Any) -> "Tokenizer":
     from tokenizers import AddedToken, Tokenizer, decoders
 
     spec = proto.normalizer_spec
-    tokenizer = Tokenizer(_bpe(proto) if proto.trainer_spec.model_type == _BPE else _unigram(proto))
+    tokenizer = Tokenizer(_bpe(proto))
     tokenizer.normalizer = _normalizer(spec)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * spec.add_dummy_prefix)
@@ -189,13 +188,6 @@ def _bpe(proto: Any) -> Any:
     return BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
 
 
-def _unigram(proto: Any) -> Any:
-    from tokenizers.models import Unigram
-
-    scores = [(p.piece, p.score if p.type in (_NORMAL, _USER_DEFINED) else _NEVER) for p in proto.pieces]
-    return Unigram(scores, unk_id=proto.trainer_spec.unk_id, byte_fallback=proto.trainer_spec.byte_fallback)
-
-
 def _normalizer(spec: Any) -> Any:
     from tokenizers import Regex, normalizers
 
@@ -203,7 +195,7 @@ def _normalizer(spec: Any) -> Any:
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])

@@ -61,7 +61,7 @@ class CausalLM(nn.Module):
 def score_batch(module: nn.Module, batch: Batch, want: tuple[str, ...] = ()) -> TokenSignals:
     """The columns of `CausalLM.forward` for a batch; positions that are not valid have loss 0."""
     labels_BT = batch.labels_BT.masked_fill(~batch.valid_BT, IGNORED)
-    return module(batch.tokens_BT, labels_BT, batch.position_ids_BT, want)  # type: ignore[no-any-return]
+    return module(batch.tokens_BT, labels_BT, batch.position_ids_BT, want)
 
 
 def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str, int | None]) -> PretrainedConfig:
@@ -97,7 +97,7 @@ def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str
 def build_student(
     settings: ModelSettings, config: PretrainedConfig, precision: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The student's weights: read from `settings.path` to host memory, or made on the device, still to be initialised."""
+    """The student: read from `settings.path` to host memory, or made on the device, to be initialised."""
     options: dict[str, Any] = {"dtype": precision}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
@@ -144,7 +144,7 @@ def initialize_weights(
             owners[name](module)
 
 
-def check_head(model: PreTrainedModel, module: CausalLM) -> None:
+def check_head(model: PreTrainedModel, module: nn.Module) -> None:
     """Refuse a model whose logits are more than hidden states times the head: soft caps, scales, extra layers.
 
     One forward of eight tokens on every rank, compared with the model's own logits.

@@ -93,7 +93,7 @@ def token_loss(
         float32 `[N]` losses, whatever the dtype (float64 for float64), and entropies in nats, or empty.
     """
     chunk = chunk or max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
-    return TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, with_entropy, chunk)  # type: ignore[no-untyped-call]
+    return TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, with_entropy, chunk)
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -51,9 +51,7 @@ def find_score(name: str) -> Score:
             "put its package on PYTHONPATH and check the spelling."
         ) from error
     if not hasattr(found, "needs"):
-        raise ValueError(
-            f"selection.score is '{name}', a function without @score: write @score(needs=(...)) above it."
-        )
+        raise ValueError(f"selection.score is '{name}', a function without @score: write @score(needs=(...)) above it.")
     return cast(Score, found)
 
 

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: written aside, summed, renamed, then published by `latest`.
 
-    checkpoints/latest                    text: the name of the newest whole checkpoint
-    checkpoints/step_00000500/engine/     the backend's files, of all ranks
-                              rng_rankNNNN.pt, progress.json
-                              manifest.json   size and SHA-256 of every other file
+checkpoints/latest                    text: the name of the newest whole checkpoint
+checkpoints/step_00000500/engine/     the backend's files, of all ranks
+                          rng_rankNNNN.pt, progress.json
+                          manifest.json   size and SHA-256 of every other file
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class CheckpointStore:
 
     def save(self, engine: TrainingEngine, progress: dict[str, Any]) -> None:
         """Save all ranks' state; every rank calls it. A kill at any instant leaves the one before."""
-        name = f"step_{progress['step']:08d}"
+        name = checkpoint_name(progress["step"])
         aside = self._folder / f".writing-{name}"
         self._on_main(lambda: self._clear(aside))
         engine.save(aside)
@@ -69,16 +69,24 @@ class CheckpointStore:
         state = found / f"rng_rank{self._world.rank:04d}.pt"
         if state.exists():  # A run at more ranks than before starts its new ranks from the seed.
             _set_random_state(torch.load(state, weights_only=True))
-        return json.loads((found / "progress.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((found / "progress.json").read_text())
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint, up to `latest`, whose files are as they were written; every rank calls it."""
+    def newest(self, step: int | None = None) -> Path | None:
+        """The newest checkpoint, up to `latest`, whose files are as they were written; every rank calls it.
+
+        Args:
+            step: that of this step alone.
+        """
         candidates = list_checkpoints(self._folder)
+        if step is not None:
+            candidates = [path for path in candidates if path.name == checkpoint_name(step)]
         for candidate in reversed(candidates):
             damaged = self._damaged(candidate)
             if damaged is None:
                 return candidate
-            logging.getLogger(__name__).warning("checkpoint %s is damaged (%s): trying the one before", candidate, damaged)
+            logging.getLogger(__name__).warning(
+                "checkpoint %s is damaged (%s): trying the one before", candidate, damaged
+            )
         if candidates:
             raise UserError(f"No checkpoint in {self._folder} is whole: restore one, or start in another run_dir.")
         return None
@@ -126,7 +134,14 @@ class CheckpointStore:
             except OSError as error:
                 message = str(error)
         if (found := gather_objects(message)[0]) is not None:
-            raise UserError(f"The checkpoint cannot be written: {found}. The one before is untouched: make room, resume.")
+            raise UserError(
+                f"The checkpoint cannot be written: {found}. The one before is untouched: make room, resume."
+            )
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of a checkpoint's folder; names sort as steps do."""
+    return f"step_{step:08d}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -28,7 +28,8 @@ def adamw(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Parameters that decay, and those that do not: norms, biases and embeddings, a tied head among them."""
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in module.parameters():
         # A partitioned parameter has shape [0]; DeepSpeed keeps the true one.
         shape = getattr(parameter, "ds_shape", parameter.shape)

@@ -17,13 +17,11 @@ class Console(Callback):
         logging.getLogger(__name__).info(" | ".join(describe(state, state.record)))
 
     def on_train_end(self, state: RunState) -> None:
-        logging.getLogger(__name__).info(
-            "finished: %d steps, %s tokens", state.step, f"{state.consumed_tokens:,}"
-        )
+        logging.getLogger(__name__).info("finished: %d steps, %s tokens", state.step, f"{state.consumed_tokens:,}")
 
 
 def describe(state: RunState, record: dict[str, float | int | None]) -> list[str]:
-    """The parts of the line. The selected loss is shown beside the others: alone it falls when the selection changes."""
+    """The parts of the line. The selected loss never stands alone: it falls when the selection changes."""
     parts = [f"step {state.step}/{state.plan.total_steps}", f"tokens {quantity(state.consumed_tokens)}"]
     parts.append("loss " + " ".join(_named(record, "loss/", ("all", "selected", "unselected", "reference"))))
     if record.get("selection/threshold") is not None:

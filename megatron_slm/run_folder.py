@@ -28,8 +28,13 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"
 
+    @property
+    def has_begun(self) -> bool:
+        """A start that failed before its first step binds nobody to its configuration."""
+        return self.metrics.exists()
+
     def settle(self, config: Config) -> Config:
-        """The configuration to run: of a new run as it is, of a known one with its order of samples.
+        """The configuration to run: of a new run as it is, of a known one with the defaults that it resolved.
 
         Raises:
             UserError: the folder belongs to a run whose configuration differs in what may not change.
@@ -38,13 +43,15 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir is {self.path}, which cannot be made ({error.strerror}): use another.") from error
-        if not self.config.exists():
+        if not self.has_begun:
             return config
         stored = load_config(str(self.config), [])
-        if config.data.order_tokens is None:
-            config = dataclasses.replace(
-                config, data=dataclasses.replace(config.data, order_tokens=stored.data.order_tokens)
-            )
+        data, training = config.data, config.training
+        if data.order_tokens is None:
+            data = dataclasses.replace(data, order_tokens=stored.data.order_tokens)
+        if training.precision is None:
+            training = dataclasses.replace(training, precision=stored.training.precision)
+        config = dataclasses.replace(config, data=data, training=training)
         differences = differences_on_resume(stored, config)
         if differences:
             raise UserError(
@@ -60,7 +67,7 @@ class RunFolder:
             UserError: resuming would change the order of samples, though the settings are the same.
         """
         environment = self.path / "environment.json"
-        if environment.exists() and json.loads(environment.read_text())["order_fingerprint"] != order_fingerprint:
+        if self.has_begun and json.loads(environment.read_text())["order_fingerprint"] != order_fingerprint:
             raise UserError(
                 f"Resuming {self.path} would change the order of samples: the corpora of data.train are not those "
                 "that it began with. Put them back, or use another run_dir."

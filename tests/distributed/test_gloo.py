@@ -1,0 +1,48 @@
+"""The harness itself: a test that cannot fail on a rank proves nothing."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_slm.dist import World
+from tests.gloo import RankFailure, run_ranks
+
+
+def add_ranks(world: World, start: float) -> tuple[int, torch.Tensor]:
+    total = torch.tensor(start + world.rank)
+    dist.all_reduce(total)
+    return world.rank, total
+
+
+def misbehave(world: World, how: str) -> None:
+    if world.rank == 1:
+        if how == "raise":
+            raise ValueError("of rank one")
+        if how == "die":
+            os._exit(7)
+        if how == "hang":
+            time.sleep(60)
+    dist.barrier()
+
+
+def test_every_rank_answers_in_the_order_of_ranks():
+    assert run_ranks(add_ranks, 3, 0.5) == [(rank, torch.tensor(4.5)) for rank in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("raise", "rank 1 of 2 raised(.|\n)*misbehave(.|\n)*of rank one"), ("die", "rank 1 of 2 died with exit code 7")],
+)
+def test_a_rank_that_fails_takes_the_others_with_it(how, message):
+    start = time.monotonic()
+    with pytest.raises(RankFailure, match=message):
+        run_ranks(misbehave, 2, how)
+    assert time.monotonic() - start < 30
+
+
+def test_ranks_that_hang_are_killed():
+    with pytest.raises(RankFailure):
+        run_ranks(misbehave, 2, "hang", timeout=4.0)

@@ -1,0 +1,143 @@
+"""Run a function on several ranks: fresh processes that meet over gloo, on the CPU.
+
+A rank must be a fresh process, because DeepSpeed replaces `F.linear` for the whole process, and
+importing torch, DeepSpeed and transformers takes seconds. So the ranks are forked from one
+server, which has imported them and done nothing else.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_slm.dist import World
+
+PRELOADED = [
+    "pytest",
+    "hypothesis.strategies",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "megatron_slm.backend.deepspeed",
+    "megatron_slm.models.causal_lm",
+    "megatron_slm.build",
+]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class RankFailure(Exception):
+    """What went wrong on a rank: its traceback, its death, or its silence."""
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call `function(world, *args)` on every rank, and return what each rank returned.
+
+    Args:
+        function: of a module, for it is sent by name; `world` is the rank's `megatron_slm.dist.World`.
+        world_size: number of ranks.
+        args: equal for all ranks. The environment of this process does not reach a rank.
+        timeout: seconds until ranks without an answer are killed.
+
+    Raises:
+        RankFailure: a rank raised, died or did not answer; the other ranks are killed.
+    """
+    context = _forkserver()
+    call = pickle.dumps((function, args))
+    deadline = time.monotonic() + timeout
+    processes: list[BaseProcess] = []
+    connections: list[Connection] = []
+    with tempfile.TemporaryDirectory(prefix="gloo-") as folder:
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_rank, args=(rank, world_size, folder, timeout, theirs, call))
+                process.start()
+                theirs.close()
+                processes.append(process)
+                connections.append(ours)
+            return _answers(processes, connections, deadline)
+        finally:
+            # Ranks that answered wait to be killed: leaving would cut connections that others still read.
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+            for connection in connections:
+                connection.close()
+
+
+def _answers(processes: list[BaseProcess], connections: list[Connection], deadline: float) -> list[Any]:
+    answers: dict[int, Any] = {}
+    while len(answers) < len(connections):
+        silent = [connection for rank, connection in enumerate(connections) if rank not in answers]
+        ready = wait(silent, max(0.0, deadline - time.monotonic()))
+        failures = []
+        for rank in (connections.index(connection) for connection in ready):
+            try:
+                answers[rank], failure = pickle.loads(connections[rank].recv_bytes())
+            except EOFError:
+                processes[rank].join(10)
+                failure = f"died with exit code {processes[rank].exitcode}"
+            if failure is not None:
+                failures.append(f"rank {rank} of {len(connections)} {failure}")
+        if not ready:
+            failures = [f"no answer in time from ranks {[connections.index(connection) for connection in silent]}"]
+        if failures:
+            raise RankFailure("\n".join(failures))
+    return [answers[rank] for rank in range(len(connections))]
+
+
+def _rank(rank: int, world_size: int, folder: str, timeout: float, connection: Connection, call: bytes) -> None:
+    """The life of one process: join the others, do the work, answer, and wait to be killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A rank that hangs says where, just before it is killed, and does not outlive a test run that was killed itself.
+    faulthandler.dump_traceback_later(0.95 * timeout, exit=True)
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    answer = failure = None
+    try:
+        store = dist.FileStore(str(Path(folder, "store")), world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+        )
+        function, args = pickle.loads(call)
+        answer = function(World(rank, world_size, rank, torch.device("cpu")), *args)
+        message = pickle.dumps((answer, None))
+    except BaseException:
+        failure = f"raised\n{traceback.format_exc()}"
+        message = pickle.dumps((None, failure))
+    connection.send_bytes(message)
+    connection.poll(None)
+
+
+@cache
+def _forkserver() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        forkserver.ensure_running()
+    return context

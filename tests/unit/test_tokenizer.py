@@ -1,0 +1,139 @@
+"""Tokenizers: faithful to sentencepiece, exact on any text, recognisable."""
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from megatron_slm.errors import UserError
+
+WORDS = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) returns the area under curve".split()
+TEXTS = [
+    " ".join(WORDS[(i * k + k * k) % len(WORDS)] for k in range(60)) + f"\n\n    if a[{i}] <= {i * 37}:\n\treturn {i}\n"
+    for i in range(200)
+]
+ODD = [
+    "",
+    "plain",
+    "  two leading, two trailing  ",
+    "tabs\tand\r\nline ends\n\n\n",
+    "日本語 🙂 e\u0301 \u00a0 ﬁ",
+    "</s> <unk> <0x0A> <s>",
+    "\x00\x07\x7f",
+]
+
+
+def train_sentencepiece(path: Path, **options) -> Path:
+    model = io.BytesIO()
+    lines = (line for text in TEXTS for line in text.split("\n"))
+    options = {"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trained") / "tokenizer.model"
+    train_tokenizer(iter(TEXTS), 420, path)
+    return path
+
+
+@pytest.mark.parametrize("text", [*ODD, TEXTS[3]])
+def test_decoding_gives_back_the_text_exactly(trained, text):
+    tokenizer = load_tokenizer(str(trained))
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_an_end_and_no_beginning(trained):
+    tokenizer = load_tokenizer(str(trained))
+    assert len(tokenizer) == 420
+    assert (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
+
+
+def test_the_same_texts_train_the_same_model_even_when_lines_are_drawn(trained, tmp_path):
+    for name in ("a", "b"):
+        train_tokenizer(iter(TEXTS), 300, tmp_path / name, max_lines=100)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    train_tokenizer(iter(TEXTS), 420, tmp_path / "c")
+    assert (tmp_path / "c").read_bytes() == trained.read_bytes()
+
+
+@pytest.mark.parametrize(("size", "remedy"), [(50_000, r"ask for at most \d+ pieces"), (100, r"need \d+ pieces")])
+def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_the_size_that_does(tmp_path, size, remedy):
+    with pytest.raises(UserError, match=f"--train-tokenizer {size} .*{remedy}"):
+        train_tokenizer(iter(TEXTS), size, tmp_path / "model")
+
+
+def test_training_on_no_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer(iter([]), 300, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization_rule_name": "identity"},
+        {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+        {"byte_fallback": False, "vocab_size": 200},
+        {
+            "user_defined_symbols": ["<math>", "\n"],
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+        },
+    ],
+    ids=["default", "identity", "bare", "no-bytes", "symbols"],
+)
+def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(tmp_path, options):
+    path = train_sentencepiece(tmp_path / "tokenizer.model.v1", **options)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = load_tokenizer(str(path))
+    for text in [*ODD, *TEXTS, "a <math>x</math> b"]:
+        ids = ours(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert ids == theirs.encode_as_ids(text), text
+    assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_id(), theirs.bos_id())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram", "vocab_size": 300},
+        {"treat_whitespace_as_suffix": True},
+        {"user_defined_symbols": ["<math>"]},  # after a symbol, sentencepiece adds no space and a fast tokenizer does
+    ],
+    ids=["unigram", "suffix", "symbols-and-prefix"],
+)
+def test_a_sentencepiece_model_whose_ids_would_change_is_refused(tmp_path, options):
+    with pytest.raises(UserError, match="Hugging Face folder"):
+        load_tokenizer(str(train_sentencepiece(tmp_path / "tokenizer.model", **options)))
+
+
+def test_a_fingerprint_survives_saving_and_differs_for_another_tokenizer(trained, tmp_path):
+    tokenizer = load_tokenizer(str(trained))
+    tokenizer.save_pretrained(tmp_path / "saved")
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path / "saved"))) == fingerprint
+    assert len(fingerprint) == 64
+    tokenizer.add_tokens(["<extra>"])
+    extended = tokenizer_fingerprint(tokenizer)
+    tokenizer.eos_token = "<extra>"
+    assert len({fingerprint, extended, tokenizer_fingerprint(tokenizer)}) == 3
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(trained, tmp_path):
+    tokenizer = load_tokenizer(str(trained))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no end token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
+    (tmp_path / "broken.model").write_bytes(b"not a model")
+    for path, reason in ((tmp_path / "broken.model", "not a sentencepiece model"), (tmp_path, "cannot be loaded")):
+        with pytest.raises(UserError, match=reason):
+            load_tokenizer(str(path))
