@@ -48,7 +48,7 @@ ENVIRONMENT = {
 }
 
 
-class RankFailure(Exception):
+class RankError(Exception):
     """What went wrong on a rank: its traceback, its death, or its silence."""
 
 
@@ -62,7 +62,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         timeout: seconds until ranks without an answer are killed.
 
     Raises:
-        RankFailure: a rank raised, died or did not answer; the other ranks are killed.
+        RankError: a rank raised, died or did not answer; the other ranks are killed.
     """
     context = _forkserver()
     call = pickle.dumps((function, args))
@@ -104,17 +104,19 @@ def _answers(processes: list[BaseProcess], connections: list[Connection], deadli
             if failure is not None:
                 failures.append(f"rank {rank} of {len(connections)} {failure}")
         if not ready:
-            failures = [f"no answer in time from ranks {[connections.index(connection) for connection in silent]}"]
+            ranks = [connections.index(connection) for connection in silent]
+            failures.append(f"ranks {ranks} did not answer in time: their stacks are on stderr")
         if failures:
-            raise RankFailure("\n".join(failures))
+            raise RankError("\n".join(failures))
     return [answers[rank] for rank in range(len(connections))]
 
 
 def _rank(rank: int, world_size: int, folder: str, timeout: float, connection: Connection, call: bytes) -> None:
     """The life of one process: join the others, do the work, answer, and wait to be killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A rank that hangs says where, just before it is killed, and does not outlive a test run that was killed itself.
-    faulthandler.dump_traceback_later(0.95 * timeout, exit=True)
+    # A rank that hangs says where before it is killed, and does not outlive a test run that was itself killed.
+    faulthandler.dump_traceback_later(0.9 * timeout)
+    signal.alarm(int(timeout) + 5)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

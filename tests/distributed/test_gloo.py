@@ -1,6 +1,7 @@
 """The harness itself: a test that cannot fail on a rank proves nothing."""
 
 import os
+import sys
 import time
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_slm.dist import World
-from tests.gloo import RankFailure, run_ranks
+from tests.gloo import PRELOADED, RankError, run_ranks
 
 
 def add_ranks(world: World, start: float) -> tuple[int, torch.Tensor]:
@@ -28,6 +29,10 @@ def misbehave(world: World, how: str) -> None:
     dist.barrier()
 
 
+def look_around(world: World) -> tuple[set[str], list[str]]:
+    return set(PRELOADED) - sys.modules.keys(), os.listdir(f"/proc/{os.getppid()}/task")
+
+
 def test_every_rank_answers_in_the_order_of_ranks():
     assert run_ranks(add_ranks, 3, 0.5) == [(rank, torch.tensor(4.5)) for rank in range(3)]
 
@@ -38,11 +43,17 @@ def test_every_rank_answers_in_the_order_of_ranks():
 )
 def test_a_rank_that_fails_takes_the_others_with_it(how, message):
     start = time.monotonic()
-    with pytest.raises(RankFailure, match=message):
+    with pytest.raises(RankError, match=message):
         run_ranks(misbehave, 2, how)
     assert time.monotonic() - start < 30
 
 
 def test_ranks_that_hang_are_killed():
-    with pytest.raises(RankFailure):
-        run_ranks(misbehave, 2, "hang", timeout=4.0)
+    with pytest.raises(RankError, match=r"ranks \[0, 1\] did not answer in time"):
+        run_ranks(misbehave, 2, "hang", timeout=3.0)
+
+
+def test_ranks_are_forked_from_one_thread_that_has_imported_everything():
+    missing, threads = run_ranks(look_around, 1)[0]
+    assert not missing
+    assert len(threads) == 1
