@@ -1,7 +1,9 @@
 """Tokenizers: load one from any common form, train one, and tell whether two are the same."""
 
 import hashlib
+import io
 import json
+import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,20 +62,19 @@ def train_tokenizer(
     """
     import sentencepiece
 
-    sentencepiece.set_random_generator_seed(seed)
+    model = io.BytesIO()
     try:
-        with output_model.open("wb") as stream:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_lines(texts),
-                model_writer=stream,
-                vocab_size=vocab_size,
-                input_sentence_size=max_lines,
-                # In a small vocabulary every rare character displaces a useful piece.
-                character_coverage=0.9995 if vocab_size >= 16_000 else 0.995,
-                **_TRAINER_OPTIONS,
-            )
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_sample(_lines(texts), max_lines, seed)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            # In a small vocabulary every rare character displaces a useful piece.
+            character_coverage=0.9995 if vocab_size >= 16_000 else 0.995,
+            **_TRAINER_OPTIONS,
+        )
     except RuntimeError as error:
         raise UserError(f"--train-tokenizer {vocab_size} does not fit the text: {_remedy(str(error))}") from error
+    output_model.write_bytes(model.getvalue())
 
 
 _TRAINER_OPTIONS: dict[str, Any] = {
@@ -84,7 +85,6 @@ _TRAINER_OPTIONS: dict[str, Any] = {
     "remove_extra_whitespaces": False,
     "allow_whitespace_only_pieces": True,
     "split_digits": True,
-    "shuffle_input_sentence": True,
     "max_sentence_length": 4 * _MAX_LINE,
     "unk_id": 0,
     "eos_id": 1,
@@ -99,6 +99,18 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
             yield from (line[start : start + _MAX_LINE] for start in range(0, len(line), _MAX_LINE))
+
+
+def _sample(lines: Iterable[str], count: int, seed: int) -> list[str]:
+    """Keep ``count`` lines, each with the same chance (sentencepiece's own draw differs from process to process)."""
+    generator = random.Random(seed)
+    kept: list[str] = []
+    for number, line in enumerate(lines):
+        if number < count:
+            kept.append(line)
+        elif (place := generator.randrange(number + 1)) < count:
+            kept[place] = line
+    return kept
 
 
 def _remedy(message: str) -> str:

@@ -1,6 +1,9 @@
 """Tokenizers: faithful to sentencepiece, exact on any text, recognisable."""
 
 import io
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,33 @@ import sentencepiece
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from megatron_slm.errors import UserError
 
-WORDS = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) returns the area under curve".split()
+WORDS = [
+    "the",
+    "slope",
+    "of",
+    "a",
+    "line",
+    "is",
+    "rise",
+    "over",
+    "run",
+    "so",
+    "if",
+    "x",
+    "=",
+    "3",
+    "then",
+    "y",
+    "=",
+    "12.5",
+    "and",
+    "f(x)",
+    "returns",
+    "the",
+    "area",
+    "under",
+    "curve",
+]
 TEXTS = [
     " ".join(WORDS[(i * k + k * k) % len(WORDS)] for k in range(60)) + f"\n\n    if a[{i}] <= {i * 37}:\n\treturn {i}\n"
     for i in range(200)
@@ -28,7 +57,7 @@ ODD = [
 def train_sentencepiece(path: Path, **options) -> Path:
     model = io.BytesIO()
     lines = (line for text in TEXTS for line in text.split("\n"))
-    options = {"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
+    options = {"vocab_size": 380, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2} | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
     path.write_bytes(model.getvalue())
     return path
@@ -37,7 +66,7 @@ def train_sentencepiece(path: Path, **options) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "tokenizer.model"
-    train_tokenizer(iter(TEXTS), 420, path)
+    train_tokenizer(iter(TEXTS), 380, path)
     return path
 
 
@@ -50,16 +79,20 @@ def test_decoding_gives_back_the_text_exactly(trained, text):
 
 def test_a_trained_tokenizer_has_the_size_asked_for_an_end_and_no_beginning(trained):
     tokenizer = load_tokenizer(str(trained))
-    assert len(tokenizer) == 420
+    assert len(tokenizer) == 380
     assert (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
 
 
-def test_the_same_texts_train_the_same_model_even_when_lines_are_drawn(trained, tmp_path):
-    for name in ("a", "b"):
-        train_tokenizer(iter(TEXTS), 300, tmp_path / name, max_lines=100)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    train_tokenizer(iter(TEXTS), 420, tmp_path / "c")
-    assert (tmp_path / "c").read_bytes() == trained.read_bytes()
+def test_the_same_texts_train_the_same_model_in_another_process_even_when_lines_are_drawn(tmp_path):
+    program = """if True:
+        import json, pathlib, sys
+        from megatron_slm.data.tokenizer import train_tokenizer
+        train_tokenizer(json.load(sys.stdin), 300, pathlib.Path(sys.argv[1]), max_lines=150)"""
+    train_tokenizer(iter(TEXTS), 300, tmp_path / "here", max_lines=150)
+    subprocess.run([sys.executable, "-c", program, tmp_path / "there"], input=json.dumps(TEXTS), text=True, check=True)
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
+    train_tokenizer(iter(TEXTS), 300, tmp_path / "other", max_lines=150, seed=2)
+    assert (tmp_path / "here").read_bytes() != (tmp_path / "other").read_bytes()
 
 
 @pytest.mark.parametrize(("size", "remedy"), [(50_000, r"ask for at most \d+ pieces"), (100, r"need \d+ pieces")])
