@@ -1,0 +1,94 @@
+"""The optimizer step is one function of its samples, however they are dealt to ranks and micro-steps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.gloo import run_ranks
+from tests.steps import LENGTH, Case, assert_same_run, flat, flipped, run_steps, valid_length
+
+TEN = Case(steps=10)
+
+
+def on_ranks(world_size: int, case: Case) -> dict:
+    results = run_ranks(run_steps, world_size, case)
+    for other in results[1:]:
+        assert torch.equal(flat(results[0]["after"]), flat(other["after"]))
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict]:
+    return {pool: on_ranks(1, replace(TEN, pool=pool)) for pool in ("micro_step", "step")}
+
+
+@pytest.mark.parametrize("pool", ["micro_step", "step"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_do_not_change_the_run(alone: dict[str, dict], world_size: int, pool: str) -> None:
+    case = replace(TEN, pool=pool, micro_batch_size=4 // world_size)
+    assert_same_run(alone[pool], on_ranks(world_size, case))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_accumulation_does_not_change_a_run_that_pools_the_step(alone: dict[str, dict], micro_batch_size: int) -> None:
+    case = replace(TEN, pool="step", micro_batch_size=micro_batch_size)
+    assert_same_run(alone["step"], on_ranks(2, case))
+
+
+def test_three_ranks_share_six_samples() -> None:
+    case = Case(steps=3, global_batch_size=6, micro_batch_size=1)
+    assert_same_run(on_ranks(1, replace(case, micro_batch_size=3)), on_ranks(3, case))
+
+
+@pytest.mark.parametrize("stage", [None, 0, 1, 2])
+def test_stages_and_the_plain_backend_do_what_zero_3_does(stage: int | None) -> None:
+    case = replace(TEN, micro_batch_size=2)
+    assert_same_run(on_ranks(2, case), on_ranks(2, replace(case, stage=stage)))
+
+
+def test_a_replicated_reference_scores_as_a_sharded_one() -> None:
+    case = Case(steps=2, micro_batch_size=2)
+    sharded, replicated = on_ranks(2, case), on_ranks(2, replace(case, shard=False))
+    for sample, chosen in sharded["chosen"].items():
+        assert (chosen["reference.loss"] == replicated["chosen"][sample]["reference.loss"]).all()
+    assert torch.equal(flat(sharded["after"]), flat(replicated["after"]))
+
+
+def test_ratio_one_is_causal_language_modeling() -> None:
+    case = Case(steps=3, micro_batch_size=2)
+    selective, causal = on_ranks(2, replace(case, ratio=1.0)), on_ranks(2, replace(case, objective="clm"))
+    assert torch.equal(flat(selective["after"]), flat(causal["after"]))
+
+
+def test_the_planned_count_is_the_selected_count_in_every_scope() -> None:
+    for scope in ("global", "rank", "sequence"):
+        for pool in ("micro_step", "step"):
+            result = on_ranks(2, Case(steps=2, micro_batch_size=2, scope=scope, pool=pool, stage=None))
+            assert result["planned"] == [int(sums["selected"]) for sums in result["sums"]]
+
+
+def test_the_random_score_is_the_same_on_any_number_of_ranks() -> None:
+    case = Case(score="random", micro_batch_size=4, stage=None)
+    one, two = on_ranks(1, case), on_ranks(2, replace(case, micro_batch_size=2))
+    assert flipped(one["chosen"], two["chosen"]) == (0, 0)
+
+
+def test_a_rank_without_a_valid_token_takes_part() -> None:
+    assert valid_length(torch.tensor([0])) == 0
+    two = on_ranks(2, Case(global_batch_size=2, micro_batch_size=1))
+    one = on_ranks(1, Case(global_batch_size=2, micro_batch_size=2))
+    assert_same_run(one, two)
+
+
+def test_activation_checkpointing_changes_no_bit_of_the_choice() -> None:
+    case = Case(steps=2, micro_batch_size=2)
+    assert_same_run(on_ranks(2, case), on_ranks(2, replace(case, checkpointing=True)))
+
+
+def test_bf16_trains_under_zero_3_with_float32_losses() -> None:
+    result = on_ranks(2, Case(steps=2, micro_batch_size=2, precision=torch.bfloat16))
+    chosen = next(iter(result["chosen"].values()))
+    assert chosen["student.loss"].dtype == "float32" and chosen["student.loss"].shape == (LENGTH,)
+    assert all(update.applied for update in result["updates"])
+    assert (flat(result["after"]) - flat(result["before"])).norm() > 0

@@ -1,0 +1,228 @@
+"""A few optimizer steps of a tiny model on any number of ranks, with everything recorded that a test may compare."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_slm.backend import Backend, EngineSettings
+from megatron_slm.backend.plain import PlainBackend
+from megatron_slm.data.loader import StepLoader, accumulation_steps
+from megatron_slm.data.samples import Sample
+from megatron_slm.dist import World, gather_objects
+from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
+from megatron_slm.models.settings import ModelSettings
+from megatron_slm.selection.scoring import find_score
+from megatron_slm.signals.live import LiveReference, NoReference
+from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
+from megatron_slm.training.optimizer import adamw
+from megatron_slm.training.settings import TrainingSettings
+from megatron_slm.training.step import TrainingStep
+from megatron_slm.types import Batch, TokenSignals
+
+LENGTH, VOCABULARY = 16, 97
+REALLY_SHARDED = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+}
+"""At DeepSpeed's defaults a tiny model is never partitioned, and a test of it would prove nothing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run; stage None is the plain backend."""
+
+    steps: int = 1
+    micro_batch_size: int = 4
+    global_batch_size: int = 8
+    objective: str = "slm"
+    score: str = "excess"
+    ratio: float = 0.6
+    scope: str = "global"
+    pool: str = "micro_step"
+    stage: int | None = 3
+    shard: bool = True
+    reference_micro_batch_size: int = 3
+    precision: torch.dtype = torch.float32
+    checkpointing: bool = False
+    lr: float = 1e-3
+    model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))
+
+
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "vocab_size": VOCABULARY,
+    "initializer_range": 0.2,
+}
+
+
+class RaggedSamples:
+    """Samples with a learnable pattern and some noise. `valid_length` makes the counts of the ranks unequal."""
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, ordinal: int) -> Sample:
+        noise = np.random.default_rng(ordinal)
+        text = (np.arange(LENGTH + 1) * (1 + ordinal % 5) + ordinal) % VOCABULARY
+        noisy = noise.random(LENGTH + 1) < 0.3
+        text = np.where(noisy, noise.integers(0, VOCABULARY, LENGTH + 1), text)
+        return Sample(text, np.arange(LENGTH + 1) + ordinal, np.arange(LENGTH + 1), ordinal % 2)
+
+
+def valid_length(sample_index_B: Tensor) -> Tensor:
+    """Valid labels of each sample: ragged, and none at all in some."""
+    return (sample_index_B * 7) % (LENGTH + 1)
+
+
+def ragged(batch: Batch) -> Batch:
+    places_T = torch.arange(LENGTH)
+    return dataclasses.replace(batch, valid_BT=places_T < valid_length(batch.sample_index_B)[:, None])
+
+
+class Recorder:
+    """An objective that remembers scores, masks and thresholds by sample."""
+
+    def __init__(self, objective: Any) -> None:
+        self._objective = objective
+        self.needs, self.pools_whole_step = objective.needs, objective.pools_whole_step
+        self.plan = objective.plan
+        self.chosen: dict[int, dict[str, Any]] = {}
+
+    def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
+        choice = self._objective.choose(pool, signals)
+        for row, sample in enumerate(pool.sample_index_B.tolist()):
+            self.chosen[sample] = {
+                "mask": choice.mask_BT[row].numpy().copy(),
+                "threshold": float(choice.threshold) if choice.threshold.ndim == 0 else None,
+                **{name: column[row].numpy().copy() for name, column in signals.items()},
+            }
+        return choice
+
+
+def run_steps(world: World, case: Case) -> dict[str, Any]:
+    """Train, and return on every rank: weights before and after, the first gradient, choices, sums of each step."""
+    backend = make_backend(world, case)
+    module, hf_config = make_student(backend, case)
+    training = TrainingSettings(global_batch_size=case.global_batch_size, train_tokens=1, lr=case.lr)
+    accumulation = accumulation_steps(case.global_batch_size, case.micro_batch_size, world.size)
+    settings = EngineSettings(case.micro_batch_size, accumulation, 1.0, case.precision)
+    engine = backend.training_engine(module, adamw(module, training), settings)
+    objective = Recorder(make_objective(case))
+    step = TrainingStep(engine, make_reference(backend, case, hf_config), objective, seed=5, num_sources=2, world=world)
+    loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
+    result: dict[str, Any] = {"before": weights(backend, module), "updates": [], "planned": [], "sums": []}
+    keep_first_gradient(engine, module, case, result)
+    for number in range(case.steps):
+        batches = [ragged(batch) for batch in loader.take(number * case.global_batch_size)]
+        outcome = step(batches, case.lr, number + 1)
+        result["updates"].append(outcome.update)
+        result["planned"].append(outcome.selected_tokens)
+        result["sums"].append(outcome.statistics.reduce())
+    result["after"] = weights(backend, module)
+    merged: dict[int, dict[str, Any]] = {}
+    for chosen in gather_objects(objective.chosen):
+        merged |= chosen
+    return result | {"chosen": merged}
+
+
+def make_backend(world: World, case: Case) -> Backend:
+    if case.stage is None:
+        return PlainBackend(world)
+    from megatron_slm.backend.deepspeed import DeepSpeedBackend
+
+    zero = {"stage": case.stage} | (REALLY_SHARDED if case.stage == 3 else {})
+    return DeepSpeedBackend(world, {"zero_optimization": zero}, case.precision)
+
+
+def make_student(backend: Backend, case: Case) -> tuple[CausalLM, PretrainedConfig]:
+    options = dict(case.model)
+    hf_config = AutoConfig.for_model(options.pop("model_type"), **options)
+    settings = ModelSettings(config=case.model)
+    lm = backend.construct(lambda: build_student(settings, hf_config, case.precision, torch.device("cpu")))
+    initialize_weights(lm, 1, backend.gathered)
+    if case.checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return CausalLM(lm, head_chunk=5), hf_config
+
+
+def make_objective(case: Case) -> Any:
+    if case.objective == "clm":
+        return CausalLanguageModeling()
+    return SelectiveLanguageModeling(find_score(case.score), case.ratio, case.scope, case.pool == "step")
+
+
+def make_reference(backend: Backend, case: Case, hf_config: PretrainedConfig) -> Any:
+    if case.objective == "clm":
+        return NoReference()
+    lm = build_student(ModelSettings(config=case.model), hf_config, case.precision, torch.device("cpu"))
+    initialize_weights(lm, 2, PlainBackend.gathered.__get__(backend))
+    return LiveReference(
+        backend.frozen_engine(CausalLM(lm, head_chunk=5), shard=case.shard), case.reference_micro_batch_size
+    )
+
+
+def keep_first_gradient(engine: Any, module: CausalLM, case: Case, result: dict[str, Any]) -> None:
+    """Read the averaged gradient between the last backward of the first step and its update."""
+    step = engine.step
+
+    def read_then_step(learning_rate: float) -> Any:
+        if "gradient" not in result:
+            result["gradient"] = {name: gradient(p, case) for name, p in module.named_parameters()}
+        return step(learning_rate)
+
+    engine.step = read_then_step
+
+
+def gradient(parameter: torch.nn.Parameter, case: Case) -> Tensor:
+    if case.stage in (None, 0):
+        return parameter.grad.float().clone()
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter).float().clone()
+
+
+def weights(backend: Backend, module: CausalLM) -> dict[str, Tensor]:
+    parameters = dict(module.named_parameters())
+    with backend.gathered(parameters.values()):
+        return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Masks, step-1 gradients and final weights agree as far as the order of summation lets them."""
+    assert one["planned"] == other["planned"]
+    assert flipped(one["chosen"], other["chosen"]) == (0, 0)
+    gradient_one, gradient_other = flat(one["gradient"]), flat(other["gradient"])
+    assert (gradient_one - gradient_other).norm() <= 1e-5 * gradient_one.norm()
+    moved = (flat(one["after"]) - flat(one["before"])).norm()
+    assert moved > 0
+    assert torch.equal(flat(one["before"]), flat(other["before"]))
+    assert (flat(one["after"]) - flat(other["after"])).norm() <= 1e-4 * moved
+
+
+def flipped(one: dict[int, Any], other: dict[int, Any]) -> tuple[int, int]:
+    """Choices that differ: beyond 1e-5 of the threshold, and within."""
+    assert one.keys() == other.keys()
+    far = near = 0
+    for sample, first in one.items():
+        differs = first["mask"] != other[sample]["mask"]
+        margin = np.abs(first["student.loss"] - first["reference.loss"] - (first["threshold"] or 0.0))
+        far += int((differs & (margin > 1e-5)).sum())
+        near += int((differs & (margin <= 1e-5)).sum())
+    return far, near
