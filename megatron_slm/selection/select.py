@@ -142,8 +142,9 @@ def _select_sequences(keys: Tensor, valid: Tensor, ratio: float, position: Tenso
         order = keys.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(keys.shape[-1], device=keys.device).expand_as(keys)
     mask = torch.zeros_like(valid).scatter(-1, order, places < k)
-    lowest = keys.gather(-1, order).gather(-1, (k - 1).clamp(min=0))
-    return mask, score_of_key(lowest.clamp(min=0)).where(k > 0, torch.nan).squeeze(-1)
+    # A sum over one key, or over none: a sequence without a position has no entry to pick.
+    lowest = keys.gather(-1, order).masked_fill(places != k - 1, 0).sum(-1)
+    return mask, score_of_key(lowest)
 
 
 def _check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, position: Tensor | None) -> None:
