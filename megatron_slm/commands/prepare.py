@@ -67,6 +67,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers} does no work: give 1 or more")
+    if arguments.train_tokenizer is not None and arguments.train_tokenizer < 1:
+        raise UserError(f"--train-tokenizer {arguments.train_tokenizer} is no vocabulary size: give for instance 8000")
     if arguments.verify:
         return
     if not arguments.input:

@@ -12,33 +12,8 @@ import sentencepiece
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from megatron_slm.errors import UserError
 
-WORDS = [
-    "the",
-    "slope",
-    "of",
-    "a",
-    "line",
-    "is",
-    "rise",
-    "over",
-    "run",
-    "so",
-    "if",
-    "x",
-    "=",
-    "3",
-    "then",
-    "y",
-    "=",
-    "12.5",
-    "and",
-    "f(x)",
-    "returns",
-    "the",
-    "area",
-    "under",
-    "curve",
-]
+PROSE = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) returns the area under curve"
+WORDS = PROSE.split()
 TEXTS = [
     " ".join(WORDS[(i * k + k * k) % len(WORDS)] for k in range(60)) + f"\n\n    if a[{i}] <= {i * 37}:\n\treturn {i}\n"
     for i in range(200)

@@ -1,0 +1,309 @@
+"""Preparing: the same bytes from any number of workers, complete or absent, flat memory, sentences for bad input."""
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_slm.commands import prepare as verb
+from megatron_slm.data import prepare
+from megatron_slm.data.corpus import corpus_tokenizer_path, open_tokens
+from megatron_slm.data.documents import RawDocument, decode_text
+from megatron_slm.data.prepare import prepare_corpus
+from megatron_slm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_slm.errors import UserError
+
+PROSE = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) is the area under a curve"
+WORDS = PROSE.split()
+RUN = """if True:
+    import sys
+    from megatron_slm.data.prepare import prepare_corpus
+    prepare_corpus(sys.argv[3:], sys.argv[1], tokenizer=sys.argv[2])"""
+
+
+def sentence(number: int, length: int = 40) -> str:
+    return " ".join(WORDS[(number * k + k * k + number) % len(WORDS)] for k in range(length))
+
+
+def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+    content = "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def contents(prefix: Path) -> dict[str, bytes]:
+    parts = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
+    parts += sorted(Path(f"{prefix}.tokenizer").iterdir())
+    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in parts}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    train_tokenizer((sentence(i) for i in range(300)), 330, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def word_level(tmp_path_factory) -> str:
+    """A tokenizer so fast that a test of memory can afford much text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder = tmp_path_factory.mktemp("words")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_documents_decode_to_their_text_and_end_with_one_end_token(model, tmp_path):
+    texts = [
+        "first line\n\n  indented </s> second",
+        "",
+        "日本語 🙂 e\u0301",
+        sentence(3),
+        "  ",
+        sentence(5, 20_000),
+        "last\n",
+    ]
+    note = tmp_path / "note.txt"
+    note.write_text("a file is\none document\n", encoding="utf-8")
+    zipped = tmp_path / "zipped.txt.gz"
+    zipped.write_bytes(gzip.compress(b"even zipped"))
+    lines = write_jsonl(tmp_path / "web.v1.jsonl.gz", texts, key="body")
+    corpus = prepare_corpus(
+        [str(lines), str(note), str(zipped)], str(tmp_path / "out" / "web"), tokenizer=model, json_key="body", workers=2
+    )
+    expected = [text for text in texts if text] + ["a file is\none document\n", "even zipped"]
+    tokens, tokenizer = open_tokens(corpus), load_tokenizer(str(corpus_tokenizer_path(corpus)))
+    documents = [tokens[i].tolist() for i in range(len(tokens))]
+    end = tokenizer.eos_token_id
+    assert all(document[-1] == end and end not in document[:-1] for document in documents)
+    assert [tokenizer.decode(document[:-1]) for document in documents] == expected
+    assert corpus.num_bytes == sum(len(text.encode()) for text in expected)
+    assert corpus.num_tokens == sum(map(len, documents))
+    assert corpus.num_documents == len(expected)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"web{suffix}" for suffix in (".bin", ".idx", ".json", ".tokenizer")
+    ]
+
+
+def test_one_and_three_workers_give_the_same_bytes(tmp_path):
+    texts = [sentence(i, 1 + i % 97) for i in range(2000)] + [sentence(9, 30_000)]
+    inputs = [str(write_jsonl(tmp_path / "a.jsonl", texts)), str(write_jsonl(tmp_path / "b.jsonl.gz", texts[:700]))]
+    for workers in (1, 3):
+        prepare_corpus(inputs, str(tmp_path / f"w{workers}" / "web"), train_size=330, workers=workers)
+    assert contents(tmp_path / "w1" / "web") == contents(tmp_path / "w3" / "web")
+
+
+@pytest.mark.parametrize("text", ["no seam to choose" * 40, sentence(7, 4000), "\n\n".join(map(sentence, range(300)))])
+def test_a_long_document_has_the_ids_of_one_pass(model, monkeypatch, text):
+    monkeypatch.setattr(prepare, "_WINDOW", 256)
+    monkeypatch.setattr(prepare, "_OVERLAP", 64)
+    tokenizer = load_tokenizer(model).backend_tokenizer
+    parts = prepare._encode_long(tokenizer, text)
+    assert len(parts) > 1
+    assert list(chain(*parts)) == tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_a_long_document_without_seams_is_encoded_in_one_pass(monkeypatch):
+    from tokenizers import Tokenizer, models
+
+    monkeypatch.setattr(prepare, "_WINDOW", 255)
+    monkeypatch.setattr(prepare, "_OVERLAP", 64)
+    pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))  # where a pair begins depends on where the text does
+    text = "a" * 1000
+    assert list(chain(*prepare._encode_long(pairs, text))) == [1] * 500
+
+
+def peak_memory(inputs: list[str], output: Path, tokenizer: str) -> int:
+    """Prepare in a process of its own; return the most bytes that it and its workers held together."""
+    process = psutil.Popen([sys.executable, "-W", "ignore", "-c", RUN, str(output), tokenizer, *inputs])
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # A child that has not yet replaced its parent's program would count the parent twice.
+            workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
+            peak = max(peak, sum(p.memory_info().rss for p in (process, *workers)))
+        time.sleep(0.05)
+    assert process.returncode == 0
+    return peak
+
+
+def test_memory_does_not_grow_with_the_corpus_or_its_lines(word_level, tmp_path):
+    line, long_line = (json.dumps({"text": f"{'i' * 1000} " * words}) + "\n" for words in (10, 1000))  # 10 kB, 1 MB
+    (tmp_path / "small.jsonl").write_text(line * 1000)
+    (tmp_path / "large.jsonl").write_text(line * 4000 + long_line * 40)
+    small, large = (
+        peak_memory([str(tmp_path / f"{name}.jsonl")], tmp_path / name, word_level) for name in ("small", "large")
+    )
+    assert large < small + 25_000_000  # for 70,000,000 more bytes
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["with-its-workers", "alone"])
+def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, model, tmp_path, whole_group):
+    big = tmp_path / "big.jsonl"
+    big.write_text((json.dumps({"text": "internationalization " * 500}) + "\n") * 5_000)
+    small = write_jsonl(tmp_path / "small.jsonl", [sentence(i) for i in range(50)])
+    output, staging = tmp_path / "out" / "web", tmp_path / "out" / ".web.preparing"
+    process = psutil.Popen(
+        [sys.executable, "-W", "ignore", "-c", RUN, str(output), word_level, str(big)], start_new_session=True
+    )
+    wait_until(lambda: (staging / "web.bin").exists() and (staging / "web.bin").stat().st_size > 0)
+    with pytest.raises(UserError, match="being prepared by another process"):
+        prepare_corpus([str(small)], str(output), tokenizer=model)
+    workers = process.children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL) if whole_group else process.kill()
+    process.wait()
+    wait_until(lambda: not any(worker.is_running() for worker in workers))
+    assert sorted(path.name for path in output.parent.iterdir()) == [".web.preparing"]
+    assert prepare_corpus([str(small)], str(output), tokenizer=model).num_documents == 50
+    assert not staging.exists()
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("renames", range(4))
+def test_an_attempt_killed_while_publishing_is_replaced_by_the_next(model, tmp_path, monkeypatch, renames):
+    small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
+    output = tmp_path / "web"
+    done = iter(range(renames))
+    real = os.replace
+
+    def replace_until_killed(source, target):
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_killed)
+        patch.setattr("shutil.rmtree", lambda path: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus([str(small)], str(output), tokenizer=model)
+    assert not Path(f"{output}.json").exists()
+    assert sum(Path(f"{output}{suffix}").exists() for suffix in (".bin", ".idx", ".tokenizer")) == renames
+    assert prepare_corpus([str(small)], str(output), tokenizer=model).num_documents == 1
+
+
+def test_an_existing_corpus_is_refused_and_left_as_it_is(model, tmp_path):
+    small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
+    prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
+    before = contents(tmp_path / "web")
+    with pytest.raises(UserError, match=r"--output .*web exists .*choose another"):
+        prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
+    assert contents(tmp_path / "web") == before
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".tokenizer"])
+def test_files_that_are_not_ours_are_never_overwritten(model, tmp_path, suffix):
+    small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
+    foreign = tmp_path / f"web{suffix}"
+    foreign.write_bytes(b"foreign")
+    with pytest.raises(UserError, match=rf"would overwrite .*web\{suffix}"):
+        prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
+    assert foreign.read_bytes() == b"foreign"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.jsonl", foreign.name]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not valid JSON"),
+        (b'"text"', "not a JSON object"),
+        (b'{"body": "a"}', r"no key 'text': choose one of \['body'\] with --json-key"),
+        (b'{"text": null}', "no text under 'text'"),
+        (b'{"text": "\xff"}', "not valid UTF-8"),
+        (b'{"text": "\\ud800"}', "not valid UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_file_and_number(line, reason):
+    with pytest.raises(UserError, match=f"^web.jsonl:7 .*{reason}"):
+        decode_text(RawDocument("web.jsonl", 7, line), "text")
+
+
+def test_a_bad_line_found_by_a_worker_ends_the_command_and_leaves_nothing(model, tmp_path):
+    path = write_jsonl(tmp_path / "web.jsonl", [sentence(i) for i in range(600)])
+    path.write_text(path.read_text() + "\n{broken\n")
+    with pytest.raises(UserError, match=r"web\.jsonl:602 is not valid JSON"):
+        prepare_corpus([str(path)], str(tmp_path / "out" / "web"), tokenizer=model, workers=2)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
+def test_input_without_text_is_refused(model, tmp_path, content):
+    (tmp_path / "empty.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"--input .*empty\.jsonl holds no text"):
+        prepare_corpus([str(tmp_path / "empty.jsonl")], str(tmp_path / "web"), tokenizer=model)
+    assert not Path(f"{tmp_path}/web.json").exists()
+
+
+def test_a_missing_input_or_a_cut_gzip_file_is_named(model, tmp_path):
+    with pytest.raises(UserError, match=r"--input .*gone\.jsonl is not a file"):
+        prepare_corpus([str(tmp_path / "gone.jsonl")], str(tmp_path / "web"), tokenizer=model)
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
+    with pytest.raises(UserError, match=r"--input .*cut\.jsonl\.gz cannot be read"):
+        prepare_corpus([str(cut)], str(tmp_path / "web"), tokenizer=model)
+
+
+def command(*arguments: str) -> None:
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    verb.run(parser.parse_args(arguments))
+
+
+def test_the_command_trains_a_tokenizer_prepares_and_verifies(tmp_path):
+    path = write_jsonl(tmp_path / "web.jsonl", [sentence(i) for i in range(300)])
+    output = str(tmp_path / "web")
+    command("--input", str(path), "--train-tokenizer", "330", "--output", output, "--workers", "1")
+    assert len(load_tokenizer(output + ".tokenizer")) == 330
+    command("--output", output, "--verify")
+    with open(output + ".bin", "r+b") as stream:
+        first = stream.read(1)
+        stream.seek(0)
+        stream.write(bytes([first[0] ^ 1]))
+    with pytest.raises(UserError, match=r"web\.bin has changed"):
+        command("--output", output, "--verify")
+
+
+def test_verify_finds_another_tokenizer(model, word_level, tmp_path):
+    small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
+    corpus = prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
+    load_tokenizer(word_level).save_pretrained(corpus_tokenizer_path(corpus))
+    with pytest.raises(UserError, match=r"web\.tokenizer is not the tokenizer"):
+        prepare.verify_corpus(corpus.prefix)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--output", "x"], "--input is missing"),
+        (["--output", "x", "--input", "a.txt"], "no tokenizer is given"),
+        (["--output", "x", "--input", "a.txt", "--tokenizer", "t", "--workers", "0"], "--workers 0"),
+        (["--output", "x", "--input", "a.txt", "--train-tokenizer", "0"], "--train-tokenizer 0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        command(*arguments)
+
+
+def test_help_needs_no_heavy_import():
+    program = "import sys, megatron_slm.commands.prepare; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"
