@@ -185,7 +185,11 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
 
 def _require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
     """Losses of two models compare token by token only if their tokens are the same."""
-    if tokenizer_fingerprint(load_tokenizer(path)) != fingerprint:
+    try:
+        found = tokenizer_fingerprint(load_tokenizer(path))
+    except UserError as error:
+        raise UserError(f"{setting}.path is '{path}', which has no tokenizer that can be read: {error}") from error
+    if found != fingerprint:
         raise UserError(
             f"{setting}.path is '{path}', whose tokenizer is not that of data.train: "
             "prepare the corpora with this tokenizer, or use a model that has the corpora's."

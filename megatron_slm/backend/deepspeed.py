@@ -138,12 +138,13 @@ class DeepSpeedEngine:
         return Update(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
 
     def _step_unpartitioned(self) -> Update:
-        """Stage 0 neither reports the norm nor skips a non-finite gradient, so both are done here."""
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        norm = float(nn.utils.get_total_norm(gradients))
+        """Stage 0 neither reports the norm nor skips a gradient that is not finite, so both are done here."""
+        gradients = [deepspeed.utils.safe_get_full_grad(p) for p in self._engine.module.parameters()]
+        norm = float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
         applied = norm < float("inf")
         if not applied:
             self._engine.optimizer.zero_grad(set_to_none=True)
+            self._engine.set_gradient_accumulation_boundary(False)
         self._engine.step()
         return Update(applied, norm)
 

@@ -1,0 +1,196 @@
+"""What users get wrong: each a sentence that names the setting, exit status 2, no traceback, nothing lost."""
+
+import io
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_slm.__main__ import main
+from megatron_slm.dist import World, disconnect
+from tests.gloo import run_ranks
+from tests.runs import config_tree, megatron_slm, train_in_process, write_config, write_text
+
+
+def command_line(_: World, *arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of a command, in a process that has imported everything already."""
+    disconnect()
+    heard = io.StringIO()
+    with redirect_stderr(heard):
+        try:
+            main(list(arguments))
+        except SystemExit as end:
+            return int(end.code or 0), heard.getvalue()
+    return 0, heard.getvalue()
+
+
+def refused(*arguments: str) -> str:
+    """The sentence with which a command refuses."""
+    status, heard = run_ranks(command_line, 1, *arguments)[0]
+    sentence = heard.splitlines()[-1]
+    assert status == 2, heard
+    assert sentence.startswith(f"megatron-slm {arguments[0]}: error: ")
+    assert "Traceback" not in heard
+    return sentence.partition("error: ")[2]
+
+
+SETTINGS = {
+    "an unknown key": ("selection.ratoi=0.5", "selection.ratoi is not a setting: did you mean selection.ratio?"),
+    "an unknown group": ("optimiser.lr=1", "optimiser is not a setting"),
+    "a wrong type": ("training.lr=fast", "training.lr is 'fast'"),
+    "a fractional count": ("training.micro_batch_size=1.5", "training.micro_batch_size is 1.5"),
+    "a value where a group belongs": ("training=7", "training must be a group of settings"),
+    "a ratio above one": ("selection.ratio=1.2", "selection.ratio is 1.2"),
+    "a ratio of zero": ("selection.ratio=0", "selection.ratio is 0"),
+    "an unknown scope": ("selection.scope=node", "selection.scope is 'node'"),
+    "an unknown objective": ("objective=mlm", "objective is 'mlm'"),
+    "a batch that cannot be dealt": ("training.micro_batch_size=3", "training.global_batch_size is 8, not a multiple"),
+    "a negative interval": ("training.save_interval=-5", "training.save_interval is -5"),
+    "both lengths": ("training.train_epochs=2", "either train_tokens or train_epochs"),
+    "a minimum above the peak": ("training.min_lr=1", "training.min_lr is 1"),
+    "a weight without its corpus": ("data.train=[0.7]", "data.train is [0.7]"),
+    "a negative weight": ("data.train=[-1, a, 2, b]", "with weights above 0"),
+    "an empty blend": ("data.train=[]", "data.train is []"),
+    "a corpus that is not there": ("data.train=/nowhere/web", "/nowhere/web"),
+    "DeepSpeed's batch size": ("deepspeed.train_batch_size=8", "use training.global_batch_size"),
+    "DeepSpeed's optimizer": ("deepspeed.optimizer={type: Adam}", "deepspeed.optimizer is set by this system"),
+    "a score that does not exist": ("selection.score=surprise", "selection.score is 'surprise'"),
+    "a score that cannot be imported": ("selection.score=nowhere:found", "cannot be imported"),
+    "no reference": ("reference=null", "needs a reference model"),
+    "a reference that is not there": ("reference.path=/nowhere/model", "reference.path"),
+    "an unknown model type": ("model.config.model_type=llamma", "model.config is not"),
+    "no model": ("model={config: {}}", "model"),
+    "a vocabulary that is too small": ("model.config.vocab_size=10", "10 vocabulary entries"),
+    "dropout": ("model.config.attention_dropout=0.1", "set model.config.attention_dropout=0"),
+    "an override without a value": ("training.lr", "must look like a.b=c"),
+}
+
+
+@pytest.mark.parametrize("mistake", SETTINGS)
+def test_a_wrong_setting_is_named(corpora: Path, tmp_path: Path, mistake: str) -> None:
+    override, expected = SETTINGS[mistake]
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    assert expected in refused("train", str(config), override)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "nowhere.yaml cannot be read" in refused("train", str(tmp_path / "nowhere.yaml"))
+
+
+def test_a_configuration_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("a: [1,")
+    assert "is not YAML" in refused("train", str(tmp_path / "run.yaml"))
+
+
+def truncate(folder: Path) -> None:
+    tokens = folder / "web.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-8])
+
+
+def garble(folder: Path) -> None:
+    (folder / "web.idx").write_bytes(b"not an index" * 100)
+
+
+def forget_description(folder: Path) -> None:
+    (folder / "web.json").unlink()
+
+
+def use_another_tokenizer(folder: Path) -> None:
+    shutil.rmtree(folder / "reference")
+    shutil.copytree(folder / "other.tokenizer", folder / "reference")
+
+
+def blend_another_tokenizer(folder: Path) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"other{suffix}", folder / f"books{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (truncate, "web.bin"),
+        (garble, "web.idx"),
+        (forget_description, "web.json"),
+        (use_another_tokenizer, "whose tokenizer is not that of data.train"),
+        (blend_another_tokenizer, "different tokenizers"),
+    ],
+)
+def test_a_damaged_input_is_named(corpora: Path, tmp_path: Path, damage: Callable[[Path], None], expected: str) -> None:
+    copy = tmp_path / "corpora"
+    shutil.copytree(corpora, copy)
+    damage(copy)
+    config = write_config(tmp_path / "run.yaml", config_tree(copy, tmp_path / "run"))
+    assert expected in refused("train", str(config))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".txt"}
+
+
+@pytest.fixture(scope="module")
+def finished(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(corpora, folder / "corpora")
+    tree = config_tree(folder / "corpora", folder / "run", stage=0, train_tokens=2 * 8 * 32)
+    run_ranks(train_in_process, 1, tree)
+    return folder, tree
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.lr=1.0e-2", "training.lr was 0.001 and is now 0.01"),
+        ("seed=5", "seed was 1234 and is now 5"),
+        ("data.order_tokens=99999", "data.order_tokens was 512 and is now 99999"),
+        ("training.global_batch_size=16", "training.global_batch_size was 8 and is now 16"),
+        ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.stage was 0 and is now 2"),
+    ],
+)
+def test_a_run_folder_refuses_another_configuration(
+    finished: tuple[Path, dict[str, Any]], override: str, expected: str
+) -> None:
+    folder, tree = finished
+    before = snapshot(folder / "run")
+    assert expected in refused("train", str(write_config(folder / "run.yaml", tree)), override)
+    assert snapshot(folder / "run") == before
+
+
+def test_a_run_folder_refuses_other_tokens_under_the_same_name(finished: tuple[Path, dict[str, Any]]) -> None:
+    from megatron_slm.data.prepare import prepare_corpus
+
+    folder, tree = finished
+    before = snapshot(folder / "run" / "checkpoints")
+    for path in (folder / "corpora").glob("books.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = str(write_text(folder / "books.jsonl", 60, seed=99))
+    prepare_corpus([text], str(folder / "corpora" / "books"), tokenizer=str(folder / "corpora" / "web.tokenizer"))
+    assert "would change the order of samples" in refused("train", str(write_config(folder / "run.yaml", tree)))
+    assert snapshot(folder / "run" / "checkpoints") == before
+
+
+def test_a_run_folder_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    assert "run_dir is" in refused("train", str(config))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+    assert "holds no config.yaml" in refused("export", str(tmp_path), str(tmp_path / "out"))
+    run = str(finished[0] / "run")
+    assert "no checkpoint of step 7" in refused("export", run, str(tmp_path / "out"), "--checkpoint", "7")
+    (tmp_path / "mine").mkdir()
+    assert "which exists" in refused("export", run, str(tmp_path / "mine"))
+
+
+def test_two_ranks_say_it_once(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run") | {"reference": {"path": "/nowhere/model"}}
+    ended = megatron_slm("train", str(write_config(tmp_path / "run.yaml", tree)), ranks=2)
+    assert ended.returncode != 0
+    assert ended.stderr.count("megatron-slm train: error: reference.path is '/nowhere/model'") == 1
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == tree

@@ -1,0 +1,148 @@
+"""A run that was killed goes on as if it had not been."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.dist import World
+from tests.gloo import RankError, run_ranks
+from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records, train_in_process, write_config
+
+DEADLY = {"score": "tests.end_to_end.deadly:excess_until_killed"}
+CALLS_TO_STEP_13 = 2 * 12 + 1
+"""The first of two micro-steps of step 13: killed inside an accumulation, three steps after a checkpoint."""
+
+
+def train_deadly(world: World, tree: dict[str, Any], mark: str) -> dict[str, Any]:
+    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_13)}
+    return train_in_process(world, tree)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 1)])
+def test_a_killed_run_resumes_bitwise_from_the_command_line(
+    corpora: Path, tmp_path: Path, stage: int, ranks: int
+) -> None:
+    whole, killed = (config_tree(corpora, tmp_path / name, stage) | {"selection": DEADLY} for name in ("a", "b"))
+    for tree in (whole, killed):
+        tree["training"]["micro_batch_size"] = 4 // ranks
+    environment = {"DEADLY_MARK": str(tmp_path / "mark"), "DEADLY_CALL": str(CALLS_TO_STEP_13)}
+    config = str(write_config(tmp_path / "b.yaml", killed))
+    first = megatron_slm("train", config, ranks=ranks, **environment)
+    assert first.returncode != 0 and (tmp_path / "mark").exists()
+    assert max(record["step"] for record in records(tmp_path / "b")) == 12
+    second = megatron_slm("train", config, ranks=ranks, **environment)
+    assert second.returncode == 0, second.stderr
+    assert [record["step"] for record in records(tmp_path / "b")] == list(range(1, 21))
+    run_ranks(train_deadly, ranks, whole, environment["DEADLY_MARK"])
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_killed_run_resumes_bitwise_at_the_other_stages(corpora: Path, tmp_path: Path, stage: int) -> None:
+    whole, killed = (config_tree(corpora, tmp_path / name, stage) | {"selection": DEADLY} for name in ("a", "b"))
+    mark = str(tmp_path / "mark")
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(train_deadly, 2, killed, mark)
+    run_ranks(train_deadly, 2, killed, mark)
+    run_ranks(train_deadly, 2, whole, mark)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+
+
+def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -> None:
+    """Die in the second checkpoint, on rank 0, at one of the moments that publishing passes through."""
+    from megatron_slm.training import checkpoints
+
+    owner, name = {
+        "while the backend writes": (os, "fsync"),
+        "before the manifest": (checkpoints, "_write"),
+        "before the folder is renamed": (Path, "rename"),
+        "before latest is replaced": (Path, "replace"),
+        "before old checkpoints are removed": (shutil, "rmtree"),
+    }[moment]
+    original = getattr(owner, name)
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        folder = Path(tree["run_dir"]) / "checkpoints"
+        second = any(folder.glob("*step_00000020"))
+        third_name = name == "replace" and "latest" not in str(args[0])
+        if world.is_main and second and not third_name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+    train_in_process(world, tree)
+
+
+@pytest.mark.parametrize(
+    ("moment", "survivor"),
+    [
+        ("while the backend writes", 10),
+        ("before the manifest", 10),
+        ("before the folder is renamed", 10),
+        ("before latest is replaced", 10),
+        ("before old checkpoints are removed", 20),
+    ],
+)
+def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
+    corpora: Path, tmp_path: Path, moment: str, survivor: int
+) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=2, keep_checkpoints=1)
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(train_killed_while_saving, 2, tree, moment)
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert latest.read_text() == f"step_{survivor:08d}"
+    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 20
+    assert latest.read_text() == "step_00000020"
+    assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 21))
+    assert not list(latest.parent.glob(".writing-*"))
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=0)
+    run_ranks(train_in_process, 1, tree)
+    weights = next((tmp_path / "run" / "checkpoints" / "step_00000020").rglob("*model_states.pt"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert run_ranks(train_in_process, 1, tree)[0]["step"] == 20
+    assert "is damaged" in (tmp_path / "run" / "log-rank0000.txt").read_text()
+
+
+def test_data_and_selection_go_on_at_another_number_of_ranks(corpora: Path, tmp_path: Path) -> None:
+    """Stage 0 keeps whole weights, so its runs show it: 10 steps on 2 ranks and 10 on 1 are 20 on 1."""
+    one, other = (config_tree(corpora, tmp_path / name, stage=0) for name in ("a", "b"))
+    one["training"]["micro_batch_size"] = 4
+    run_ranks(train_in_process, 1, one)
+    run_ranks(train_half, 2, other)
+    other["training"]["micro_batch_size"] = 4
+    run_ranks(train_in_process, 1, other)
+    for first, second in zip(records(tmp_path / "a"), records(tmp_path / "b"), strict=True):
+        assert first["consumed_samples"] == second["consumed_samples"]
+        assert first["consumed_selected_tokens"] == second["consumed_selected_tokens"]
+        assert first["loss/all"] == pytest.approx(second["loss/all"], abs=1e-4)
+        assert first["loss/reference"] == pytest.approx(second["loss/reference"], abs=1e-5)
+
+
+def train_half(world: World, tree: dict[str, Any]) -> None:
+    """Stop after the checkpoint of step 10."""
+    from megatron_slm.build import build_run
+    from megatron_slm.config import parse_config
+
+    run = build_run(parse_config(tree), world)
+    original = run.trainer._run_step
+
+    def stop(state: Any) -> None:
+        if state.step == 10:
+            raise KeyboardInterrupt
+        original(state)
+
+    run.trainer._run_step = stop  # type: ignore[method-assign]
+    try:
+        run.trainer.fit(run.state)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run went past step 10")
