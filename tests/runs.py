@@ -13,7 +13,7 @@ import yaml
 
 from megatron_slm.dist import World
 
-WORDS = ["the", "a", "of", "number", "sum", "proof", "table", "river", "answer", "is", "equals", "plus", "minus", "and", "then", "therefore", "seven", "prime", "set"]
+WORDS = "the a of number sum proof table river answer is equals plus minus and then therefore seven prime set".split()  # noqa: SIM905
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,

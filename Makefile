@@ -1,0 +1,38 @@
+# Two commands: `make demo` shows the method on real text, `make test` passes the tests.
+# PyTorch comes first: anything that depends on it would otherwise pull a build with gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PYTHON ?= python3
+DATA ?= $(SLM_DATA)
+
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: install test test-all lint demo clean
+
+install: $(STAMP)
+
+$(STAMP): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(RUN)/python -m pip install --quiet --editable ".[dev]"
+	touch $(STAMP)
+
+lint: $(STAMP)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+test: lint
+	$(RUN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(RUN)/python -m pip install --quiet --editable ".[dev,slow]"
+	$(RUN)/python -m pytest
+
+demo: $(STAMP)
+	$(RUN)/python tools/demo.py --output demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
