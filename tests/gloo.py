@@ -6,6 +6,7 @@ server, which has imported them and done nothing else.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -33,7 +34,7 @@ PRELOADED = [
     "pytest",
     "hypothesis.strategies",
     "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "mistral", "qwen3")),
     "megatron_slm.backend.deepspeed",
     "megatron_slm.models.causal_lm",
     "megatron_slm.build",
@@ -113,6 +114,8 @@ def _answers(processes: list[BaseProcess], connections: list[Connection], deadli
 
 def _rank(rank: int, world_size: int, folder: str, timeout: float, connection: Connection, call: bytes) -> None:
     """The life of one process: join the others, do the work, answer, and wait to be killed."""
+    # DeepSpeed collects garbage at start, which would copy every page that is shared with the server.
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A rank that hangs says where before it is killed, and does not outlive a test run that was itself killed.
     faulthandler.dump_traceback_later(0.9 * timeout)
