@@ -181,29 +181,29 @@ def _encode(encoding: Encoding, documents: list[RawDocument]) -> Encoded:
         parts = [next(encoded).ids] if len(text) <= _WINDOW else _encode_long(tokenizer, text)
         count = sum(map(len, parts))
         if count:
-            pieces += [*(np.array(part, dtype=encoding.dtype) for part in parts), end]
+            pieces += [*(np.asarray(part, dtype=encoding.dtype) for part in parts), end]
             lengths.append(count + 1)
             num_bytes += len(text.encode())
     return Encoded(np.concatenate(pieces) if pieces else end[:0], lengths, num_bytes)
 
 
-def _encode_long(tokenizer: "Tokenizer", text: str) -> list[list[int]]:
+def _encode_long(tokenizer: "Tokenizer", text: str) -> list[array]:
     """Encode a long text in overlapping windows: the ids of one pass, without its memory.
 
     Where two windows disagree on the tokens that begin just after their seam, the text has no
     place to cut, and it is encoded in one pass after all.
     """
-    parts: list[list[int]] = []
+    parts: list[array] = []
     expected: list[tuple[int, int]] | None = None  # (first character, id) after the seam, as the last window saw it
     for start in range(0, len(text), _WINDOW):
         low = max(0, start - _OVERLAP)
         encoding = tokenizer.encode(text[low : start + _WINDOW + _OVERLAP], add_special_tokens=False)
-        begins = [low + begin for begin, _ in encoding.offsets]
+        ids, begins = encoding.ids, [low + begin for begin, _ in encoding.offsets]
         first, last = bisect_left(begins, start), bisect_left(begins, start + _WINDOW)
-        if expected is not None and expected != _after(begins, encoding.ids, first, start):
-            return [tokenizer.encode(text, add_special_tokens=False).ids]
-        expected = _after(begins, encoding.ids, last, start + _WINDOW)
-        parts.append(encoding.ids[first:last])
+        if expected is not None and expected != _after(begins, ids, first, start):
+            return [array("i", tokenizer.encode(text, add_special_tokens=False).ids)]
+        expected = _after(begins, ids, last, start + _WINDOW)
+        parts.append(array("i", ids[first:last]))  # a ninth of a list's memory
     return parts
 
 
