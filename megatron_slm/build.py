@@ -166,6 +166,7 @@ def _objective(config: Config, world: World) -> Objective:
 
 
 def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
+    """The student's Hugging Face configuration, with the corpora's vocabulary and without dropout under SLM."""
     tokenizer = corpora.tokenizer
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special_ids = {name: getattr(tokenizer, name) for name in names}

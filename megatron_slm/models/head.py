@@ -1,12 +1,14 @@
 """The language-model head and its cross-entropy, without ever holding the logits.
 
-Suffixes: N tokens, D hidden size, V vocabulary, C the tokens of one chunk.
+Suffixes: N tokens, R those that count, D hidden size, V vocabulary, C one chunk: of tokens in the
+forward, of the vocabulary in the backward.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 1 << 27
 """Size of one chunk of logits in float32: 256 tokens at a vocabulary of 128k."""
@@ -47,27 +49,34 @@ class TokenLoss(torch.autograd.Function):
         return loss_N, entropy_N
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, labels_N, lse_N = ctx.saved_tensors
         upstream_N = upstream[0].masked_fill(labels_N < 0, 0.0)
-        # Zeroed and summed in float32: a weight gradient in bf16 would lose bits with every chunk.
-        grad_hidden_ND = torch.zeros_like(hidden_ND)
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=lse_N.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=lse_N.dtype) if bias_V is not None else None
-        for rows_C in upstream_N.nonzero().squeeze(-1).split(ctx.chunk):
-            hidden_CD = hidden_ND[rows_C]
-            grad_logits_CV = _logits(hidden_CD, weight_VD, bias_V, lse_N.dtype)
-            grad_logits_CV.sub_(lse_N[rows_C, None]).exp_()
-            grad_logits_CV[torch.arange(len(rows_C), device=rows_C.device), labels_N[rows_C]] -= 1
-            grad_logits_CV.mul_(upstream_N[rows_C, None])
+        rows_R = upstream_N.nonzero().squeeze(-1)
+        hidden_RD, labels_R1, upstream_R1 = hidden_ND[rows_R], labels_N[rows_R, None], upstream_N[rows_R, None]
+        # Chunks of the vocabulary, now that the normaliser is known: each chunk finishes its rows of the weight
+        # gradient in one product, where chunks of tokens would need a float32 sum as large as the weight.
+        grad_hidden_RD = torch.zeros_like(hidden_RD, dtype=lse_N.dtype)
+        grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
+        grad_bias_V = torch.empty_like(bias_V) if bias_V is not None else None
+        vocabulary = len(weight_VD)
+        width = max(1, ctx.chunk * vocabulary // max(1, len(rows_R)))
+        for start in range(0, vocabulary, width):
+            part = slice(start, start + width)
+            weight_CD, bias_C = weight_VD[part], None if bias_V is None else bias_V[part]
+            grad_logits_RC = _logits(hidden_RD, weight_CD, bias_C, lse_N.dtype)
+            grad_logits_RC.sub_(lse_N[rows_R, None]).exp_()
+            _subtract_one_at(grad_logits_RC, labels_R1 - start)
+            grad_logits_RC.mul_(upstream_R1)
             if grad_bias_V is not None:
-                grad_bias_V += grad_logits_CV.sum(0)
-            grad_logits_CV = grad_logits_CV.to(hidden_ND.dtype)
-            grad_hidden_ND[rows_C] = grad_logits_CV @ weight_VD
+                grad_bias_V[part] = grad_logits_RC.sum(0)
+            grad_logits_RC = grad_logits_RC.to(hidden_ND.dtype)
+            grad_hidden_RD += grad_logits_RC @ weight_CD
             if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, grad_logits_CV.T, hidden_CD)
-        grads = (grad_hidden_ND, _like(grad_weight_VD, weight_VD), _like(grad_bias_V, bias_V))
-        return *grads, None, None, None
+                torch.mm(grad_logits_RC.T, hidden_RD, out=grad_weight_VD[part])
+        grad_hidden_ND = torch.zeros_like(hidden_ND).index_copy_(0, rows_R, grad_hidden_RD.to(hidden_ND.dtype))
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
 
 
 def token_loss(
@@ -107,12 +116,8 @@ def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
     return lse_C - probability_CV.mul_(logits_CV).sum(-1)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(left @ right)
-
-
-def _like(gradient: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-    return None if gradient is None or parameter is None else gradient.to(parameter.dtype)
+def _subtract_one_at(grad_logits_RC: Tensor, column_R1: Tensor) -> None:
+    """From one column of each row, if it lies in this chunk."""
+    inside_R1 = (column_R1 >= 0) & (column_R1 < grad_logits_RC.shape[1])
+    column_R1 = column_R1.masked_fill(~inside_R1, 0)
+    grad_logits_RC.scatter_add_(1, column_R1, -inside_R1.to(grad_logits_RC.dtype))

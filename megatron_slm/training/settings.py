@@ -13,6 +13,8 @@ class TrainingSettings:
     warmup_tokens             linear warm-up from 0
     schedule                  cosine, linear or constant after the warm-up
     weight_decay              not on norms, biases and embeddings
+    adam_beta1, adam_beta2, adam_eps
+                              of AdamW
     clip_grad                 largest gradient norm; 0 for none
     precision                 bf16 or fp32; default: bf16 on CUDA, fp32 on CPU
     log_interval              steps between records in metrics.jsonl

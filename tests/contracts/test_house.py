@@ -1,0 +1,126 @@
+"""The house as its plan draws it: who imports whom, how long things are, what may not occur."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_slm"
+LEAVES = {"errors", "types", "dist", "backend"}
+MAY_IMPORT = {
+    "errors": set(),
+    "types": set(),
+    "dist": {"errors"},
+    "backend": {"dist", "errors"},
+    # Pure torch, for anyone's loop; so whoever makes a loss may use it.
+    "selection": set(),
+    "data": LEAVES - {"backend"},
+    "models": LEAVES | {"selection"},
+    "signals": LEAVES | {"models"},
+    "training": LEAVES | {"data", "models", "signals", "selection"},
+    "config": {"errors", "data", "models", "signals", "selection", "training"},
+    "run_folder": {"config", "dist", "errors"},
+    "build": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
+    "commands": LEAVES | {"config", "run_folder", "build", "data", "models", "training"},
+    "__main__": {"errors", "__init__"},
+    "__init__": {"selection"},
+}
+HEAVY = ("torch", "transformers", "deepspeed", "megatron.core", "numpy", "sentencepiece", "tokenizers")
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part(path: Path) -> str:
+    """The first level of the house that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield f"{node.module}"
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_data_flows_one_way(path: Path) -> None:
+    for name in imports(path):
+        if name.split(".")[0] != "megatron_slm":
+            continue
+        imported = name.split(".")[1] if "." in name else "__init__"
+        assert imported == part(path) or imported in MAY_IMPORT[part(path)], f"{part(path)} imports {name}"
+
+
+def test_deepspeed_is_imported_in_one_file() -> None:
+    importers = {path for path in sources() if any(name.split(".")[0] == "deepspeed" for name in imports(path))}
+    assert importers == {PACKAGE / "backend" / "deepspeed.py"}
+
+
+def test_only_commands_import_the_composition_root() -> None:
+    importers = {part(path) for path in sources() if "megatron_slm.build" in imports(path)}
+    assert importers == {"commands"}
+
+
+def test_settings_import_nothing_heavy() -> None:
+    program = f"import megatron_slm.config, sys; print([n for n in {HEAVY} if n in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_selection_core_needs_torch_alone() -> None:
+    program = (
+        "import sys, torch; before = set(sys.modules); from megatron_slm.selection import select_tokens;"
+        "new = {n.split('.')[0] for n in set(sys.modules) - before} - set(sys.stdlib_module_names);"
+        "print(sorted(n for n in new if n not in ('torch', 'megatron_slm')))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_no_function_is_longer_than_sixty_lines_and_no_file_than_four_hundred() -> None:
+    long = [f"{p}:{f.name}" for p in sources() for f in functions(p) if (f.end_lineno or 0) - f.lineno >= 60]
+    assert not long
+    assert not [str(path) for path in sources() if path.read_text().count("\n") > 400]
+
+
+def test_every_argument_has_a_type() -> None:
+    bare = [
+        f"{path}:{function.name}:{argument.arg}"
+        for path in sources()
+        for function in functions(path)
+        for argument in [*function.args.args, *function.args.kwonlyargs, *function.args.posonlyargs]
+        if argument.annotation is None and argument.arg not in ("self", "cls")
+    ]
+    assert not bare
+
+
+def test_nothing_prints_or_names_a_device_by_hand() -> None:
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert getattr(node.func, "id", "") != "print", path
+                assert getattr(node.func, "attr", "") != "cuda", path
+
+
+def test_every_public_function_says_what_it_does() -> None:
+    silent = [
+        f"{path}:{node.name}"
+        for path in sources()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if ast.get_docstring(node) is None
+    ]
+    assert not silent
