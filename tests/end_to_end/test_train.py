@@ -103,7 +103,7 @@ def evaluate(world: World, corpora: str) -> dict[str, Any]:
     case = Case(model=TINY_LLAMA | {"vocab_size": 300})
     backend = make_backend(world, case)
     engine = backend.frozen_engine(make_student(backend, case)[0], shard=True)
-    stream = EvaluationStream(open_corpus(f"{corpora}/held_out"), 32, eod=2, reset_attention=False)
+    stream = EvaluationStream(open_corpus(f"{corpora}/held_out"), 32, eod=1, reset_attention=False)
     return Evaluator(engine, {"held_out": stream}, 4, world).evaluate()
 
 

@@ -1,0 +1,174 @@
+"""The order of samples and how it is dealt: arithmetic on real token files."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_slm.data.corpus import open_corpus, unique_names
+from megatron_slm.data.loader import StepLoader, accumulation_steps
+from megatron_slm.data.samples import Samples, build_samples
+from megatron_slm.data.settings import DataSettings
+from megatron_slm.dist import World, launcher_variables
+from megatron_slm.errors import UserError
+from tests.gloo import run_ranks
+
+T = 32
+EOD = 1  # of the tokenizer that tests/runs.py trains
+
+
+def build(
+    world: World, folder: str, cache: str, train: list[str | float], order_tokens: int, total: int, split: str | None
+) -> Samples:
+    settings = DataSettings(train=[f"{folder}/{entry}" if isinstance(entry, str) else entry for entry in train])
+    settings = replace(settings, seq_length=T, split=split)
+    corpora = [open_corpus(f"{folder}/{entry}") for entry in train if isinstance(entry, str)]
+    return build_samples(
+        settings, corpora, seed=3, order_tokens=order_tokens, total_samples=total, cache=Path(cache), world=world
+    )
+
+
+def samples_of(world: World, *args: Any, split: str | None = None) -> dict[str, Any]:
+    samples = build(world, *args, split)
+    return {"fingerprint": samples.fingerprint, "samples": [samples[n] for n in range(len(samples))]}
+
+
+@pytest.fixture(scope="module")
+def blend(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """200 samples of web and books at 3 to 1, in cycles of 100."""
+    cache = tmp_path_factory.mktemp("cache")
+    train = [0.75, "web", 0.25, "books"]
+    return run_ranks(samples_of, 1, str(corpora), str(cache), train, 100 * T, 200)[0] | {"cache": str(cache)}
+
+
+def test_every_token_is_found_at_its_offset_in_its_source(corpora: Path, blend: dict) -> None:
+    streams = [np.fromfile(corpora / f"{name}.bin", dtype=np.uint16) for name in ("web", "books")]
+    assert all(stream[-1] == EOD for stream in streams)
+    for sample in blend["samples"]:
+        assert sample.text.shape == sample.offset.shape == (T + 1,)
+        assert (streams[sample.source][sample.offset] == sample.text).all()
+
+
+def test_positions_restart_where_documents_do(blend: dict) -> None:
+    for sample in blend["samples"]:
+        starts = np.flatnonzero(sample.text[:-1] == EOD) + 1
+        assert (sample.position[starts] == 0).all() and sample.position[0] == 0
+        assert np.flatnonzero(sample.position == 0).tolist() == [0, *starts]
+        steps = np.diff(sample.position)
+        assert ((steps == 1) | (sample.position[1:] == 0)).all()
+
+
+def test_the_blend_has_its_weights(blend: dict) -> None:
+    shares = np.mean([sample.source for sample in blend["samples"][:100]])
+    assert shares == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_second_cycle_is_another_order_of_the_same_length(blend: dict) -> None:
+    assert len(blend["samples"]) == 200
+    first, second = ([s.offset[0] for s in part] for part in (blend["samples"][:100], blend["samples"][100:]))
+    assert first != second
+
+
+def test_a_longer_run_begins_with_the_same_samples(corpora: Path, blend: dict) -> None:
+    train = [0.75, "web", 0.25, "books"]
+    longer = run_ranks(samples_of, 1, str(corpora), blend["cache"], train, 100 * T, 300)[0]
+    assert longer["fingerprint"] == blend["fingerprint"]
+    for one, other in zip(blend["samples"], longer["samples"], strict=False):
+        assert (one.text == other.text).all() and (one.offset == other.offset).all()
+
+
+def test_two_ranks_and_a_cold_cache_read_the_same_order(corpora: Path, tmp_path: Path, blend: dict) -> None:
+    """Weights are normalised: 3 to 1 is 0.75 to 0.25, although the fingerprint is another."""
+    train = [3.0, "web", 1.0, "books"]
+    for found in run_ranks(samples_of, 2, str(corpora), str(tmp_path), train, 100 * T, 100):
+        for one, other in zip(found["samples"], blend["samples"], strict=False):
+            assert (one.text == other.text).all()
+
+
+def test_a_cache_that_was_left_unfinished_is_built_again(corpora: Path, tmp_path: Path, blend: dict) -> None:
+    train = [0.75, "web", 0.25, "books"]
+    args = (str(corpora), str(tmp_path), train, 100 * T, 100)
+    run_ranks(samples_of, 1, *args)
+    folder = next(tmp_path.iterdir())
+    (folder / "complete").unlink()
+    for index in folder.glob("*.npy"):
+        index.write_bytes(index.read_bytes()[:50])
+    for one, other in zip(run_ranks(samples_of, 1, *args)[0]["samples"], blend["samples"], strict=False):
+        assert (one.text == other.text).all()
+
+
+def test_a_split_keeps_to_its_documents(corpora: Path, tmp_path: Path) -> None:
+    first = run_ranks(partial(samples_of, split="25,75,0"), 1, str(corpora), str(tmp_path), ["web"], 400 * T, 400)[0]
+    corpus = open_corpus(str(corpora / "web"))
+    assert 0 < max(int(s.offset.max()) for s in first["samples"]) < 0.35 * corpus.num_tokens
+    assert {sample.source for sample in first["samples"]} == {0}
+
+
+def test_corpora_without_weights_count_by_their_tokens(corpora: Path, tmp_path: Path) -> None:
+    found = run_ranks(samples_of, 1, str(corpora), str(tmp_path), ["web", "books"], 400 * T, 400)[0]
+    sizes = [open_corpus(str(corpora / name)).num_tokens for name in ("web", "books")]
+    share = np.mean([sample.source for sample in found["samples"]])
+    assert share == pytest.approx(sizes[1] / sum(sizes), abs=0.02)
+
+
+class Numbered:
+    """Sample n is full of n."""
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, ordinal: int) -> object:
+        from megatron_slm.data.samples import Sample
+
+        return Sample(np.full(T + 1, ordinal), np.arange(T + 1), np.arange(T + 1), 0)
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 12), (1, 4), (2, 3), (3, 2), (4, 1)])
+def test_samples_are_dealt_in_runs_of_the_micro_batch(ranks: int, micro_batch_size: int) -> None:
+    dealt: list[list[list[int]]] = []
+    for rank in range(ranks):
+        world = World(rank, ranks, rank, torch.device("cpu"))
+        batches = StepLoader(Numbered(), micro_batch_size, 12, False, world).take(24)
+        dealt.append([batch.tokens_BT[:, 0].tolist() for batch in batches])
+    in_order = [n for micro_step in zip(*dealt, strict=True) for share in micro_step for n in share]
+    assert in_order == list(range(24, 36))
+    for share in (share for rank in dealt for share in rank):
+        assert share == list(range(share[0], share[0] + micro_batch_size))
+
+
+def test_seeking_gives_what_reading_through_gives() -> None:
+    world = World(0, 1, 0, torch.device("cpu"))
+    through = StepLoader(Numbered(), 2, 4, False, world)
+    for consumed in (0, 4, 8):
+        read = through.take(consumed)
+    sought = StepLoader(Numbered(), 2, 4, False, world).take(8)
+    assert (
+        [b.sample_index_B.tolist() for b in read] == [b.sample_index_B.tolist() for b in sought] == [[8, 9], [10, 11]]
+    )
+
+
+def test_a_batch_that_cannot_be_dealt_names_the_settings() -> None:
+    assert accumulation_steps(24, 3, 4) == 2
+    with pytest.raises(UserError, match=r"training.global_batch_size is 10, not a multiple.* multiple of 12"):
+        accumulation_steps(10, 3, 4)
+
+
+def test_repeated_names_are_made_unique() -> None:
+    names = unique_names(["a/web", "b/web", "c/books", "d/web"])
+    assert len(set(names)) == 4 and names[0] == "web" and names[2] == "books"
+
+
+def test_launchers_are_told_apart() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
+    assert launcher_variables(torchrun) == {"LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
+    step = {"SLURM_JOB_ID": "50007", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "64"}
+    task = step | {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    found = launcher_variables(task)
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "16", "1")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "30007")
+    alone = launcher_variables({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"})
+    assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")

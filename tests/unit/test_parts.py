@@ -1,0 +1,164 @@
+"""Small parts of a run: schedule, decay, FLOPs, plan, records, configuration."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_slm.config import differences_on_resume, dump_config, load_config, parse_config, parse_quantity
+from megatron_slm.errors import UserError
+from megatron_slm.training.callbacks.console import describe, quantity
+from megatron_slm.training.callbacks.jsonl import cut_back, finite
+from megatron_slm.training.flops import token_flops
+from megatron_slm.training.optimizer import decay_groups
+from megatron_slm.training.schedule import learning_rate
+from megatron_slm.training.state import Plan, RunState
+
+BASE = {
+    "run_dir": "runs/a",
+    "model": {"path": "m"},
+    "reference": {"path": "r"},
+    "data": {"train": "p"},
+    "training": {"global_batch_size": 4, "train_tokens": "80B"},
+}
+
+
+def rate(tokens: int, schedule: str, warmup: int = 100) -> float:
+    return learning_rate(tokens, train_tokens=1100, warmup_tokens=warmup, lr=2.0, min_lr=0.2, schedule=schedule)
+
+
+def test_the_learning_rate_warms_up_and_comes_down() -> None:
+    assert rate(50, "cosine") == 1.0 and rate(100, "cosine") == 2.0
+    assert rate(600, "cosine") == pytest.approx(1.1) and rate(600, "linear") == pytest.approx(1.1)
+    assert rate(350, "cosine") == pytest.approx(0.2 + 1.8 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rate(1100, "linear") == rate(5000, "cosine") == pytest.approx(0.2)
+    assert rate(5000, "constant") == 2.0 and rate(1, "constant", warmup=0) == 2.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_norms_biases_and_embeddings_do_not_decay(tied: bool) -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_layer=1, n_head=2, vocab_size=31, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group} for group in decay_groups(model))
+    assert "transformer.wte.weight" in kept and "transformer.wpe.weight" in kept
+    assert ("lm_head.weight" in decayed) is not tied
+    assert all(name.endswith((".bias", "wte.weight", "wpe.weight")) or "ln_" in name for name in kept)
+    assert {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_proj.weight"} <= decayed
+    assert len(decayed) + len(kept) == len(names)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_flops_count_the_weights_that_multiply(tied: bool) -> None:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = AutoConfig.for_model("llama", vocab_size=31, num_hidden_layers=3, tie_word_embeddings=tied, **shape)
+    model = AutoModelForCausalLM.from_config(config)
+    layer = 16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 24 + 2 * 16
+    expected = 2 * (3 * layer + 16 + 31 * 16) + 4 * 3 * 16 * 10
+    assert token_flops(model, config, 10).forward == expected
+    assert token_flops(model, config, 10).training == 3 * expected
+
+
+def test_intervals_and_the_last_step_decide_what_happens() -> None:
+    state = RunState(Plan(7, 4, 32, log_interval=2, eval_interval=3, save_interval=5))
+    happens = {"logged": [], "evaluated": [], "saved": []}
+    while not state.is_last:
+        state.advance(selected_tokens=10, applied=state.step != 2)
+        for name, steps in happens.items():
+            if getattr(state, f"is_{name}"):
+                steps.append(state.step)
+    assert happens == {"logged": [2, 3, 4, 6, 7], "evaluated": [3, 6, 7], "saved": [5, 7]}
+    assert state.progress() == {
+        "step": 7, "consumed_samples": 28, "consumed_selected_tokens": 70, "skipped_updates": 1, "skipped_in_a_row": 0
+    }  # fmt: skip
+    assert state.consumed_tokens == 28 * 32
+    restored = RunState(state.plan)
+    restored.restore(state.progress())
+    assert restored == state
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    cut_back(path, 2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    cut_back(path, 9)
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_json_holds_null_for_what_is_not_a_number() -> None:
+    assert finite({"a": math.nan, "b": math.inf, "c": 1.5, "d": None}) == {"a": None, "b": None, "c": 1.5, "d": None}
+
+
+def test_the_console_line_names_what_matters() -> None:
+    state = RunState(Plan(10, 4, 256, 1, 5, 5), step=4, consumed_samples=4000)
+    losses = {"loss/all": 3.0, "loss/selected": 4.0, "loss/unselected": 2.0, "loss/reference": 2.5}
+    speed = {"tokens_per_second": 12345.0, "step_seconds": 2.0, "mfu": 0.42}
+    record = losses | speed | {"selection/threshold": 0.5, "lr": 1e-4, "grad_norm": 1.0, "eval/math/loss": 2.25}
+    line = " | ".join(describe(state, record))
+    for part in ("step 4/10", "all 3.0000 selected 4.0000 unselected 2.0000", "cut 0.500", "12.3k tokens/s MFU 42.0%"):
+        assert part in line
+    assert "ETA 0:00:12" in line and "eval/math/loss 2.2500" in line
+    assert quantity(80e9) == "80B" and quantity(None) == "n/a"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("80e9", 80 * 10**9), ("80B", 80 * 10**9), ("80_000", 80000), ("0.1B", 10**8), ("1e-4", 1e-4), ("2 K", 2000)],
+)
+def test_quantities_are_read_as_people_write_them(text: str, number: float) -> None:
+    assert parse_quantity(text) == number and type(parse_quantity(text)) is type(number)
+
+
+@pytest.mark.parametrize("text", ["fast", "B", "", "1.2.3", "e5"])
+def test_other_text_is_left_alone(text: str) -> None:
+    assert parse_quantity(text) == text
+
+
+def test_a_dumped_configuration_reads_back_the_same(tmp_path: Path) -> None:
+    config = parse_config(BASE)
+    (tmp_path / "a.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "a.yaml"), []) == config
+    assert config.training.train_tokens == 80 * 10**9
+
+
+def test_overrides_reach_into_groups(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(BASE))
+    overrides = ["training.lr=3e-4", "reference=null", "data.train=[0.5, a, 0.5, b]", "selection.score=random"]
+    config = load_config(str(tmp_path / "a.yaml"), overrides)
+    assert config.training.lr == 3e-4 and config.reference is None
+    assert config.data.train == [0.5, "a", 0.5, "b"] and config.selection.score == "random"
+
+
+def test_what_may_change_on_resume_is_a_short_list() -> None:
+    stored = parse_config(BASE)
+    allowed = {"train_tokens": 5, "save_interval": 5, "keep_checkpoints": 9, "micro_batch_size": 2}
+    training = BASE["training"] | allowed | {"activation_checkpointing": "full"}
+    assert differences_on_resume(stored, parse_config(BASE | {"training": training})) == []
+    changed = parse_config(BASE | {"seed": 2, "selection": {"ratio": 0.5}})
+    assert differences_on_resume(stored, changed) == [
+        "seed was 1234 and is now 2",
+        "selection.ratio was 0.6 and is now 0.5",
+    ]
+
+
+def test_a_path_that_looks_like_a_number_stays_a_path() -> None:
+    tree = BASE | {"data": {"train": "80B"}, "model": {"path": "1e5"}}
+    config = parse_config(tree)
+    assert config.data.train == "80B" and config.model.path == "1e5"
+
+
+def test_every_error_of_a_type_is_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"^training\.lr is 'fast': .*\.$"):
+        parse_config(BASE | {"training": BASE["training"] | {"lr": "fast"}})
+
+
+def test_losses_are_ranked_in_float32_whatever_the_model() -> None:
+    from megatron_slm.models.head import token_loss
+
+    hidden, weight = torch.randn(3, 8, dtype=torch.bfloat16), torch.randn(11, 8, dtype=torch.bfloat16)
+    assert token_loss(hidden, weight, torch.tensor([1, 2, 3]))[0].dtype == torch.float32
