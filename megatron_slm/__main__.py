@@ -30,10 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(verb: str, arguments: list[str]) -> None:
     """Only the verb that is called is imported, so that --help answers at once."""
-    # megatron-core warns that it is without kernels which this package never calls, and torch that
-    # DeepSpeed calls its collectives by their former names.
+    # megatron-core warns that it is without kernels which this package never calls.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    warnings.filterwarnings("ignore", message=r".torch.distributed.\w+. is deprecated", category=FutureWarning)
     command = import_module(f"megatron_slm.commands.{verb}")
     parser = argparse.ArgumentParser(f"megatron-slm {verb}", description=command.__doc__)
     command.add_arguments(parser)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -34,6 +35,8 @@ class DeepSpeedBackend:
         self._settings.setdefault("zero_optimization", {}).setdefault("stage", 3)
         self._precision = precision
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Once a step otherwise: DeepSpeed calls torch's collectives by their former names.
+        warnings.filterwarnings("ignore", message=r".torch.distributed.\w+. is deprecated", category=FutureWarning)
         if world.device.type == "cpu":
             # It would be compiled at start: a minute, and an error where there is no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

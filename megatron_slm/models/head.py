@@ -49,7 +49,7 @@ class TokenLoss(torch.autograd.Function):
         return loss_N, entropy_N
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, weight_VD, bias_V, labels_N, lse_N = ctx.saved_tensors
         upstream_N = upstream[0].masked_fill(labels_N < 0, 0.0)
