@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (docs/configuration.md)")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (README.md shows one)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
