@@ -195,12 +195,11 @@ def _tensors(result: object) -> list[torch.Tensor]:
 
 
 def test_no_more_than_one_chunk_of_logits_ever_exists():
-    hidden, weight, _ = head_inputs(torch.float32, False)
+    hidden, weight = (torch.randn(size, 4, requires_grad=True) for size in (TOKENS, VOCAB))
     with Recorder() as made:
         loss, _ = token_loss(hidden, weight, some_labels(), with_entropy=True, chunk=7)
         loss.sum().backward()
-    widths = [shape[0] for _, shape in made.shapes if len(shape) == 2 and shape[1] == VOCAB and shape[0] != HIDDEN]
-    assert max(widths) == 7
+    assert max(shape.numel() for _, shape in made.shapes) <= 7 * VOCAB
 
 
 def test_the_backward_recomputes_only_tokens_that_count():
@@ -209,8 +208,8 @@ def test_the_backward_recomputes_only_tokens_that_count():
     loss, _ = token_loss(hidden, weight, labels, chunk=7)
     with Recorder() as made:
         loss.backward(upstream)
-    recomputed = sum(shape[0] for name, shape in made.shapes if name == "mm" and shape[1] == VOCAB)
-    assert recomputed == ((upstream != 0) & (labels >= 0)).sum()
+    exponentials = sum(shape.numel() for name, shape in made.shapes if name == "exp_")
+    assert exponentials == ((upstream != 0) & (labels >= 0)).sum() * VOCAB
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,0 +1,136 @@
+"""Selecting tokens over all ranks: this package's radix threshold against gathering all scores and sorting them."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_slm.dist import World, connect, disconnect
+from megatron_slm.selection import plan_k, select_tokens
+
+
+def main() -> None:
+    options = parse_arguments()
+    if "RANK" not in os.environ:
+        sys.exit(start_ranks(options.ranks))
+    # Ranks that share a host share its cores: one thread each, unless the launcher says otherwise.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world = connect()
+    torch.manual_seed(world.rank)
+    scores = torch.randn(options.scores, device=world.device)
+    valid = torch.rand(options.scores, device=world.device) < 0.95
+    check(scores, valid, options.ratio)
+    seconds = measure(scores, valid, options.ratio, options.rounds, world)
+    if world.is_main:
+        report(seconds, options, world)
+    disconnect()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="All ways take turns within each round, so that a busy machine slows all of them. Exit status 1 if "
+        "any way disagrees on the mask. Alone it starts its ranks on this host; under torchrun it is one of them.",
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; torchrun decides if it runs")
+    parser.add_argument("--scores", type=int, default=1_000_000, help="scores a rank")
+    parser.add_argument("--ratio", type=float, default=0.6, help="share that is selected")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, after two that are not")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
+    return parser.parse_args()
+
+
+def start_ranks(ranks: int) -> int:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run([*torchrun, *sys.argv], env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
+
+
+def radix(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
+    return select_tokens(scores, valid, ratio).mask
+
+
+def gather_and_sort(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
+    everyone, k = gather(scores, valid, ratio)
+    return valid & (scores >= everyone.sort(descending=True).values[k - 1])
+
+
+def gather_and_topk(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
+    everyone, k = gather(scores, valid, ratio)
+    return valid & (scores >= everyone.topk(k).values[-1])
+
+
+def gather(scores: Tensor, valid: Tensor, ratio: float) -> tuple[Tensor, int]:
+    """All scores of all ranks, invalid ones last, and how many are kept."""
+    num_valid = valid.sum()
+    dist.all_reduce(num_valid)
+    everyone = scores.new_empty(dist.get_world_size(), len(scores))
+    dist.all_gather(list(everyone), scores.masked_fill(~valid, -torch.inf))
+    return everyone.flatten(), int(plan_k(num_valid, ratio))
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "radix": radix,
+    "gather_and_sort": gather_and_sort,
+    "gather_and_topk": gather_and_topk,
+}
+
+
+def check(scores: Tensor, valid: Tensor, ratio: float) -> None:
+    """All ways give one mask, unless scores tie at the threshold: sorting values alone cannot break a tie."""
+    masks = [way(scores, valid, ratio) for way in WAYS.values()]
+    if any(not torch.equal(mask, masks[0]) for mask in masks):
+        sys.exit("The masks differ: a bug, or a tie at the threshold.")
+
+
+def measure(scores: Tensor, valid: Tensor, ratio: float, rounds: int, world: World) -> dict[str, list[float]]:
+    """Seconds of each round, of the slowest rank."""
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for index in range(rounds + 2):
+        for name, way in WAYS.items():
+            dist.barrier()
+            start = time.perf_counter()
+            way(scores, valid, ratio)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            if index >= 2:
+                seconds[name].append(taken.item())
+    return seconds
+
+
+def report(seconds: dict[str, list[float]], options: argparse.Namespace, world: World) -> None:
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    rows = {
+        name: {
+            "median_ms": 1e3 * median[name],
+            "fastest_ms": 1e3 * min(values),
+            "slowest_ms": 1e3 * max(values),
+            "radix_relative": median["radix"] / median[name],
+        }
+        for name, values in seconds.items()
+    }
+    if options.json:
+        setting = {"ranks": world.size, "scores_per_rank": options.scores, "ratio": options.ratio}
+        print(json.dumps({**setting, "rounds": options.rounds, "device": world.device.type, **rows}))
+        return
+    print(
+        f"{world.size} ranks x {options.scores:,} scores on {world.device.type}, {options.rounds} rounds, milliseconds"
+    )
+    print(f"{'':18}{'median':>9}{'fastest':>9}{'slowest':>9}   radix takes")
+    for name, row in rows.items():
+        times = "".join(f"{row[key]:9.1f}" for key in ("median_ms", "fastest_ms", "slowest_ms"))
+        print(f"{name:18}{times}{row['radix_relative']:11.2f} of it")
+
+
+if __name__ == "__main__":
+    main()
