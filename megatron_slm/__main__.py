@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import logging
 import sys
 import warnings
 from importlib import import_module
@@ -33,6 +34,8 @@ def _run(verb: str, arguments: list[str]) -> None:
     # megatron-core warns that it is without kernels which this package never calls.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     command = import_module(f"megatron_slm.commands.{verb}")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_slm").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(f"megatron-slm {verb}", description=command.__doc__)
     command.add_arguments(parser)
     try:

@@ -27,12 +27,12 @@ class StepStatistics:
         valid_BT, loss_BT = pool.valid_BT, signals["student.loss"]
         self._add("valid", valid_BT)
         self._add("selected", choice.mask_BT)
-        self._add("loss", loss_BT[valid_BT])
-        self._add("selected_loss", loss_BT[choice.mask_BT])
+        self._add("loss", loss_BT * valid_BT)
+        self._add("selected_loss", loss_BT * choice.mask_BT)
         self._add("thresholds", choice.threshold.isfinite())
         self._add("threshold", choice.threshold.nan_to_num(0.0, 0.0, 0.0))
         if "reference.loss" in signals:
-            self._add("reference_loss", signals["reference.loss"][valid_BT])
+            self._add("reference_loss", signals["reference.loss"] * valid_BT)
             self._excess.append((loss_BT - signals["reference.loss"], valid_BT))
         for row, mask_BT in enumerate((valid_BT, choice.mask_BT)):
             self._by_source_2S[row].index_add_(0, pool.source_B, mask_BT.sum(-1).double())

@@ -86,8 +86,9 @@ def test_activation_checkpointing_changes_no_bit_of_the_choice() -> None:
     assert_same_run(on_ranks(2, case), on_ranks(2, replace(case, checkpointing=True)))
 
 
-def test_bf16_trains_under_zero_3_with_float32_losses() -> None:
-    result = on_ranks(2, Case(steps=2, micro_batch_size=2, precision=torch.bfloat16))
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_trains_with_float32_losses(stage: int) -> None:
+    result = on_ranks(2, Case(steps=2, micro_batch_size=2, precision=torch.bfloat16, stage=stage))
     chosen = next(iter(result["chosen"].values()))
     assert chosen["student.loss"].dtype == "float32" and chosen["student.loss"].shape == (LENGTH,)
     assert all(update.applied for update in result["updates"])

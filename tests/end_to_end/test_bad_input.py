@@ -78,6 +78,11 @@ def test_a_wrong_setting_is_named(corpora: Path, tmp_path: Path, mistake: str) -
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run", stage=0))
+    assert "training.precision is bf16" in refused("train", str(config), "training.precision=bf16")
+
+
 def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "nowhere.yaml cannot be read" in refused("train", str(tmp_path / "nowhere.yaml"))
 

@@ -1,0 +1,103 @@
+"""What people run beside the tests: the wheel, the README's commands, the programs under tools/."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_slm.config import load_config
+from tests.runs import write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.parent.name)
+def test_every_example_is_a_valid_configuration(path: Path) -> None:
+    assert load_config(str(path), []).run_dir == yaml.safe_load(path.read_text())["run_dir"]
+
+
+@pytest.mark.slow
+def test_the_accelerator_check_passes_on_a_cpu(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    program = str(ROOT / "tools" / "gpu_check.py")
+    ended = run(sys.executable, program, "--preset", "tiny", "--output", str(report), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(report.read_text())
+    assert found["against_cpu"]["fp32"]["masks_flipped"] == 0
+    assert found["training_and_resume"]["resume_is_bitwise"]
+    assert found["slm"]["tokens_per_second"] > 0
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    built = run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT), cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
+    assert run(*pip, cwd=tmp_path).returncode == 0
+    text = write_text(tmp_path / "notes.jsonl", 50, 1)
+    arguments = ["--input", str(text), "--train-tokenizer", "290", "--output", str(tmp_path / "notes")]
+    environment = {"PYTHONPATH": str(tmp_path / "site")}
+    ended = run(sys.executable, "-m", "megatron_slm", "prepare", *arguments, cwd=tmp_path, **environment)
+    assert ended.returncode == 0, ended.stderr
+    where = "import megatron_slm; print(megatron_slm.__file__)"
+    assert str(tmp_path / "site") in run(sys.executable, "-c", where, cwd=tmp_path, **environment).stdout
+
+
+def readme_blocks() -> list[str]:
+    """The indented blocks of the README's walk from text to an exported model."""
+    walk = (ROOT / "README.md").read_text().split("## Your own text")[1].split("## Settings")[0]
+    blocks: list[str] = []
+    for line in walk.splitlines():
+        if line.startswith("    "):
+            blocks.append(line[4:])
+        elif blocks and blocks[-1] and line.strip():
+            blocks.append("")
+    return "\n".join(blocks).split("\n\n")
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    """From jsonl to an exported selective model, every command in its order."""
+    for seed, name in enumerate(("notes", "curated")):
+        write_text(tmp_path / f"{name}.jsonl", 3000, seed)
+    script = ["set -ex"]
+    for block in readme_blocks():
+        if block.startswith("# run.yaml"):
+            (tmp_path / "run.yaml").write_text(block)
+        elif block.strip():
+            # TensorBoard would wait for a browser, and a vocabulary of 2,048 needs more text than this.
+            script += [line.replace("2048", "300") for line in block.splitlines() if "tensorboard" not in line]
+    script.append("megatron-slm export runs/slm models/slm")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ended = run("bash", "-c", "\n".join(script), cwd=tmp_path, PATH=path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert (tmp_path / "models" / "slm" / "model.safetensors").exists()
+    assert "loss/selected" in (tmp_path / "runs" / "slm" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_model(tmp_path: Path) -> None:
+    ended = run(sys.executable, str(ROOT / "tools" / "demo.py"), "--output", str(tmp_path / "demo"), cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "| slm |" in ended.stdout
+    assert (tmp_path / "demo" / "hf-slm" / "model.safetensors").exists()
