@@ -51,6 +51,32 @@ def overtaking(stages: Stages) -> str:
     return f"SLM reaches CLM's final loss on held-out mathematics {when} of {max(clm)}."
 
 
+def plot(stages: Stages, path: Path) -> None:
+    """Held-out loss over training tokens, both sets; told apart by line and marker, not by colour alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    looks = {"clm": ("CLM, all tokens", "0.25", "-", "o"), "random": ("random choice", "0.55", ":", "s")}
+    looks["slm"] = ("SLM, excess loss", "#0060a0", "--", "^")
+    for axis, (key, title) in zip(axes, {"math": "Held-out mathematics", "held_out": "Held-out general text"}.items(), strict=True):
+        for name, (label, colour, line, marker) in looks.items():
+            points = [r for r in stages.records(name) if f"eval/{key}/loss" in r]
+            tokens = [point["consumed_tokens"] / 1e3 for point in points]
+            losses = [point[f"eval/{key}/loss"] for point in points]
+            axis.plot(tokens, losses, line, color=colour, marker=marker, markersize=4, label=label)
+            axis.annotate(
+                f"{losses[-1]:.2f}", (tokens[-1], losses[-1]), (4, -3), textcoords="offset points", fontsize=8
+            )
+        axis.set(title=title, xlabel="training tokens (thousands)", ylabel="loss (nats a token)")
+        axis.margins(x=0.1)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("SLM_DATA"), help="folder of quickstart/ and general/")
@@ -63,7 +89,8 @@ def main() -> None:
     stages = Stages(arguments.output, arguments.ranks)
     run_stages(stages, Path(arguments.data), arguments.ratio)
     table = stages.table(["base", "reference", "clm", "random", "slm"], VALID)
-    sys.stdout.write(f"\n{table}\n\n{overtaking(stages)}\n")
+    plot(stages, arguments.output / "quickstart.png")
+    sys.stdout.write(f"\n{table}\n\n{overtaking(stages)}\nCurves: {arguments.output / 'quickstart.png'}\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def plain_loop(_: World, start: dict[str, torch.Tensor], reference: dict[str, to
             losses = []
             for model in (student, teacher):
                 logits = model(text[:, :-1]).logits
-                losses.append(cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")[valid.flatten()])
+                losses.append(
+                    cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="none")[valid.flatten()]
+                )
             k = int(0.6 * valid.sum() + 0.5)
             kept = (losses[0] - losses[1]).detach().argsort(descending=True)[:k]
             chosen_losses.append(losses[0][kept].sum())

@@ -28,12 +28,20 @@ def command_line(_: World, *arguments: str) -> tuple[int, str]:
     return 0, heard.getvalue()
 
 
+def command_lines(world: World, many: list[list[str]]) -> list[tuple[int, str]]:
+    """Several commands, one after the other: what is refused early leaves nothing behind in the process."""
+    return [command_line(world, *arguments) for arguments in many]
+
+
 def refused(*arguments: str) -> str:
     """The sentence with which a command refuses."""
-    status, heard = run_ranks(command_line, 1, *arguments)[0]
+    return sentence_of(arguments[0], *run_ranks(command_line, 1, *arguments)[0])
+
+
+def sentence_of(verb: str, status: int, heard: str) -> str:
     sentence = heard.splitlines()[-1]
     assert status == 2, heard
-    assert sentence.startswith(f"megatron-slm {arguments[0]}: error: ")
+    assert sentence.startswith(f"megatron-slm {verb}: error: ")
     assert "Traceback" not in heard
     return sentence.partition("error: ")[2]
 
@@ -70,12 +78,24 @@ SETTINGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def answers(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
+    """Exit status, standard error and run folder of every mistake."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    commands, run_dirs = [], []
+    for number, (override, _) in enumerate(SETTINGS.values()):
+        run_dirs.append(folder / f"run{number}")
+        config = write_config(folder / f"run{number}.yaml", config_tree(corpora, run_dirs[-1]))
+        commands.append(["train", str(config), override])
+    found = run_ranks(command_lines, 1, commands)[0]
+    return {name: (*answer, path) for name, answer, path in zip(SETTINGS, found, run_dirs, strict=True)}
+
+
 @pytest.mark.parametrize("mistake", SETTINGS)
-def test_a_wrong_setting_is_named(corpora: Path, tmp_path: Path, mistake: str) -> None:
-    override, expected = SETTINGS[mistake]
-    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
-    assert expected in refused("train", str(config), override)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+def test_a_wrong_setting_is_named(answers: dict[str, tuple[int, str, Path]], mistake: str) -> None:
+    status, heard, run_dir = answers[mistake]
+    assert SETTINGS[mistake][1] in sentence_of("train", status, heard)
+    assert not (run_dir / "metrics.jsonl").exists()
 
 
 def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> None:

@@ -238,6 +238,15 @@ def test_a_model_ends_in_the_losses_entropies_and_gradients_of_its_own_logits(mo
         close(parameter.grad, gradients[name], 2e-5)
 
 
+def test_a_head_with_a_bias_is_a_head():
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(tiny_config("phi"))
+    torch.nn.init.normal_(lm.get_output_embeddings().bias)
+    tokens = torch.arange(16)[None]
+    expected = F.cross_entropy(lm(input_ids=tokens).logits[0], tokens[0], reduction="none")
+    close(CausalLM(lm, head_chunk=5)(tokens, tokens, tokens)["loss"][0], expected, 1e-5)
+
+
 def test_a_column_that_is_not_wanted_is_not_made():
     module = CausalLM(AutoModelForCausalLM.from_config(tiny_config("llama")))
     tokens = torch.arange(8)[None]
