@@ -14,11 +14,11 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
-from megatron_slm.config import Config
+from megatron_slm.config import Config, dump_config
 from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus, unique_names
 from megatron_slm.data.loader import StepLoader, accumulation_steps
 from megatron_slm.data.samples import Samples, build_samples
-from megatron_slm.data.settings import blend
+from megatron_slm.data.settings import blend, train_share
 from megatron_slm.data.stream import EvaluationStream
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_slm.dist import World, agree
@@ -96,9 +96,9 @@ def build_run(config: Config, world: World) -> Run:
     student, engine = _student(config, hf_config, backend, world)
     reference, reference_flops = _reference(config, corpora, backend)
     step = TrainingStep(engine, reference, objective, seed=config.seed, num_sources=len(corpora.train), world=world)
-    state = RunState(plan)
+    state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)
-    store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints)
+    store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
     if (progress := store.restore(engine)) is not None:
         state.restore(progress)
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
@@ -128,8 +128,8 @@ def open_corpora(config: Config) -> Corpora:
 def _resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Plan]:
     """The configuration with its defaults as values, and the plan in steps."""
     training, data = config.training, config.data
-    total_tokens = sum(corpus.num_tokens for corpus in corpora.train)
-    tokens = training.train_tokens or math.ceil((training.train_epochs or 0.0) * total_tokens)
+    epoch_tokens = train_share(data.split) * sum(corpus.num_tokens for corpus in corpora.train)
+    tokens = training.train_tokens or math.ceil((training.train_epochs or 0.0) * epoch_tokens)
     tokens_per_step = training.global_batch_size * data.seq_length
     steps = math.ceil(tokens / tokens_per_step)
     # Whole steps, so that a run of the planned length stays within one cycle of the order.

@@ -61,7 +61,8 @@ def plot(stages: Stages, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     looks = {"clm": ("CLM, all tokens", "0.25", "-", "o"), "random": ("random choice", "0.55", ":", "s")}
     looks["slm"] = ("SLM, excess loss", "#0060a0", "--", "^")
-    for axis, (key, title) in zip(axes, {"math": "Held-out mathematics", "held_out": "Held-out general text"}.items(), strict=True):
+    titles = {"math": "Held-out mathematics", "held_out": "Held-out general text"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for name, (label, colour, line, marker) in looks.items():
             points = [r for r in stages.records(name) if f"eval/{key}/loss" in r]
             tokens = [point["consumed_tokens"] / 1e3 for point in points]

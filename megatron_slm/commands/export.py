@@ -48,7 +48,7 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
 
     world = connect()
     try:
-        store = CheckpointStore(RunFolder(config.run_dir).checkpoints, world, config.training.keep_checkpoints)
+        store = CheckpointStore(RunFolder(config.run_dir).checkpoints, world)
         checkpoint = store.newest(step)
         if checkpoint is None:
             raise UserError(f"{config.run_dir} has no checkpoint{f' of step {step}' if step else ''}: train it first.")

@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (README.md shows one)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> None:

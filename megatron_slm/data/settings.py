@@ -26,6 +26,18 @@ class DataSettings:
         if self.seq_length < 1:
             raise ValueError("seq_length must be 1 or more")
         blend(self.train)
+        try:
+            share = train_share(self.split)
+        except (ValueError, ZeroDivisionError):
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError('split must look like "98,2,0": parts of train, validation and test, the first above 0')
+
+
+def train_share(split: str | None) -> float:
+    """Share of the documents that a split such as "98,2,0" gives to training."""
+    parts = [float(part) for part in split.split(",")] if split else [1.0]
+    return parts[0] / sum(parts)
 
 
 def blend(train: str | list[str | float]) -> tuple[list[str], list[float] | None]:

@@ -2,7 +2,7 @@
 
 checkpoints/latest                    text: the name of the newest whole checkpoint
 checkpoints/step_00000500/engine/     the backend's files, of all ranks
-                          rng_rankNNNN.pt, progress.json
+                          rng_rankNNNN.pt, progress.json, config.yaml
                           manifest.json   size and SHA-256 of every other file
 """
 
@@ -32,9 +32,11 @@ class CheckpointStore:
         folder: `RUN_DIR/checkpoints`.
         world: this process among all.
         keep: newest checkpoints to keep.
+        config: the run's configuration as YAML, kept beside each checkpoint.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
+    def __init__(self, folder: Path, world: World, keep: int = 1, config: str = "") -> None:
+        self._config = config
         self._folder = folder
         self._world = world
         self._keep = keep
@@ -48,6 +50,7 @@ class CheckpointStore:
         self._on_main(lambda: aside.mkdir(exist_ok=True))
         torch.save(_random_state(), aside / f"rng_rank{self._world.rank:04d}.pt")
         self._on_main(lambda: _write(aside / "progress.json", json.dumps(progress)))
+        self._on_main(lambda: _write(aside / "config.yaml", self._config))
         files = self._sums(aside, flush=True)
         manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "files": files}
         self._on_main(lambda: _write(aside / MANIFEST, json.dumps(manifest, indent=1)))

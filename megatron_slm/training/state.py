@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from megatron_slm.errors import UserError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,10 +28,12 @@ class RunState:
     step                      updates so far, the first is 1
     consumed_selected_tokens  tokens that counted, over all ranks
     skipped_updates           updates that were not applied; in_a_row: the latest ones
+    order_fingerprint         of the order of samples; a checkpoint of another order is not resumed
     record                    this step's metrics, filled by the callbacks in their order; None if it is not logged
     """
 
     plan: Plan
+    order_fingerprint: str = ""
     step: int = 0
     consumed_samples: int = 0
     consumed_selected_tokens: int = 0
@@ -65,13 +69,30 @@ class RunState:
         self.skipped_updates += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
 
-    def progress(self) -> dict[str, int]:
+    def progress(self) -> dict[str, int | str]:
         """What a checkpoint keeps."""
         return {name: getattr(self, name) for name in PROGRESS}
 
-    def restore(self, progress: dict[str, int]) -> None:
+    def restore(self, progress: dict[str, int | str]) -> None:
+        """Go on from a checkpoint's progress.
+
+        Raises:
+            UserError: it was trained on another order of samples.
+        """
+        if progress["order_fingerprint"] != self.order_fingerprint:
+            raise UserError(
+                "The checkpoint was trained on another order of samples than data.train and seed give now: "
+                "put them back, or use another run_dir."
+            )
         for name in PROGRESS:
             setattr(self, name, progress[name])
 
 
-PROGRESS = ("step", "consumed_samples", "consumed_selected_tokens", "skipped_updates", "skipped_in_a_row")
+PROGRESS = (
+    "order_fingerprint",
+    "step",
+    "consumed_samples",
+    "consumed_selected_tokens",
+    "skipped_updates",
+    "skipped_in_a_row",
+)

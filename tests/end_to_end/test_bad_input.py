@@ -63,6 +63,7 @@ SETTINGS = {
     "a weight without its corpus": ("data.train=[0.7]", "data.train is [0.7]"),
     "a negative weight": ("data.train=[-1, a, 2, b]", "with weights above 0"),
     "an empty blend": ("data.train=[]", "data.train is []"),
+    "a split without numbers": ("data.split=most", "data.split is 'most'"),
     "a corpus that is not there": ("data.train=/nowhere/web", "/nowhere/web"),
     "DeepSpeed's batch size": ("deepspeed.train_batch_size=8", "use training.global_batch_size"),
     "DeepSpeed's optimizer": ("deepspeed.optimizer={type: Adam}", "deepspeed.optimizer is set by this system"),
