@@ -121,7 +121,8 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     settings = EngineSettings(case.micro_batch_size, accumulation, 1.0, case.precision)
     engine = backend.training_engine(module, adamw(module, training), settings)
     objective = Recorder(make_objective(case))
-    step = TrainingStep(engine, make_reference(backend, case, hf_config), objective, seed=5, num_sources=2, world=world)
+    reference = make_reference(world, backend, case, hf_config)
+    step = TrainingStep(engine, reference, objective, seed=5, num_sources=2, world=world)
     loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
     result: dict[str, Any] = {"before": weights(backend, module), "updates": [], "planned": [], "sums": []}
     keep_first_gradient(engine, module, case, result)
@@ -164,11 +165,11 @@ def make_objective(case: Case) -> Any:
     return SelectiveLanguageModeling(find_score(case.score), case.ratio, case.scope, case.pool == "step")
 
 
-def make_reference(backend: Backend, case: Case, hf_config: PretrainedConfig) -> Any:
+def make_reference(world: World, backend: Backend, case: Case, hf_config: PretrainedConfig) -> Any:
     if case.objective == "clm":
         return NoReference()
     lm = build_student(ModelSettings(config=case.model), hf_config, case.precision, torch.device("cpu"))
-    initialize_weights(lm, 2, PlainBackend.gathered.__get__(backend))
+    initialize_weights(lm, 2, PlainBackend(world).gathered)
     return LiveReference(
         backend.frozen_engine(CausalLM(lm, head_chunk=5), shard=case.shard), case.reference_micro_batch_size
     )

@@ -1,8 +1,8 @@
 """Any Hugging Face causal language model as a module that answers with a loss a token."""
 
 import hashlib
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -147,7 +147,8 @@ def initialize_weights(
 def check_head(model: PreTrainedModel, module: nn.Module) -> None:
     """Refuse a model whose logits are more than hidden states times the head: soft caps, scales, extra layers.
 
-    One forward of eight tokens on every rank, compared with the model's own logits.
+    One forward of eight tokens on every rank, compared with the model's own logits. Hidden states
+    are enlarged for it: a soft cap changes nothing at the small logits of fresh weights.
 
     Raises:
         UserError: the losses differ.
@@ -155,7 +156,7 @@ def check_head(model: PreTrainedModel, module: nn.Module) -> None:
     device = next(model.parameters()).device
     tokens_BT = (torch.arange(9, device=device) * 7919 % model.config.vocab_size)[None]
     positions_BT = torch.arange(8, device=device)[None]
-    with torch.no_grad():
+    with torch.no_grad(), _enlarged_hidden_states(model), _evaluating(model):
         logits_BTV = model(input_ids=tokens_BT[:, :-1], position_ids=positions_BT, use_cache=False).logits
         own_T = nn.functional.cross_entropy(logits_BTV[0].float(), tokens_BT[0, 1:], reduction="none")
         ours_T = module(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT)["loss"][0]
@@ -164,6 +165,30 @@ def check_head(model: PreTrainedModel, module: nn.Module) -> None:
             f"{type(model).__name__} computes its logits in a way that this system does not know "
             "(a soft cap or a scale): use another architecture."
         )
+
+
+@contextmanager
+def _enlarged_hidden_states(model: PreTrainedModel) -> Iterator[None]:
+    def enlarge(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = 100 * output.last_hidden_state
+        return output
+
+    hook = model.base_model.register_forward_hook(enlarge)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, which two forwards would draw differently."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
 
 
 def _initializers(model: PreTrainedModel) -> dict[str, Callable[[nn.Module], None]]:

@@ -275,8 +275,14 @@ def test_models_that_cap_or_scale_their_logits_are_refused(model_type):
         check_head(lm, CausalLM(lm))
 
 
-@pytest.mark.xfail(strict=True, reason="the logits of fresh weights are too small for a soft cap to change them")
 def test_a_soft_cap_is_refused_before_the_logits_grow_into_it():
     lm = AutoModelForCausalLM.from_config(tiny_config("gemma2", initializer_range=0.02, **CHANGED_LOGITS["gemma2"]))
     with pytest.raises(UserError, match="a soft cap or a scale"):
         check_head(lm, CausalLM(lm))
+
+
+def test_dropout_in_training_does_not_look_like_another_head():
+    lm = AutoModelForCausalLM.from_config(tiny_config("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
+    for _ in range(5):
+        check_head(lm, CausalLM(lm))
+    assert lm.training
