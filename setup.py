@@ -15,7 +15,7 @@ setup(
     entry_points={"console_scripts": ["megatron-slm = megatron_slm.__main__:main"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19",
+        "deepspeed>=0.19.8",  # which updates it skips, and says so
         "transformers>=5.17",
         "accelerate>=1.1",  # transformers' own ZeRO-3 construction needs it
         "megatron-core>=0.16,<0.17",

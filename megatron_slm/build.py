@@ -72,7 +72,7 @@ class Run:
 
     trainer: Trainer
     state: RunState
-    engine: TrainingEngine
+    folder: RunFolder
 
 
 def build_run(config: Config, world: World) -> Run:
@@ -81,14 +81,14 @@ def build_run(config: Config, world: World) -> Run:
     Raises:
         UserError: the same on all ranks, for anything that the user can mend.
     """
-    folder = RunFolder(config.run_dir)
+    folder = RunFolder(config.run_dir, world)
     config = agree(lambda: folder.settle(config))
     corpora = agree(lambda: open_corpora(config))
     config, plan = _resolve(config, corpora, world)
     objective = agree(lambda: _objective(config, world))
     hf_config = agree(lambda: student_config(config, corpora))
     samples = _samples(config, corpora, plan, folder, world)
-    agree(lambda: folder.begin(config, samples.fingerprint, world))
+    agree(lambda: folder.begin(config, samples.fingerprint))
     loader = StepLoader(
         samples, config.training.micro_batch_size, plan.global_batch_size, config.data.reset_attention, world
     )
@@ -100,14 +100,14 @@ def build_run(config: Config, world: World) -> Run:
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
     if (progress := store.restore(engine)) is not None:
-        state.restore(progress)
+        agree(lambda: state.restore(progress))
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
     peak = peak_flops(world.device)
     speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
     callbacks = _callbacks(config, corpora, folder, engine, speed, store, world)
     rate = partial(_learning_rate, config, plan)
     trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates)
-    return Run(trainer, state, engine)
+    return Run(trainer, state, folder)
 
 
 def open_corpora(config: Config) -> Corpora:
@@ -239,7 +239,7 @@ def _student(
     module = CausalLM(lm)
     accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
     settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
-    engine = backend.training_engine(module, adamw(module, training), settings)
+    engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     check_head(lm, engine.module)
     return module, engine
 

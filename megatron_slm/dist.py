@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -11,9 +12,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError, UserError
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def connect(timeout_minutes: float = 30.0) -> World:
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         rank=rank,
         world_size=size,
-        store=HashStore() if size == 1 else None,
+        store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
         timeout=datetime.timedelta(minutes=timeout_minutes),
     )
     return World(rank, size, local_rank, device)
@@ -91,16 +91,25 @@ def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    address = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    job = int(environment.get("SLURM_JOB_ID", "0"))
+    hosts = environment.get("SLURM_STEP_NODELIST", "")
+    address = first_host(hosts) if hosts else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
     return {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": address,
-        # Jobs that share a host must not meet at one port.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + job % 20000)),
+        "MASTER_ADDR": environment.get("MASTER_ADDR", address),
+        # Jobs and steps that share a host must not meet at one port.
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + (job + 7919 * step) % 20000)),
     }
+
+
+def first_host(hosts: str) -> str:
+    """The first of Slurm's list of hosts, where rank 0 runs: `gpu[007-009,12],login` is `gpu007` and others."""
+    name, bracket, ranges = hosts.partition("[")
+    if not bracket or "," in name:
+        return name.partition(",")[0]
+    return name + re.split("[-,\\]]", ranges)[0]
 
 
 def _free_port() -> int:
@@ -136,21 +145,28 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; if it is a user's error on any rank, it is the same error on all.
+    """Do `work` on every rank; what fails on one rank fails on all.
 
     Without this, the ranks that did not fail would wait for the one that did. `work` must not
     use collectives of its own.
 
     Raises:
-        UserError: that of the lowest rank that had one.
+        AgreedError: the user's error of the lowest rank that had one.
+        RuntimeError: another rank failed otherwise; that rank raises its own error.
     """
     result: T | None = None
-    message: str | None = None
+    failure: Exception | None = None
     try:
         result = work()
-    except UserError as error:
-        message = str(error)
-    for found in gather_objects(message):
-        if found is not None:
-            raise UserError(found)
+    except Exception as error:
+        failure = error
+    found = gather_objects(None if failure is None else (isinstance(failure, UserError), str(failure)))
+    sentences = [text for is_users, text in filter(None, found) if is_users]
+    if sentences:
+        raise AgreedError(sentences[0]) from failure
+    if failure is not None:
+        raise failure
+    for rank, other in enumerate(found):
+        if other is not None:
+            raise RuntimeError(f"rank {rank} failed: {other[1]}")
     return result  # type: ignore[return-value]

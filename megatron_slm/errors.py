@@ -1,4 +1,4 @@
-"""The one exception that a user can mend."""
+"""What a user can mend."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
     Commands print it without a traceback and end with exit status 2. Anything else that
     is raised is a defect of this package and keeps its traceback.
     """
+
+
+class AgreedError(UserError):
+    """A user's error that every rank raises: rank 0 alone says it."""

@@ -1,6 +1,8 @@
 """The folder that explains a run: its configuration, frozen, and where it ran."""
 
 import dataclasses
+import datetime
+import fcntl
 import json
 import logging
 import platform
@@ -9,42 +11,72 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
+from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
 
 
-class RunFolder:
-    """`run_dir` and the names in it."""
+HEADER = "# Written by megatron-slm: the configuration of this run, every setting resolved.\n"
 
-    def __init__(self, run_dir: str) -> None:
+
+class RunFolder:
+    """`run_dir` and the names in it. One run at a time holds it.
+
+    Args:
+        run_dir: of the configuration.
+        world: this process among all.
+    """
+
+    def __init__(self, run_dir: str, world: World) -> None:
         self.path = Path(run_dir)
         self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"
+        self._world = world
+        self._lock: IO[str] | None = None
 
     @property
     def has_begun(self) -> bool:
-        """A start that failed before its first step binds nobody to its configuration."""
-        return self.metrics.exists()
+        """A start that failed before its first record binds nobody to its configuration."""
+        return bool(list_checkpoints(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def settle(self, config: Config) -> Config:
         """The configuration to run: of a new run as it is, of a known one with the defaults that it resolved.
 
         Raises:
-            UserError: the folder belongs to a run whose configuration differs in what may not change.
+            UserError: the folder cannot be made, is in use, or belongs to something else.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self._world.is_main:
+                self._hold()
         except OSError as error:
-            raise UserError(f"run_dir is {self.path}, which cannot be made ({error.strerror}): use another.") from error
-        if not self.has_begun:
-            return config
+            raise UserError(f"run_dir is {self.path}, which cannot be used ({error.strerror}): use another.") from error
+        if self.config.exists() and not self.config.read_text(encoding="utf-8").startswith(HEADER):
+            raise UserError(f"run_dir is {self.path}, whose config.yaml is not a run's: use another run_dir.")
+        return self._settle_known(config) if self.has_begun else config
+
+    def _hold(self) -> None:
+        """A lock that dies with this process."""
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run_dir is {self.path}, in which another process is training: stop it, or use another run_dir."
+            ) from error
+
+    def _settle_known(self, config: Config) -> Config:
+        if not self.config.exists():
+            raise UserError(f"run_dir is {self.path}, which has lost its config.yaml: put it back, or use another.")
         stored = load_config(str(self.config), [])
         data, training = config.data, config.training
         if data.order_tokens is None:
@@ -60,32 +92,34 @@ class RunFolder:
             )
         return config
 
-    def begin(self, config: Config, order_fingerprint: str, world: World) -> None:
-        """Write `config.yaml` and `environment.json` on rank 0, and log to files from here on.
+    def begin(self, config: Config, order_fingerprint: str) -> None:
+        """Write `config.yaml`, add this start to `environment.json` on rank 0, and log to files from here on.
 
         Raises:
             UserError: resuming would change the order of samples, though the settings are the same.
         """
-        environment = self.path / "environment.json"
-        if self.has_begun and json.loads(environment.read_text())["order_fingerprint"] != order_fingerprint:
+        known = json.loads(self.environment.read_text()) if self.environment.exists() else {"starts": []}
+        if self.has_begun and known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
             raise UserError(
                 f"Resuming {self.path} would change the order of samples: the corpora of data.train are not those "
                 "that it began with. Put them back, or use another run_dir."
             )
-        if world.is_main:
-            _replace(self.config, dump_config(config))
-            _replace(environment, json.dumps(_environment(order_fingerprint, world), indent=2) + "\n")
-        self._log_to_files(world)
+        if self._world.is_main:
+            _replace(self.config, HEADER + dump_config(config))
+            starts = [*known["starts"], _environment(self._world)]
+            described = {"format_version": FORMAT_VERSION, "order_fingerprint": order_fingerprint, "starts": starts}
+            _replace(self.environment, json.dumps(described, indent=2) + "\n")
+        self._log_to_files()
 
-    def _log_to_files(self, world: World) -> None:
-        """What each rank logs in `log-rankNNNN.txt`; what rank 0 logs on the terminal too."""
-        file = logging.FileHandler(self.path / f"log-rank{world.rank:04d}.txt")
+    def _log_to_files(self) -> None:
+        """What each rank logs in `log-rankNNNN.txt`, tracebacks too; what rank 0 logs on the terminal as well."""
+        file = logging.FileHandler(self.path / f"log-rank{self._world.rank:04d}.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         terminal = logging.StreamHandler()
         terminal.setFormatter(logging.Formatter("%(message)s"))
-        terminal.setLevel(logging.INFO if world.is_main else logging.ERROR)
+        terminal.setLevel(logging.INFO if self._world.is_main else logging.ERROR)
         package = logging.getLogger("megatron_slm")
-        package.setLevel(logging.INFO)
+        package.setLevel(logging.DEBUG)
         package.propagate = False
         package.handlers = [file, terminal]
 
@@ -96,11 +130,10 @@ def _replace(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def _environment(order_fingerprint: str, world: World) -> dict[str, object]:
+def _environment(world: World) -> dict[str, object]:
     packages = ("megatron_slm", "torch", "deepspeed", "transformers", "megatron-core", "numpy")
     return {
-        "format_version": FORMAT_VERSION,
-        "order_fingerprint": order_fingerprint,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "ranks": world.size,
         "device": world.device.type,
         "host": socket.gethostname(),
@@ -112,8 +145,11 @@ def _environment(order_fingerprint: str, world: World) -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """The commit of the package's checkout; None where it is installed."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the package's checkout, and whether it was changed; None where it is installed."""
+    checkout = Path(__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -119,7 +119,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     training = TrainingSettings(global_batch_size=case.global_batch_size, train_tokens=1, lr=case.lr)
     accumulation = accumulation_steps(case.global_batch_size, case.micro_batch_size, world.size)
     settings = EngineSettings(case.micro_batch_size, accumulation, 1.0, case.precision)
-    engine = backend.training_engine(module, adamw(module, training), settings)
+    engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     objective = Recorder(make_objective(case))
     reference = make_reference(world, backend, case, hf_config)
     step = TrainingStep(engine, reference, objective, seed=5, num_sources=2, world=world)

@@ -163,7 +163,7 @@ def make_job(shape: Shape, selective: bool, world: World) -> Job:
     module = make_model(shape, 1, backend, dtype, world.device)
     training = TrainingSettings(global_batch_size=shape.micro_batch_size, train_tokens=1)
     settings = EngineSettings(shape.micro_batch_size, 1, 1.0, dtype)
-    engine = backend.training_engine(module, adamw(module, training), settings)
+    engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     if not selective:
         step = TrainingStep(engine, NoReference(), CausalLanguageModeling(), seed=1, num_sources=1, world=world)
         return Job(step, engine, module)

@@ -21,12 +21,17 @@ from megatron_slm.errors import UserError
 TAG = "engine"
 """DeepSpeed's name for the folder inside a checkpoint. Ours is the folder around it."""
 
+REFERENCE_KEYS = ("stage3_", "offload_param")
+"""What of the user's ZeRO section makes sense without an optimizer."""
+
 
 class DeepSpeedBackend:
-    """Args:
-    world: this process among all.
-    settings: the user's `deepspeed:` section; the stage is 3 unless it says otherwise.
-    precision: of the weights in the forward pass.
+    """See `Backend`.
+
+    Args:
+        world: this process among all.
+        settings: the user's `deepspeed:` section; the stage is 3 unless it says otherwise.
+        precision: of the weights in the forward pass.
     """
 
     def __init__(self, world: World, settings: dict[str, Any], precision: torch.dtype) -> None:
@@ -78,7 +83,7 @@ class DeepSpeedBackend:
     ) -> "DeepSpeedEngine":
         config = self._config(settings)
         if self.stage == 3:
-            _partition(module, config)
+            _partition(module, config, self._world.device)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         return DeepSpeedEngine(engine, self.stage, self._world)
 
@@ -88,10 +93,10 @@ class DeepSpeedBackend:
             return module.to(self._world.device)
         config = self._config(EngineSettings(1, 1, 0.0, self._precision))
         config["zero_optimization"] = {
-            **{key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")},
+            **{key: value for key, value in config["zero_optimization"].items() if key.startswith(REFERENCE_KEYS)},
             "stage": 3,
         }
-        _partition(module, config)
+        _partition(module, config, self._world.device)
         engine, *_ = deepspeed.initialize(model=module, config=config)
         engine.eval()
         return engine
@@ -174,7 +179,13 @@ class DeepSpeedEngine:
             )
 
 
-def _partition(module: nn.Module, config: dict[str, Any]) -> None:
-    """Split parameters that were built whole, one at a time, so that no device ever holds them all."""
+def _partition(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+    """Split parameters that were built whole, one at a time, so that no device ever holds them all.
+
+    Buffers stay whole; DeepSpeed leaves those of a partitioned module where they are.
+    """
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            owner._buffers[name] = buffer.to(device)
     if any(not hasattr(parameter, "ds_id") for parameter in module.parameters()):
         deepspeed.zero.Init(module=module, config_dict_or_path=config)

@@ -48,13 +48,13 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
 
     world = connect()
     try:
-        store = CheckpointStore(RunFolder(config.run_dir).checkpoints, world)
+        store = CheckpointStore(RunFolder(config.run_dir, world).checkpoints, world)
         checkpoint = store.newest(step)
         if checkpoint is None:
             raise UserError(f"{config.run_dir} has no checkpoint{f' of step {step}' if step else ''}: train it first.")
         corpora = open_corpora(config)
         weights = make_backend(config, world).consolidate(checkpoint)
-        model = fill_model(student_config(config, corpora), weights, PRECISIONS[dtype])
+        model = fill_model(student_config(config, corpora), weights, PRECISIONS[dtype], config.model.trust_remote_code)
         progress = json.loads((checkpoint / "progress.json").read_text())
         output.parent.mkdir(parents=True, exist_ok=True)
         write_folder(model, corpora.tokenizer, _card(config, progress), output)

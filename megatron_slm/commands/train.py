@@ -4,11 +4,12 @@ Works alone as one process, and under torchrun, the deepspeed launcher and srun.
 """
 
 import argparse
+import logging
 import os
 import sys
 
 from megatron_slm.config import Config, load_config
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError, UserError
 
 _EPILOG = """examples:
   megatron-slm train run.yaml
@@ -27,15 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """All ranks agree on an error; rank 0 alone says it."""
+    """What all ranks agree on, rank 0 alone says; what one rank alone has met, that rank says."""
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         # Read before anything heavy is imported: a typo answers at once.
-        _train(load_config(arguments.config, arguments.overrides))
-    except UserError:
+        _train(_read_config(arguments))
+    except AgreedError:
         if not is_main:
             sys.exit(2)
         raise
+
+
+def _read_config(arguments: argparse.Namespace) -> Config:
+    """Every rank reads the same file and finds the same error."""
+    try:
+        return load_config(arguments.config, arguments.overrides)
+    except UserError as error:
+        raise AgreedError(str(error)) from error
 
 
 def _train(config: Config) -> None:
@@ -50,5 +59,8 @@ def _train(config: Config) -> None:
     try:
         run = build_run(config, world)
         run.trainer.fit(run.state)
+    except BaseException:
+        logging.getLogger(__name__).debug("the run stopped", exc_info=True)
+        raise
     finally:
         disconnect()

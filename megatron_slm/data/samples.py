@@ -5,10 +5,13 @@ indices depend on how many samples are asked for, so that number is fixed by `or
 *cycle*. Training beyond it goes on with the next cycle, which has a seed of its own.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,12 +135,7 @@ def _weights(settings: DataSettings, corpora: list[Corpus]) -> list[float]:
 def _build_cycle(
     settings: DataSettings, corpora: list[Corpus], seed: int, length: int, cache: Path, world: World
 ) -> PackedDocuments:
-    """One cycle's dataset. A cache without its mark was left by a run that died while it was written."""
-    complete = cache / "complete"
-    if world.is_main and not complete.exists():
-        shutil.rmtree(cache, ignore_errors=True)
-    if dist.is_initialized():
-        dist.barrier()
+    """One cycle's dataset: rank 0 builds the indices if they are not there, then all ranks map them."""
     prefixes = [corpus.prefix for corpus in corpora]
     config = GPTDatasetConfig(
         random_seed=seed,
@@ -152,10 +150,24 @@ def _build_cycle(
         create_attention_mask=False,
     )
     config.split_matrix = [config.split_matrix[0], None, None]
-    train, _, _ = BlendedMegatronDatasetBuilder(PackedDocuments, [length, 0, 0], lambda: True, config).build()
-    if world.is_main:
-        complete.touch()
+    with _alone_in(cache) if world.is_main else nullcontext():
+        if dist.is_initialized():
+            dist.barrier()
+        train, _, _ = BlendedMegatronDatasetBuilder(PackedDocuments, [length, 0, 0], lambda: True, config).build()
     return train
+
+
+@contextmanager
+def _alone_in(cache: Path) -> Iterator[None]:
+    """Build or read a cache while no other run does. One without its mark was left by a run that died in it."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    complete = cache / "complete"
+    with cache.with_name(f"{cache.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not complete.exists():
+            shutil.rmtree(cache, ignore_errors=True)
+        yield
+        complete.touch()
 
 
 class _NoTokenizer:

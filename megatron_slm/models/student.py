@@ -20,8 +20,10 @@ class Tape:
 
 
 class Student:
-    """Args:
-    engine: the module (a `CausalLM`) with its optimizer.
+    """Scores batches, and adds the gradient of what was selected.
+
+    Args:
+        engine: the module (a `CausalLM`) with its optimizer.
     """
 
     def __init__(self, engine: TrainingEngine) -> None:

@@ -11,7 +11,7 @@ class SelectionSettings:
     scope     ranked together: all ranks, each rank alone, or each sequence alone
     pool      ranked together: one micro-step of all ranks, or the whole optimizer step
     backward  exact: gradients of the selected loss through every token
-    quantiles of the score that are logged
+    quantiles of the excess loss that are logged
     """
 
     score: str = "excess"

@@ -11,15 +11,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_slm.backend import TrainingEngine
-from megatron_slm.dist import World, gather_objects
-from megatron_slm.errors import UserError
+from megatron_slm.dist import World, agree, gather_objects
+from megatron_slm.errors import AgreedError, UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,19 +42,24 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, engine: TrainingEngine, progress: dict[str, Any]) -> None:
-        """Save all ranks' state; every rank calls it. A kill at any instant leaves the one before."""
+        """Save all ranks' state; every rank calls it. A kill at any instant leaves the one before.
+
+        Raises:
+            UserError: it cannot be written; the checkpoint before is untouched.
+        """
         name = checkpoint_name(progress["step"])
         aside = self._folder / f".writing-{name}"
-        self._on_main(lambda: self._clear(aside))
-        engine.save(aside)
-        self._on_main(lambda: aside.mkdir(exist_ok=True))
-        torch.save(_random_state(), aside / f"rng_rank{self._world.rank:04d}.pt")
-        self._on_main(lambda: _write(aside / "progress.json", json.dumps(progress)))
-        self._on_main(lambda: _write(aside / "config.yaml", self._config))
+        self._write_together(lambda: self._clear() if self._world.is_main else None)
+        try:
+            engine.save(aside)
+        except (OSError, RuntimeError) as error:  # Not agreed on: the backend's own collectives are under way.
+            raise _cannot_write(error) from error
+        self._write_together(lambda: self._write_state(aside, progress))
         files = self._sums(aside, flush=True)
         manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "files": files}
-        self._on_main(lambda: _write(aside / MANIFEST, json.dumps(manifest, indent=1)))
-        self._on_main(lambda: self._publish(aside, name))
+        self._write_together(lambda: self._publish(aside, name, manifest) if self._world.is_main else None)
+        if self._world.is_main:
+            self._prune()
 
     def restore(self, engine: TrainingEngine) -> dict[str, Any] | None:
         """Load the newest whole checkpoint into the engine; None if nothing was ever saved.
@@ -63,7 +68,7 @@ class CheckpointStore:
             The progress that was saved with it.
 
         Raises:
-            UserError: there are checkpoints, but none is whole.
+            UserError: there are checkpoints, but none is whole, or none of this number of ranks.
         """
         found = self.newest()
         if found is None:
@@ -79,39 +84,59 @@ class CheckpointStore:
 
         Args:
             step: that of this step alone.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
         """
-        candidates = list_checkpoints(self._folder)
+        # Rank 0 looks and all follow: a shared file system may show ranks different moments.
+        names = gather_objects([path.name for path in list_checkpoints(self._folder)])[0]
         if step is not None:
-            candidates = [path for path in candidates if path.name == checkpoint_name(step)]
-        for candidate in reversed(candidates):
-            damaged = self._damaged(candidate)
+            names = [name for name in names if name == checkpoint_name(step)]
+        for name in reversed(names):
+            damaged = self._damaged(self._folder / name)
             if damaged is None:
-                return candidate
-            logging.getLogger(__name__).warning(
-                "checkpoint %s is damaged (%s): trying the one before", candidate, damaged
-            )
-        if candidates:
-            raise UserError(f"No checkpoint in {self._folder} is whole: restore one, or start in another run_dir.")
+                return self._folder / name
+            logging.getLogger(__name__).warning("checkpoint %s is damaged (%s): trying the one before", name, damaged)
+        if names:
+            raise AgreedError(f"No checkpoint in {self._folder} is whole: restore one, or start in another run_dir.")
         return None
 
     def _damaged(self, checkpoint: Path) -> str | None:
         """The first file that is missing or not as it was written, on any rank's share of the reading."""
-        manifest = checkpoint / MANIFEST
-        if not manifest.exists():
+        try:
+            manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            manifest = None
+        expected = gather_objects(manifest)[0]
+        if expected is None:
             return MANIFEST
-        expected = json.loads(manifest.read_text())["files"]
         found = self._sums(checkpoint, only=expected.keys())
         return next((name for name in expected if found.get(name) != expected[name]), None)
 
-    def _sums(self, folder: Path, only: Any = None, flush: bool = False) -> dict[str, list[Any]]:
+    def _sums(self, folder: Path, only: Iterable[str] | None = None, flush: bool = False) -> dict[str, list[Any]]:
         """Size and SHA-256 of every file, each rank reading its share."""
-        gather_objects(None)  # All ranks have written before one lists.
-        names = sorted(only or (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
+        everything = only or (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        names = gather_objects(sorted(everything))[0]
         mine = [name for name in names[self._world.rank :: self._world.size] if (folder / name).exists()]
-        sums = {name: _sum(folder / name, flush) for name in mine}
+        sums = agree(lambda: {name: _sum(folder / name, flush) for name in mine})
         return {name: value for part in gather_objects(sums) for name, value in part.items()}
 
-    def _publish(self, aside: Path, name: str) -> None:
+    def _clear(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for left in self._folder.glob(".writing-*"):
+            shutil.rmtree(left)
+
+    def _write_state(self, aside: Path, progress: dict[str, Any]) -> None:
+        aside.mkdir(exist_ok=True)
+        torch.save(_random_state(), aside / f"rng_rank{self._world.rank:04d}.pt")
+        if self._world.is_main:
+            _write(aside / "progress.json", json.dumps(progress))
+            _write(aside / "config.yaml", self._config)
+
+    def _publish(self, aside: Path, name: str, manifest: dict[str, Any]) -> None:
+        _write(aside / MANIFEST, json.dumps(manifest, indent=1))
+        for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
+            _flush(folder)
         final = self._folder / name
         if final.exists():  # A damaged one that this run went back behind.
             shutil.rmtree(final)
@@ -120,26 +145,28 @@ class CheckpointStore:
         _write(self._folder / "latest.new", name)
         (self._folder / "latest.new").replace(self._folder / "latest")
         _flush(self._folder)
+
+    def _prune(self) -> None:
         for old in list_checkpoints(self._folder)[: -self._keep]:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                logging.getLogger(__name__).warning("checkpoint %s cannot be removed: %s", old.name, error)
 
-    def _clear(self, aside: Path) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(".writing-*"):
-            shutil.rmtree(left)
+    def _write_together(self, work: Callable[[], None]) -> None:
+        """What cannot be written on one rank fails on all."""
 
-    def _on_main(self, work: Callable[[], object]) -> None:
-        """Rank 0 does it, all ranks wait, and all fail if it failed."""
-        message = None
-        if self._world.is_main:
+        def told() -> None:
             try:
                 work()
-            except OSError as error:
-                message = str(error)
-        if (found := gather_objects(message)[0]) is not None:
-            raise UserError(
-                f"The checkpoint cannot be written: {found}. The one before is untouched: make room, resume."
-            )
+            except (OSError, RuntimeError) as error:
+                raise _cannot_write(error) from error
+
+        agree(told)
+
+
+def _cannot_write(error: Exception) -> UserError:
+    return UserError(f"The checkpoint cannot be written ({error}): make room and resume; the one before is untouched.")
 
 
 def checkpoint_name(step: int) -> str:
@@ -148,12 +175,12 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints in the order of their steps: those up to `latest`."""
+    """Published checkpoints in the order of their steps: those up to `latest`, or all where it names none of them."""
+    published = sorted(path for path in folder.glob("step_*") if path.is_dir())
     latest = folder / "latest"
-    if not latest.exists():
-        return []
-    name = latest.read_text().strip()
-    return sorted(path for path in folder.glob("step_*") if path.name <= name)
+    name = latest.read_text().strip() if latest.exists() else ""
+    names = [path.name for path in published]
+    return published[: names.index(name) + 1] if name in names else published
 
 
 def _sum(path: Path, flush: bool) -> list[Any]:

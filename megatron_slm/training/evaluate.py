@@ -11,11 +11,13 @@ from megatron_slm.models.causal_lm import score_batch
 
 
 class Evaluator:
-    """Args:
-    module: the student, as its engine runs it.
-    streams: evaluation sets by name.
-    micro_batch_size: windows at a time; on all ranks the same shape, so that the numbers are too.
-    world: this process among all.
+    """Runs the student over every evaluation set.
+
+    Args:
+        module: the student, as its engine runs it.
+        streams: evaluation sets by name.
+        micro_batch_size: windows at a time; on all ranks the same shape, so that the numbers are too.
+        world: this process among all.
     """
 
     def __init__(

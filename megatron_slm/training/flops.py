@@ -1,5 +1,6 @@
 """Floating-point operations of a token, and what the hardware could do at best."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,13 @@ class TokenFlops:
 def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) -> TokenFlops:
     """2 FLOPs a weight that multiplies, and 4 * layers * width * T of attention, not halved for causality.
 
-    The convention of PaLM (appendix B). Input embeddings are looked up, not multiplied; a tied
-    one is the head, and counts. Only routed experts differ from what this counts.
+    The convention of PaLM (appendix B). Embeddings are looked up, not multiplied; one that is
+    tied is the head, and counts. All experts count, also those that a token is not routed to.
     """
-    weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size
+    size = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()}
+    looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    multiplied = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
+    weights = sum(size.values()) - sum(size[key] for key in looked_up - multiplied)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return TokenFlops(2.0 * weights + 4.0 * config.num_hidden_layers * width * seq_length)
@@ -52,4 +54,4 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in DENSE_BF16_PEAKS.items() if key in name), None)
+    return next((peak for key, peak in DENSE_BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)

@@ -6,10 +6,10 @@ from torch import nn
 from megatron_slm.training.settings import TrainingSettings
 
 
-def adamw(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
-    """The optimizer of a model whose parameters may be partitioned.
+def adamw(module: nn.Module, settings: TrainingSettings, device: torch.device) -> torch.optim.AdamW:
+    """The optimizer of a model whose parameters may be partitioned, and may still be in host memory.
 
-    Fused on CUDA: one kernel over the flat partitions that ZeRO keeps.
+    Fused where the engine will hold them on CUDA: one kernel over the flat partitions of ZeRO.
     """
     decayed, kept = decay_groups(module)
     groups = [
@@ -21,7 +21,7 @@ def adamw(module: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
         eps=settings.adam_eps,
-        fused=True if next(module.parameters()).is_cuda else None,
+        fused=True if device.type == "cuda" else None,
     )
 
 

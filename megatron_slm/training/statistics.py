@@ -10,8 +10,11 @@ from megatron_slm.types import Batch, TokenSignals
 
 
 class StepStatistics:
-    """Args:
-    num_sources: entries of the blend.
+    """What a step's tokens sum up to on this rank.
+
+    Args:
+        num_sources: entries of the blend.
+        device: of the batches.
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
@@ -21,6 +24,10 @@ class StepStatistics:
         }
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
         self._excess: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def has_reference(self) -> bool:
+        return bool(self._excess)
 
     def add(self, pool: Batch, signals: TokenSignals, choice: Choice) -> None:
         """One pool of this rank."""
@@ -52,7 +59,7 @@ class StepStatistics:
 
     def excess_quantiles(self, quantiles: tuple[float, ...]) -> list[float]:
         """Exact quantiles of the step's excess loss over all ranks; empty without a reference."""
-        if not self._excess or not quantiles:
+        if not self.has_reference or not quantiles:
             return []
         excess_N, valid_N = (torch.cat([part.flatten() for part in parts]) for parts in zip(*self._excess, strict=True))
         return [float(value) for value in score_quantiles(excess_N, valid_N, quantiles)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_slm.backend import TrainingEngine, Update
 from megatron_slm.dist import World, all_reduce_sum, gather_objects
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError
 from megatron_slm.models.student import Student, Tape
 from megatron_slm.selection.uniform import token_uniform
 from megatron_slm.signals.live import Reference
@@ -27,13 +27,15 @@ class StepResult:
 
 
 class TrainingStep:
-    """Args:
-    engine: the student's engine.
-    reference: where reference signals come from.
-    objective: which tokens count.
-    seed: of the column `uniform`.
-    num_sources: entries of the blend.
-    world: this process among all.
+    """A call is one optimizer step on this rank's micro-batches.
+
+    Args:
+        engine: the student's engine.
+        reference: where reference signals come from.
+        objective: which tokens count.
+        seed: of the column `uniform`.
+        num_sources: entries of the blend.
+        world: this process among all.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class TrainingStep:
         """Run the step on this rank's micro-batches; every rank calls it with as many.
 
         Raises:
-            UserError: a loss is not finite; the weights are as they were before the step.
+            AgreedError: a loss is not finite; the weights are as they were before the step.
         """
         self._engine.module.train()
         pools = [batches] if self._objective.pools_whole_step else [[batch] for batch in batches]
@@ -109,12 +111,15 @@ class TrainingStep:
             return
         found = gather_objects(samples_B[bad_B].tolist())
         where = "; ".join(f"rank {rank}, samples {samples}" for rank, samples in enumerate(found) if samples)
-        raise UserError(
-            f"The student's loss is not finite at step {step} on {where}: lower training.lr or look at these samples. "
-            "The weights were not updated and the last checkpoint is untouched."
+        raise AgreedError(
+            f"A loss of the student or the reference is not finite at step {step} on {where}. The weights were not "
+            "updated and the last checkpoint is untouched: look at these samples, or export the checkpoint and go on "
+            "in another run_dir with a lower training.lr."
         )
 
 
 def _not_finite(pool: Batch, signals: TokenSignals) -> Tensor:
-    """bool `[B]`: sequences with a loss that is infinite or NaN."""
-    return (pool.valid_BT & ~signals["student.loss"].isfinite()).any(-1)
+    """bool `[B]`: sequences with a loss, of either model, that is infinite or NaN."""
+    losses = [column for name, column in signals.items() if name.endswith(".loss")]
+    finite_BT = torch.stack([loss_BT.isfinite() for loss_BT in losses]).all(0)
+    return (pool.valid_BT & ~finite_BT).any(-1)

@@ -3,19 +3,21 @@
 from collections.abc import Callable, Sequence
 
 from megatron_slm.data.loader import StepLoader
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import TrainingStep
 
 
 class Trainer:
-    """Args:
-    loader: the micro-batches of each step.
-    step: the optimizer step.
-    learning_rate: of the step that ends at so many tokens.
-    callbacks: told of each moment, in this order.
-    max_skipped_updates: stop after so many in a row.
+    """Runs step after step and tells the callbacks.
+
+    Args:
+        loader: the micro-batches of each step.
+        step: the optimizer step.
+        learning_rate: of the step that ends at so many tokens.
+        callbacks: told of each moment, in this order.
+        max_skipped_updates: stop after so many in a row.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Trainer:
         """Train from where the state stands to the end of the plan.
 
         Raises:
-            UserError: a loss that is not finite, or too many skipped updates.
+            AgreedError: a loss that is not finite, or too many skipped updates.
         """
         try:
             for callback in self._callbacks:
@@ -60,7 +62,8 @@ class Trainer:
         for callback in self._callbacks:
             callback.on_step_end(state, result)
         if state.skipped_in_a_row >= self._max_skipped_updates:
-            raise UserError(
+            raise AgreedError(
                 f"{state.skipped_in_a_row} updates in a row up to step {state.step} had gradients that are not finite "
-                "(training.max_skipped_updates): lower training.lr and resume from the last checkpoint."
+                "(training.max_skipped_updates): export the last good checkpoint and go on in another run_dir with a "
+                "lower training.lr."
             )

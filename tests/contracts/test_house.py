@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "signals": LEAVES | {"models"},
     "training": LEAVES | {"data", "models", "signals", "selection"},
     "config": {"errors", "data", "models", "signals", "selection", "training"},
-    "run_folder": {"config", "dist", "errors"},
+    "run_folder": {"config", "dist", "errors", "training"},
     "build": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
     "commands": LEAVES | {"config", "run_folder", "build", "data", "models", "training"},
     "__main__": {"errors", "__init__"},

@@ -31,7 +31,7 @@ def test_a_run_folder_explains_itself(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "log-rank0001.txt"}
     assert expected <= names
-    assert json.loads((run / "environment.json").read_text())["ranks"] == 2
+    assert json.loads((run / "environment.json").read_text())["starts"][0]["ranks"] == 2
     assert (run / "checkpoints" / "latest").read_text() == "step_00000020"
 
 
@@ -133,7 +133,7 @@ def test_the_deepspeed_launcher_trains(corpora: Path, tmp_path: Path) -> None:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29543"]
     ended = launch(corpora, tmp_path, [*launcher, "--module", "megatron_slm"])
     assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][0]["ranks"] == 2
 
 
 def test_srun_trains(corpora: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_srun_trains(corpora: Path, tmp_path: Path) -> None:
     for task in tasks:
         _, heard = task.communicate(timeout=240)
         assert task.returncode == 0, heard
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][0]["ranks"] == 2
 
 
 def train_on_poison(world: World, tree: dict[str, Any], what: str) -> str:

@@ -13,7 +13,7 @@ from megatron_slm.data.corpus import open_corpus, unique_names
 from megatron_slm.data.loader import StepLoader, accumulation_steps
 from megatron_slm.data.samples import Samples, build_samples
 from megatron_slm.data.settings import DataSettings
-from megatron_slm.dist import World, launcher_variables
+from megatron_slm.dist import World, first_host, launcher_variables
 from megatron_slm.errors import UserError
 from tests.gloo import run_ranks
 
@@ -93,7 +93,7 @@ def test_a_cache_that_was_left_unfinished_is_built_again(corpora: Path, tmp_path
     train = [0.75, "web", 0.25, "books"]
     args = (str(corpora), str(tmp_path), train, 100 * T, 100)
     run_ranks(samples_of, 1, *args)
-    folder = next(tmp_path.iterdir())
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
     (folder / "complete").unlink()
     for index in folder.glob("*.npy"):
         index.write_bytes(index.read_bytes()[:50])
@@ -162,6 +162,13 @@ def test_repeated_names_are_made_unique() -> None:
     assert len(set(names)) == 4 and names[0] == "web" and names[2] == "books"
 
 
+@pytest.mark.parametrize(
+    ("hosts", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("n[3-5]", "n3"), ("n[3,5],m", "n3"), ("m,n[3-5]", "m")]
+)
+def test_rank_0_runs_on_the_first_host_of_slurms_list(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first
+
+
 def test_launchers_are_told_apart() -> None:
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
     assert launcher_variables(torchrun) == {"LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
@@ -169,6 +176,8 @@ def test_launchers_are_told_apart() -> None:
     task = step | {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
     found = launcher_variables(task)
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "16", "1")
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "30007")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", str(20000 + (50007 + 2 * 7919) % 20000))
+    assert launcher_variables(task | {"SLURM_STEP_NODELIST": "gpu[007-009,12]"})["MASTER_ADDR"] == "gpu007"
+    assert launcher_variables(task | {"MASTER_ADDR": "h", "SLURM_STEP_NODELIST": "n1"})["MASTER_ADDR"] == "h"
     alone = launcher_variables({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"})
     assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")

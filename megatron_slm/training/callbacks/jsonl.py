@@ -10,7 +10,7 @@ from megatron_slm.training.step import StepResult
 
 
 class JsonLines(Callback):
-    """Appends on rank 0; a record is on disk before the next step begins."""
+    """Appends on rank 0; a record has left this process before the next step begins."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -37,13 +37,14 @@ class StepMetrics(Callback):
 
     def _selection(self, state: RunState, result: StepResult, sums: dict[str, float]) -> dict[str, float | None]:
         unselected = sums["valid"] - sums["selected"]
-        quantiles = result.statistics.excess_quantiles(self._quantiles)
-        shares = result.statistics.reduce_by_source()
+        statistics = result.statistics
+        quantiles = statistics.excess_quantiles(self._quantiles)
+        shares = statistics.reduce_by_source()
         return {
             "consumed_selected_tokens": state.consumed_selected_tokens,
             "loss/selected": ratio(sums["selected_loss"], sums["selected"]),
             "loss/unselected": ratio(sums["loss"] - sums["selected_loss"], unselected),
-            "loss/reference": ratio(sums["reference_loss"], sums["valid"]) if quantiles else None,
+            "loss/reference": ratio(sums["reference_loss"], sums["valid"]) if statistics.has_reference else None,
             "selection/threshold": ratio(sums["threshold"], sums["thresholds"]),
             "selection/ratio": ratio(sums["selected"], sums["valid"]),
             **{f"selection/ratio/{name}": share for name, share in zip(self._sources, shares, strict=True)},

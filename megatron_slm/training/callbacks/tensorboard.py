@@ -25,7 +25,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         # What a killed run wrote after its checkpoint disappears from the curves.
-        self._writer = SummaryWriter(str(self._folder), purge_step=state.step + 1 if state.step else None)
+        self._writer = SummaryWriter(str(self._folder), purge_step=state.step + 1)
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         for name, value in (state.record or {}).items():
