@@ -1,5 +1,6 @@
 """What users get wrong: each a sentence that names the setting, exit status 2, no traceback, nothing lost."""
 
+import fcntl
 import io
 import shutil
 from collections.abc import Callable
@@ -204,6 +205,31 @@ def test_a_run_folder_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> 
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     assert "run_dir is" in refused("train", str(config))
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_folder_with_a_configuration_of_ones_own_is_left_alone(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "config.yaml", config_tree(corpora, tmp_path))
+    before = config.read_bytes()
+    assert "whose config.yaml is not a run's" in refused("train", str(config))
+    assert config.read_bytes() == before
+
+
+def test_a_run_folder_in_use_is_refused(corpora: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in which another process is training" in refused("train", str(config))
+
+
+def test_a_start_that_failed_binds_nobody(corpora: Path, tmp_path: Path) -> None:
+    """The first start got as far as an empty metrics.jsonl."""
+    tree = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=8 * 32)
+    run_ranks(train_in_process, 1, tree)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    tree["training"]["lr"] = 5.0e-3
+    assert run_ranks(train_in_process, 1, tree)[0]["step"] == 1
 
 
 def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:

@@ -25,7 +25,6 @@ def test_every_example_is_a_valid_configuration(path: Path) -> None:
     assert load_config(str(path), []).run_dir == yaml.safe_load(path.read_text())["run_dir"]
 
 
-@pytest.mark.slow
 def test_the_accelerator_check_passes_on_a_cpu(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     program = str(ROOT / "tools" / "gpu_check.py")

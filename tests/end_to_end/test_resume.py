@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_slm.dist import World
 from tests.gloo import RankError, run_ranks
@@ -53,15 +54,17 @@ def test_a_killed_run_resumes_bitwise_at_the_other_stages(corpora: Path, tmp_pat
 
 
 def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -> None:
-    """Die in the second checkpoint, on rank 0, at one of the moments that publishing passes through."""
+    """Die in the second checkpoint, on one rank, at one of the moments that it passes through."""
     from megatron_slm.training import checkpoints
 
-    owner, name = {
-        "while the backend writes": (os, "fsync"),
-        "before the manifest": (checkpoints, "_write"),
-        "before the folder is renamed": (Path, "rename"),
-        "before latest is replaced": (Path, "replace"),
-        "before old checkpoints are removed": (shutil, "rmtree"),
+    owner, name, rank = {
+        "before this rank's optimizer state": (torch, "save", 0),
+        "before the other rank's optimizer state": (torch, "save", 1),
+        "before the sums": (os, "fsync", 1),
+        "before the manifest": (checkpoints, "_write", 0),
+        "before the folder is renamed": (Path, "rename", 0),
+        "before latest is replaced": (Path, "replace", 0),
+        "before old checkpoints are removed": (shutil, "rmtree", 0),
     }[moment]
     original = getattr(owner, name)
 
@@ -69,7 +72,7 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
         folder = Path(tree["run_dir"]) / "checkpoints"
         second = any(folder.glob("*step_00000020"))
         third_name = name == "replace" and "latest" not in str(args[0])
-        if world.is_main and second and not third_name:
+        if world.rank == rank and second and not third_name:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
@@ -80,7 +83,9 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
 @pytest.mark.parametrize(
     ("moment", "survivor"),
     [
-        ("while the backend writes", 10),
+        ("before this rank's optimizer state", 10),
+        ("before the other rank's optimizer state", 10),
+        ("before the sums", 10),
         ("before the manifest", 10),
         ("before the folder is renamed", 10),
         ("before latest is replaced", 10),
@@ -110,6 +115,43 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(corpora: Path, tmp_path
     weights.write_bytes(content)
     assert run_ranks(train_in_process, 1, tree)[0]["step"] == 20
     assert "is damaged" in (tmp_path / "run" / "log-rank0000.txt").read_text()
+
+
+def test_a_torn_manifest_or_a_lost_latest_loses_nothing(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=0)
+    run_ranks(train_in_process, 1, tree)
+    whole, folder = records(tmp_path / "run"), tmp_path / "run" / "checkpoints"
+    (folder / "latest").unlink()
+    run_ranks(train_in_process, 1, tree)
+    assert records(tmp_path / "run") == whole
+    manifest = folder / "step_00000020" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:50])
+    run_ranks(train_in_process, 1, tree)
+    assert records(tmp_path / "run") == whole
+    assert (folder / "latest").read_text() == "step_00000020"
+
+
+def test_without_a_whole_checkpoint_nothing_is_started_over(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=2 * 8 * 32)
+    run_ranks(train_in_process, 1, tree)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    next((tmp_path / "run" / "checkpoints").glob("*/progress.json")).write_text("{}")
+    with pytest.raises(RankError, match=r"No checkpoint in .* is whole"):
+        run_ranks(train_in_process, 1, tree)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_curves_have_each_step_once_after_a_kill_before_the_first_checkpoint(corpora: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tree = config_tree(corpora, tmp_path / "run", stage=0, save_interval=20) | {"selection": DEADLY}
+    mark = str(tmp_path / "mark")
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(train_deadly, 2, tree, mark)
+    run_ranks(train_deadly, 2, tree, mark)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("loss/all")] == list(range(1, 21))
 
 
 def test_data_and_selection_go_on_at_another_number_of_ranks(corpora: Path, tmp_path: Path) -> None:
