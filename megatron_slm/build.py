@@ -26,11 +26,11 @@ from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import (
     CausalLM,
     build_student,
-    check_head,
     initialize_weights,
     load_pretrained,
     model_config,
 )
+from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.selection.scoring import find_score
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
@@ -53,7 +53,6 @@ from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
 
 PRECISIONS: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
-UNUSED_DROPOUTS = ("classifier_dropout", "summary_first_dropout")
 
 
 @dataclass(frozen=True)
@@ -173,14 +172,9 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     if config.model.path is not None:
         _require_tokenizer(config.model.path, "model", corpora.fingerprint)
     hf_config = model_config(config.model, len(tokenizer), special_ids)
+    check_length(hf_config, "model", config.data.seq_length)
     if config.objective == "slm":
-        for name, value in hf_config.to_dict().items():
-            is_dropout = name.endswith(("dropout", "pdrop")) and name not in UNUSED_DROPOUTS
-            if is_dropout and isinstance(value, float) and value > 0:
-                raise UserError(
-                    f"The student's {name} is {value}: dropout makes excess loss noise, so set model.config.{name}=0 "
-                    "or objective=clm."
-                )
+        check_dropout_settings(hf_config)
     return hf_config
 
 
@@ -232,7 +226,9 @@ def _student(
     else:
         # Read whole to host memory and partitioned one parameter at a time: construction under
         # ZeRO-3 would hold the model twice on every rank.
-        lm = build_student(config.model, hf_config, precision, world.device)
+        lm = agree(lambda: build_student(config.model, hf_config, precision, world.device))
+    if config.objective == "slm":
+        check_dropout(lm)
     lm.config.use_cache = False
     if training.activation_checkpointing == "full":
         lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -240,7 +236,9 @@ def _student(
     accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
     settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
-    check_head(lm, engine.module)
+    check_head(lm)
+    if config.data.reset_attention:
+        check_packing(engine.module, lm)
     return module, engine
 
 
@@ -255,10 +253,13 @@ def _reference(config: Config, corpora: Corpora, backend: Backend) -> tuple[Refe
             settings.path, "reference", settings.trust_remote_code, dtype=PRECISIONS[config.training.precision]
         )
     )
+    check_length(lm.config, "reference", config.data.seq_length)
     module = CausalLM(lm)
     flops = token_flops(module, lm.config, config.data.seq_length).forward
     engine = backend.frozen_engine(module, shard=settings.shard)
-    check_head(lm, engine)
+    check_head(lm)
+    if config.data.reset_attention:
+        check_packing(engine, lm)
     return LiveReference(engine, settings.micro_batch_size), flops
 
 

@@ -1,8 +1,8 @@
 """Any Hugging Face causal language model as a module that answers with a loss a token."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -77,15 +77,15 @@ def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str
     """
     if settings.path is not None:
         config = _load(AutoConfig.from_pretrained, settings.path, "model", settings.trust_remote_code)
-        config.update(settings.config)
-    else:
-        multiple = settings.make_vocab_size_divisible_by
-        defaults = {"vocab_size": -(-vocab_size // multiple) * multiple, **special_ids}
-        options = defaults | settings.config
-        try:
-            config = AutoConfig.for_model(options.pop("model_type"), **options)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.config is not a Hugging Face configuration: {_one_line(error)}.") from error
+    try:
+        if settings.path is not None:
+            config.update(settings.config)
+        else:
+            multiple = settings.make_vocab_size_divisible_by
+            defaults = {"vocab_size": -(-vocab_size // multiple) * multiple, **special_ids}
+            config = AutoConfig.for_model(**(defaults | settings.config))
+    except Exception as error:
+        raise UserError(f"model.config is not a Hugging Face configuration: {_one_line(error)}.") from error
     if config.vocab_size < vocab_size:
         raise UserError(
             f"The student has {config.vocab_size} vocabulary entries and the corpus's tokenizer {vocab_size}: "
@@ -97,14 +97,23 @@ def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str
 def build_student(
     settings: ModelSettings, config: PretrainedConfig, precision: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The student: read from `settings.path` to host memory, or made on the device, to be initialised."""
+    """The student: read from `settings.path` to host memory, or made on the device, to be initialised.
+
+    Raises:
+        UserError: Hugging Face cannot read or make it.
+    """
     options: dict[str, Any] = {"dtype": precision}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     if settings.path is not None:
         return load_pretrained(settings.path, "model", settings.trust_remote_code, config=config, **options)
-    with device:
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+    except Exception as error:
+        raise UserError(
+            f"No model can be made from model.config and model.attn_implementation: {_one_line(error)}."
+        ) from error
 
 
 def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
@@ -117,11 +126,19 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
         options: for `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or its files do not hold all of its weights.
     """
-    return _load(
-        AutoModelForCausalLM.from_pretrained, path, setting, trust_remote_code, use_safetensors=True, **options
-    )
+    read = AutoModelForCausalLM.from_pretrained
+    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _load(read, path, setting, trust_remote_code, **options)
+    # Hugging Face would fill them with random numbers, of another seed on each rank.
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:
+        raise UserError(
+            f"{setting}.path is '{path}', whose files lack {len(lacking)} of the model's weights or hold them in "
+            f"another shape, {lacking[0]} among them: check that they are complete, and model.config if you set it."
+        )
+    return model
 
 
 def initialize_weights(
@@ -144,53 +161,6 @@ def initialize_weights(
             owners[name](module)
 
 
-def check_head(model: PreTrainedModel, module: nn.Module) -> None:
-    """Refuse a model whose logits are more than hidden states times the head: soft caps, scales, extra layers.
-
-    One forward of eight tokens on every rank, compared with the model's own logits. Hidden states
-    are enlarged for it: a soft cap changes nothing at the small logits of fresh weights.
-
-    Raises:
-        UserError: the losses differ.
-    """
-    device = next(model.parameters()).device
-    tokens_BT = (torch.arange(9, device=device) * 7919 % model.config.vocab_size)[None]
-    positions_BT = torch.arange(8, device=device)[None]
-    with torch.no_grad(), _enlarged_hidden_states(model), _evaluating(model):
-        logits_BTV = model(input_ids=tokens_BT[:, :-1], position_ids=positions_BT, use_cache=False).logits
-        own_T = nn.functional.cross_entropy(logits_BTV[0].float(), tokens_BT[0, 1:], reduction="none")
-        ours_T = module(tokens_BT[:, :-1], tokens_BT[:, 1:], positions_BT)["loss"][0]
-    if not torch.allclose(own_T, ours_T, rtol=2e-2, atol=2e-2):
-        raise UserError(
-            f"{type(model).__name__} computes its logits in a way that this system does not know "
-            "(a soft cap or a scale): use another architecture."
-        )
-
-
-@contextmanager
-def _enlarged_hidden_states(model: PreTrainedModel) -> Iterator[None]:
-    def enlarge(module: nn.Module, inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = 100 * output.last_hidden_state
-        return output
-
-    hook = model.base_model.register_forward_hook(enlarge)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout, which two forwards would draw differently."""
-    was_training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(was_training)
-
-
 def _initializers(model: PreTrainedModel) -> dict[str, Callable[[nn.Module], None]]:
     """For each module the `_init_weights` of the nearest model around it."""
     owners: dict[str, Callable[[nn.Module], None]] = {}
@@ -207,9 +177,9 @@ def _seed_of(seed: int, name: str) -> int:
 def _load(read: Callable[..., Any], path: str, setting: str, trust_remote_code: bool, **options: Any) -> Any:
     try:
         return read(path, trust_remote_code=trust_remote_code, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise UserError(f"{setting}.path is '{path}', which cannot be loaded: {_one_line(error)}.") from error
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

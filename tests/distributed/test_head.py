@@ -7,7 +7,9 @@ from megatron_slm.backend import EngineSettings
 from megatron_slm.backend.deepspeed import DeepSpeedBackend
 from megatron_slm.backend.plain import PlainBackend
 from megatron_slm.dist import World
+from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
+from megatron_slm.models.checks import check_head, check_packing
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection.loss import weighted_loss
 from tests.gloo import run_ranks
@@ -106,3 +108,35 @@ def test_split_models_have_the_gradients_of_the_plain_model(model_type, tied):
             for name, gradient in actual.items():
                 assert right[name].any(), name
                 close(gradient, right[name], 1e-5)
+
+
+def refusals(world: World, model_type: str, tied: bool) -> list[str]:
+    """What the checks say of a split student, and then of the same one: they leave it as it was."""
+    backend = DeepSpeedBackend(world, SETTINGS, torch.float32)
+    module = student(backend, model_type, tied)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    engine = backend.training_engine(module, optimizer, EngineSettings(SEQUENCES, 1, 0.0, torch.float32))
+    found = []
+    for _ in range(2):
+        for check in (lambda: check_head(module.lm), lambda: check_packing(engine.module, module.lm)):
+            try:
+                check()
+            except UserError as error:
+                found.append(str(error))
+        assert_split(module)
+        engine.backward(engine.module(*rank_batch(world.rank))["loss"].sum(), last=True)
+        engine.step(0.0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied"), [("llama", False), ("gpt2", True), ("mistral", False), ("qwen3", True)]
+)
+def test_a_split_model_that_is_right_passes_the_checks(model_type, tied):
+    assert run_ranks(refusals, RANKS, model_type, tied) == [[], []]
+
+
+@pytest.mark.parametrize(("model_type", "sentence"), [("gemma2", "a soft cap"), ("bloom", "data.reset_attention")])
+def test_a_split_model_that_is_wrong_is_refused_on_every_rank(model_type, sentence):
+    for found in run_ranks(refusals, RANKS, model_type, True):
+        assert len(found) == 2 and all(sentence in refusal for refusal in found)

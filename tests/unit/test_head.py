@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_slm.errors import UserError
-from megatron_slm.models.causal_lm import CausalLM, check_head
+from megatron_slm.models.causal_lm import CausalLM
 from megatron_slm.models.head import token_loss
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -251,38 +250,3 @@ def test_a_column_that_is_not_wanted_is_not_made():
     module = CausalLM(AutoModelForCausalLM.from_config(tiny_config("llama")))
     tokens = torch.arange(8)[None]
     assert module(tokens, tokens, tokens).keys() == {"loss"}
-
-
-@pytest.mark.parametrize("model_type", list(SHAPES))
-def test_models_whose_logits_are_a_product_are_accepted(model_type):
-    lm = AutoModelForCausalLM.from_config(tiny_config(model_type))
-    check_head(lm, CausalLM(lm))
-
-
-CHANGED_LOGITS = {
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 30.0},
-    "cohere": {"num_key_value_heads": 2, "logit_scale": 0.0625},
-    "granite": {"num_key_value_heads": 2, "logits_scaling": 8.0},
-}
-
-
-@pytest.mark.parametrize("model_type", list(CHANGED_LOGITS))
-def test_models_that_cap_or_scale_their_logits_are_refused(model_type):
-    torch.manual_seed(0)
-    config = tiny_config(model_type, initializer_range=1.0, **CHANGED_LOGITS[model_type])
-    lm = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match="a soft cap or a scale"):
-        check_head(lm, CausalLM(lm))
-
-
-def test_a_soft_cap_is_refused_before_the_logits_grow_into_it():
-    lm = AutoModelForCausalLM.from_config(tiny_config("gemma2", initializer_range=0.02, **CHANGED_LOGITS["gemma2"]))
-    with pytest.raises(UserError, match="a soft cap or a scale"):
-        check_head(lm, CausalLM(lm))
-
-
-def test_dropout_in_training_does_not_look_like_another_head():
-    lm = AutoModelForCausalLM.from_config(tiny_config("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
-    for _ in range(5):
-        check_head(lm, CausalLM(lm))
-    assert lm.training

@@ -1,0 +1,176 @@
+"""What is asked of a model before it trains: that it computes what the run's settings take for granted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from megatron_slm.errors import UserError
+
+UNUSED_DROPOUTS = ("classif", "summary")
+"""Parts of the names of dropouts that a causal language model never applies."""
+LEAK = 2e-3
+"""Share of an attended document's influence that is still round-off: of experts, which multiply other batches."""
+
+
+def check_length(config: PretrainedConfig, setting: str, seq_length: int) -> None:
+    """Refuse sequences longer than a model's positions: learned ones end there, rotary ones were trained up to it.
+
+    Args:
+        config: of the model.
+        setting: `model` or `reference`, for the message.
+        seq_length: tokens a sample.
+
+    Raises:
+        UserError: `data.seq_length` is above `max_position_embeddings` (GPT-2 calls it `n_positions`).
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and seq_length > longest > 0:
+        other = f", or set model.config.max_position_embeddings={seq_length}" if setting == "model" else ""
+        raise UserError(
+            f"data.seq_length is {seq_length}, and the {setting} has {longest} positions (max_position_embeddings): "
+            f"use data.seq_length={longest} or less{other}."
+        )
+
+
+def check_dropout_settings(config: PretrainedConfig) -> None:
+    """Refuse a configuration that drops anything: the losses of two forwards would differ by noise.
+
+    Raises:
+        UserError: naming the first such entry.
+    """
+    for name, value in _dropouts(config.to_dict()):
+        raise UserError(
+            f"The student's {name} is {value}: dropout makes excess loss noise, so set model.config.{name}=0 "
+            "or objective=clm."
+        )
+
+
+def check_dropout(model: nn.Module) -> None:
+    """Refuse a model that drops anything, whatever its configuration calls it.
+
+    Raises:
+        UserError: naming the first such module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise UserError(
+                f"The student's module {name} drops {module.p} of its input: dropout makes excess loss noise, "
+                "so turn it off in model.config or set objective=clm."
+            )
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are more than hidden states times the head: soft caps, scales, extra layers.
+
+    One forward of eight tokens on every rank, in which the head answers with values of its own:
+    they must come out untouched, and what went in must be the last hidden states.
+
+    Raises:
+        UserError: it is not so.
+    """
+    tokens_BT = _some_tokens(model, 1, 8)
+    arguments = {"input_ids": tokens_BT, "position_ids": _straight(tokens_BT), "use_cache": False}
+    with torch.no_grad(), _evaluating(model), _replaced_head(model) as seen:
+        logits_BTV = model(**arguments).logits
+        hidden_BTD = model.base_model(**arguments).last_hidden_state
+    if len(seen) != 2 or not _is_linear(model) or not _same(seen[0], hidden_BTD) or not _same(logits_BTV, seen[1]):
+        raise UserError(
+            f"{type(model).__name__} computes its logits in a way that this system does not know "
+            "(a soft cap or a scale): use another architecture."
+        )
+
+
+def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
+    """Refuse `data.reset_attention` for a model that attends across packed documents all the same.
+
+    Other tokens in the first document of a sequence must not change the losses of the second. Where
+    positions do not restart they do, and that is the measure: it holds for any weights and dtype.
+    Two sequences, because some kernels see restarts in a batch of one only.
+
+    Args:
+        module: the `CausalLM`, or its engine; every rank calls it.
+        model: the model inside.
+
+    Raises:
+        UserError: documents leak into each other.
+    """
+    text_BS = _some_tokens(model, 2, 17)
+    tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
+    straight_BT = _straight(tokens_BT)
+    start_B1 = torch.tensor([[5], [9]], device=tokens_BT.device)
+    second_BT = straight_BT >= start_B1
+    changed_BT = torch.where(second_BT, tokens_BT, (tokens_BT + 1) % model.config.vocab_size)
+    with torch.no_grad(), _evaluating(module):
+        restarted, attended = (
+            (module(tokens_BT, labels_BT, p_BT)["loss"] - module(changed_BT, labels_BT, p_BT)["loss"])[second_BT].norm()
+            for p_BT in (torch.where(second_BT, straight_BT - start_B1, straight_BT), straight_BT)
+        )
+    if restarted > LEAK * attended:
+        kernel = model.config._attn_implementation
+        raise UserError(
+            f"data.reset_attention is true, and {type(model).__name__} with attention '{kernel}' lets packed documents "
+            "see each other all the same: set data.reset_attention=false, model.attn_implementation=sdpa, or use "
+            "another architecture."
+        )
+
+
+def _dropouts(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted names and values of all dropouts above 0."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _dropouts({str(inner): item for inner, item in value.items()}, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            is_dropout = any(part in key for part in ("dropout", "pdrop", "layerdrop"))
+            if is_dropout and not any(part in key for part in UNUSED_DROPOUTS):
+                yield f"{prefix}{key}", value
+
+
+def _some_tokens(model: PreTrainedModel, sequences: int, length: int) -> Tensor:
+    device = next(model.parameters()).device
+    return (torch.arange(sequences * length, device=device) * 7919 % model.config.vocab_size).view(sequences, length)
+
+
+def _straight(tokens_BT: Tensor) -> Tensor:
+    return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+
+
+@contextmanager
+def _replaced_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The head answers with large known values. Yields its input and that answer, once it has been called."""
+    seen: list[Tensor] = []
+
+    def replace(head: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        known = torch.linspace(-1e4, 1e4, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
+        seen.extend((inputs[0], known))
+        return known
+
+    hook = model.get_output_embeddings().register_forward_hook(replace)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _is_linear(model: PreTrainedModel) -> bool:
+    """The head is a product with a weight and a bias, which is all that `CausalLM` takes from it."""
+    return type(model.get_output_embeddings()).forward is nn.Linear.forward
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal, up to the precision of a longer type."""
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout, which two forwards would draw differently."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
