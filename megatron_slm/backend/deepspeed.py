@@ -65,7 +65,7 @@ class DeepSpeedBackend:
 
         # Transformers' switch is global to the process: on around the student only, or a
         # reference that is meant to be replicated would be partitioned too.
-        switch = HfDeepSpeedConfig(self._config(EngineSettings(1, 1, 0.0, self._precision)))
+        switch = HfDeepSpeedConfig(self.config(EngineSettings(1, 1, 0.0, self._precision)))
         try:
             return make()
         finally:
@@ -81,9 +81,9 @@ class DeepSpeedBackend:
     def training_engine(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
     ) -> "DeepSpeedEngine":
-        config = self._config(settings)
+        config = self.config(settings)
         if self.stage == 3:
-            _partition(module, config, self._world.device)
+            partition(module, config, self._world.device)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         return DeepSpeedEngine(engine, self.stage, self._world)
 
@@ -91,12 +91,12 @@ class DeepSpeedBackend:
         module = module.eval().requires_grad_(False)
         if not shard:
             return module.to(self._world.device)
-        config = self._config(EngineSettings(1, 1, 0.0, self._precision))
+        config = self.config(EngineSettings(1, 1, 0.0, self._precision))
         config["zero_optimization"] = {
             **{key: value for key, value in config["zero_optimization"].items() if key.startswith(REFERENCE_KEYS)},
             "stage": 3,
         }
-        _partition(module, config, self._world.device)
+        partition(module, config, self._world.device)
         engine, *_ = deepspeed.initialize(model=module, config=config)
         engine.eval()
         return engine
@@ -112,7 +112,7 @@ class DeepSpeedBackend:
             ]
         return {name: weight.float() for name, weight in weights.items()}
 
-    def _config(self, settings: EngineSettings) -> dict[str, Any]:
+    def config(self, settings: EngineSettings) -> dict[str, Any]:
         """The user's section and the keys that this system owns; DeepSpeed's own defaults are not relied on."""
         return copy.deepcopy(self._settings) | {
             "train_micro_batch_size_per_gpu": settings.micro_batch_size,
@@ -179,7 +179,7 @@ class DeepSpeedEngine:
             )
 
 
-def _partition(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
+def partition(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:
     """Split parameters that were built whole, one at a time, so that no device ever holds them all.
 
     Buffers stay whole; DeepSpeed leaves those of a partitioned module where they are.
