@@ -224,8 +224,8 @@ def _student(
         lm = backend.construct(lambda: build_student(config.model, hf_config, precision, world.device))
         initialize_weights(lm, config.seed, backend.gathered)
     else:
-        # Read whole to host memory and partitioned one parameter at a time: construction under
-        # ZeRO-3 would hold the model twice on every rank.
+        # Read whole to host memory and partitioned one parameter at a time: reading
+        # under ZeRO-3 needs as much in sum, and more on rank 0 (tools/bench_load_memory.py).
         lm = agree(lambda: build_student(config.model, hf_config, precision, world.device))
     if config.objective == "slm":
         check_dropout(lm)

@@ -104,7 +104,8 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
     start_B1 = torch.tensor([[5], [9]], device=tokens_BT.device)
     second_BT = straight_BT >= start_B1
     changed_BT = torch.where(second_BT, tokens_BT, (tokens_BT + 1) % model.config.vocab_size)
-    with torch.no_grad(), _evaluating(module):
+    # The model inside: a DeepSpeed engine forgets its own mode, and would train a frozen model afterwards.
+    with torch.no_grad(), _evaluating(model):
         restarted, attended = (
             (module(tokens_BT, labels_BT, p_BT)["loss"] - module(changed_BT, labels_BT, p_BT)["loss"])[second_BT].norm()
             for p_BT in (torch.where(second_BT, straight_BT - start_B1, straight_BT), straight_BT)
@@ -166,11 +167,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, which two forwards would draw differently."""
-    was_training = module.training
-    module.eval()
+    was_training = model.training
+    model.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        model.train(was_training)
