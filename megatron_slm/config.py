@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +33,39 @@ OWNED_DEEPSPEED_KEYS = {
     "amp": "training.precision",
     "torch_autocast": "training.precision",
     "data_types": "training.precision (gradients are accumulated in float32)",
+    "communication_data_type": None,
+    "gradient_allreduce_op": None,
+    "gradient_predivide_factor": None,
+    "managed_gradient_accumulation": None,
+    "prescale_gradients": None,
+    "steps_per_print": None,
+    "zero_allow_untested_optimizer": None,
+    "zero_force_ds_cpu_optimizer": None,
 }
+"""Set by this system, and the settings to use instead, if there are any."""
+
+PASSED_DEEPSPEED_KEYS = (
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "compile",
+    "csv_monitor",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
+    "weight_quantization",
+    "zero_optimization",
+)
+"""What of DeepSpeed's works here; other kinds of parallelism and its own data pipeline do not."""
 
 MAY_CHANGE_ON_RESUME = (
     "training.train_tokens",
@@ -47,6 +81,7 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 _QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBT]?)", re.ASCII)
+_SURELY_QUANTITY = re.compile(r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+|[KMBT])", re.ASCII)
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -71,9 +106,32 @@ class Config:
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
 
     def __post_init__(self) -> None:
-        for key in self.deepspeed:
-            if key in OWNED_DEEPSPEED_KEYS:
-                raise ValueError(f"deepspeed.{key} is set by this system: use {OWNED_DEEPSPEED_KEYS[key]} instead")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError("seed must be 0 or more, and below 2147483648")
+        step = self.training.global_batch_size * self.data.seq_length
+        if self.data.order_tokens is not None and self.data.order_tokens < step:
+            raise ValueError(
+                f"data.order_tokens is {self.data.order_tokens}, less than the {step} tokens of one step "
+                "(training.global_batch_size * data.seq_length): raise it or leave it out"
+            )
+        _check_deepspeed(self.deepspeed)
+
+
+def _check_deepspeed(section: dict[str, Any]) -> None:
+    for key in section:
+        if key in OWNED_DEEPSPEED_KEYS:
+            ours = OWNED_DEEPSPEED_KEYS[key]
+            raise ValueError(
+                f"deepspeed.{key} is set by this system: {f'use {ours} instead' if ours else 'leave it out'}"
+            )
+        if key not in PASSED_DEEPSPEED_KEYS:
+            raise ValueError(f"deepspeed.{key} is not passed to DeepSpeed: {_advice(key, PASSED_DEEPSPEED_KEYS, '')}")
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"deepspeed.zero_optimization is {zero!r}: give a group such as {{stage: 3}}, or leave it out")
+    stage = zero.get("stage", 3)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: use 0, 1, 2 or 3")
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
@@ -97,9 +155,11 @@ def parse_config(tree: dict[str, Any]) -> Config:
     _refuse_unknown_keys(tree, Config, "")
     tree = _parse_quantities(tree, Config)
     try:
-        return TypeAdapter(Config).validate_python(tree)
+        config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         raise UserError(_sentence(error)) from error
+    _refuse_infinite(dataclasses.asdict(config), "")
+    return config
 
 
 def dump_config(config: Config) -> str:
@@ -139,7 +199,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"The override '{override}' has a value that is not YAML: quote it.") from error
     *parents, last = name.split(".")
     for parent in parents:
-        if not isinstance(tree.setdefault(parent, {}), dict):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        if not isinstance(tree[parent], dict):
             raise UserError(f"The override '{override}' goes through {parent}, which is not a group of settings.")
         tree = tree[parent]
     tree[last] = value
@@ -157,29 +219,72 @@ def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
     hints = typing.get_type_hints(settings)
     for key, value in tree.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            advice = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(hints))}."
-            raise UserError(f"{prefix}{key} is not a setting: {advice}")
+            raise UserError(f"{prefix}{key} is not a setting: {_advice(str(key), hints, prefix)}")
+        items = value if isinstance(value, list) else [value]
+        if bool not in _kinds(hints[key]) and any(isinstance(item, bool) for item in items):
+            raise UserError(f"{prefix}{key} is {value!r}: it takes no true or false.")
         nested = _settings_class(hints[key])
         if nested is not None and value is not None:
             _refuse_unknown_keys(value, nested, f"{prefix}{key}.")
 
 
+def _advice(key: str, known: Iterable[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}."
+
+
+def _kinds(hint: Any) -> set[Any]:
+    return {hint, *typing.get_args(hint)}
+
+
+def _refuse_infinite(value: Any, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: give a finite number.")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            # Some Hugging Face configurations hold infinite limits.
+            if name != "model" or key != "config":
+                _refuse_infinite(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_infinite(item, name)
+
+
 def _parse_quantities(tree: dict[str, Any], settings: type) -> dict[str, Any]:
-    """Numbers that YAML reads as text (80e9, 80B, 80_000) become numbers where a number is wanted."""
+    """Numbers that YAML reads as text (80e9, 80B, 80_000) become numbers where a number is wanted.
+
+    Groups that are empty in YAML are left to their defaults.
+    """
     hints = typing.get_type_hints(settings)
     parsed = {}
     for key, value in tree.items():
         nested = _settings_class(hints[key])
-        wanted = {hints[key], *typing.get_args(hints[key])}
+        wanted = _kinds(hints[key])
+        if value is None and _is_group(hints[key]):
+            continue
         if nested is not None and isinstance(value, dict):
             value = _parse_quantities(value, nested)
+        elif hints[key] == dict[str, Any]:
+            value = _parse_foreign(value)
         elif isinstance(value, str) and str not in wanted and wanted & {int, float}:
             value = parse_quantity(value)
         elif isinstance(value, float) and int in wanted and value.is_integer():
             value = int(value)
         parsed[key] = value
     return parsed
+
+
+def _is_group(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
+
+
+def _parse_foreign(value: Any) -> Any:
+    """1e-5, 5e8 and 80B as numbers, at any depth of a group that others define; their names and paths stay text."""
+    if isinstance(value, dict):
+        return {k: item if re.search("name|path", str(k)) else _parse_foreign(item) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_parse_foreign(item) for item in value]
+    return parse_quantity(value) if isinstance(value, str) and _SURELY_QUANTITY.fullmatch(value) else value
 
 
 def parse_quantity(text: str) -> int | float | str:
@@ -206,7 +311,8 @@ def _sentence(error: ValidationError) -> str:
         setting = message.split()[0]
         if isinstance(value, dict) and setting in value:
             return f"{name}{'.' if name else ''}{setting} is {value[setting]!r}: {message}."
-        return f"{name}: {message}." if name else f"{message}."
+        end = "" if message.endswith((".", "?")) else "."
+        return f"{name}: {message}{end}" if name else f"{message}{end}"
     return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}."
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megatron_slm.backend import EngineSettings, M, Update
@@ -53,6 +55,7 @@ class DeepSpeedBackend:
         deepspeed.init_distributed(
             "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
+        _refuse_invalid(self.config(EngineSettings(1, 1, 0.0, precision)))
 
     @property
     def stage(self) -> int:
@@ -189,3 +192,21 @@ def partition(module: nn.Module, config: dict[str, Any], device: torch.device) -
             owner._buffers[name] = buffer.to(device)
     if any(not hasattr(parameter, "ds_id") for parameter in module.parameters()):
         deepspeed.zero.Init(module=module, config_dict_or_path=config)
+
+
+def _refuse_invalid(config: dict[str, Any]) -> None:
+    """Ask DeepSpeed before anything is built, so that what it refuses is not mistaken for a broken model."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        # pydantic knows the place within a group, and not the group.
+        groups = (f"{key}." for key, group in config.items() if isinstance(group, dict) and first["loc"][0] in group)
+        raise UserError(
+            f"deepspeed.{next(groups, '')}{name} is {first['input']!r}: DeepSpeed says '{first['msg']}'; mend it or "
+            "leave it out."
+        ) from error
+    except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"DeepSpeed does not accept the section deepspeed: {said}.") from error

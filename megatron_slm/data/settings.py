@@ -25,6 +25,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         if self.seq_length < 1:
             raise ValueError("seq_length must be 1 or more")
+        if self.order_tokens is not None and self.order_tokens < 1:
+            raise ValueError("order_tokens must be 1 or more")
         blend(self.train)
         try:
             share = train_share(self.split)

@@ -65,6 +65,7 @@ class TrainingSettings:
             "keep_checkpoints",
             "max_skipped_updates",
             "timeout_minutes",
+            "adam_eps",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -72,5 +73,8 @@ class TrainingSettings:
         for name in ("min_lr", "warmup_tokens", "weight_decay", "clip_grad"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 0 or more, and below 1")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must not be above lr ({self.lr})")

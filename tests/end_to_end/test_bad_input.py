@@ -68,6 +68,30 @@ SETTINGS = {
     "a corpus that is not there": ("data.train=/nowhere/web", "/nowhere/web"),
     "DeepSpeed's batch size": ("deepspeed.train_batch_size=8", "use training.global_batch_size"),
     "DeepSpeed's optimizer": ("deepspeed.optimizer={type: Adam}", "deepspeed.optimizer is set by this system"),
+    "how DeepSpeed sends gradients": ("deepspeed.communication_data_type=bf16", "is set by this system: leave it out."),
+    "an unknown DeepSpeed key": ("deepspeed.zero_optimisation={}", "did you mean zero_optimization?"),
+    "DeepSpeed's other parallelism": ("deepspeed.tensor_parallel={}", "deepspeed.tensor_parallel is not passed"),
+    "an empty ZeRO section": ("deepspeed.zero_optimization=null", "deepspeed.zero_optimization is None"),
+    "a stage that does not exist": ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage is 4"),
+    "a stage in words": ("deepspeed.zero_optimization.stage=auto", "deepspeed.zero_optimization.stage is 'auto'"),
+    "a negative seed": ("seed=-1", "seed is -1"),
+    "a seed beyond 31 bits": ("seed=2147483648", "seed is 2147483648"),
+    "an order of no tokens": ("data.order_tokens=0", "data.order_tokens is 0"),
+    "an order shorter than a step": ("data.order_tokens=255", "data.order_tokens is 255, less than the 256 tokens"),
+    "a beta of one": ("training.adam_beta2=1", "training.adam_beta2 is 1"),
+    "an epsilon of zero": ("training.adam_eps=0", "training.adam_eps is 0"),
+    "an infinite rate": ("training.lr=.inf", "training.lr is inf"),
+    "a rate that is no number": ("training.lr=.nan", "training.lr is nan"),
+    "an infinite decay in words": ("training.weight_decay=inf", "training.weight_decay is inf"),
+    "an infinite weight": ("data.train=[.inf, a, 1, b]", "data.train is inf"),
+    "a truth for a number": ("training.micro_batch_size=true", "training.micro_batch_size is True"),
+    "a truth for a weight": ("data.train=[true, a]", "it takes no true or false"),
+    "an empty group that has no defaults": ("training=null", "training is missing"),
+    "more tokens than positions": ("data.seq_length=128", "set model.config.max_position_embeddings=128"),
+    "heads that do not divide": (
+        "model.config.num_attention_heads=3",
+        "not a multiple of the number of attention heads",
+    ),
     "a score that does not exist": ("selection.score=surprise", "selection.score is 'surprise'"),
     "a score that cannot be imported": ("selection.score=nowhere:found", "cannot be imported"),
     "no reference": ("reference=null", "needs a reference model"),
@@ -98,6 +122,35 @@ def test_a_wrong_setting_is_named(answers: dict[str, tuple[int, str, Path]], mis
     status, heard, run_dir = answers[mistake]
     assert SETTINGS[mistake][1] in sentence_of("train", status, heard)
     assert not (run_dir / "metrics.jsonl").exists()
+
+
+MODELS = {
+    "an unknown attention": (["model.attn_implementation=fast"], "model.attn_implementation: Specified"),
+    "an attention that is not installed": (["model.attn_implementation=flash_attention_2"], "FlashAttention2"),
+    "weights of another shape": (["model={path: PATH, config: {intermediate_size: 48}}"], "in another shape"),
+    "more layers than weights": (["model={path: PATH, config: {num_hidden_layers: 3}}"], "whose files lack 9 of"),
+    "no such ZeRO setting": (["deepspeed.zero_optimization.bucket=5"], "deepspeed.zero_optimization.bucket is 5"),
+    "text for a ZeRO size": (
+        ["deepspeed.zero_optimization.reduce_bucket_size=big"],
+        "deepspeed.zero_optimization.reduce_bucket_size is 'big'",
+    ),
+    "a family that ignores restarts": (
+        ["model.config={model_type: bloom, hidden_size: 32, n_layer: 1, n_head: 2}", "data.reset_attention=true"],
+        "data.reset_attention is true, and BloomForCausalLM",
+    ),
+    "a reference with fewer positions": (
+        ["data.seq_length=128", "model.config.max_position_embeddings=128"],
+        "the reference has 64 positions",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MODELS)
+def test_a_model_that_cannot_be_made_is_named(corpora: Path, tmp_path: Path, mistake: str) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    overrides, expected = MODELS[mistake]
+    path = str(corpora / "reference")
+    assert expected in refused("train", str(config), *(override.replace("PATH", path) for override in overrides))
 
 
 def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> None:
@@ -137,9 +190,15 @@ def blend_another_tokenizer(folder: Path) -> None:
         shutil.copy(folder / f"other{suffix}", folder / f"books{suffix}")
 
 
+def truncate_weights(folder: Path) -> None:
+    weights = folder / "reference" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
+        (truncate_weights, "which cannot be loaded: Error while deserializing"),
         (truncate, "web.bin"),
         (garble, "web.idx"),
         (forget_description, "web.json"),

@@ -1,5 +1,6 @@
 """Small parts of a run: schedule, decay, FLOPs, plan, records, configuration."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,15 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_slm.config import differences_on_resume, dump_config, load_config, parse_config, parse_quantity
+from megatron_slm.config import (
+    OWNED_DEEPSPEED_KEYS,
+    PASSED_DEEPSPEED_KEYS,
+    differences_on_resume,
+    dump_config,
+    load_config,
+    parse_config,
+    parse_quantity,
+)
 from megatron_slm.errors import UserError
 from megatron_slm.training.callbacks.console import describe, quantity
 from megatron_slm.training.callbacks.jsonl import cut_back, finite
@@ -133,6 +142,47 @@ def test_overrides_reach_into_groups(tmp_path: Path) -> None:
     config = load_config(str(tmp_path / "a.yaml"), overrides)
     assert config.training.lr == 3e-4 and config.reference is None
     assert config.data.train == [0.5, "a", 0.5, "b"] and config.selection.score == "random"
+
+
+def test_numbers_of_hugging_face_and_deepspeed_are_read_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "model: {config: {model_type: llama, rms_norm_eps: 1e-5, rope_parameters: {rope_theta: 5e5}, bos: '7',\n"
+        "                 _name_or_path: 7B, hidden_act: silu, time_step_limit: [0.0, .inf]}}\n"
+        "deepspeed: {zero_optimization: {stage: 3, reduce_bucket_size: 5e8, sub_group_size: 1B,\n"
+        "            offload_param: {device: cpu, nvme_path: 1e5}}, compile: {mode: auto}}\n"
+        + yaml.safe_dump({key: BASE[key] for key in ("run_dir", "reference", "data", "training")})
+    )
+    config = load_config(str(tmp_path / "a.yaml"), ["model.config.initializer_range=2e-2"])
+    assert config.model.config == {
+        "model_type": "llama",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 500_000},
+        "bos": "7",
+        "_name_or_path": "7B",
+        "hidden_act": "silu",
+        "time_step_limit": [0.0, math.inf],
+        "initializer_range": 2e-2,
+    }
+    zero = {"stage": 3, "reduce_bucket_size": 5 * 10**8, "sub_group_size": 10**9}
+    zero["offload_param"] = {"device": "cpu", "nvme_path": "1e5"}
+    assert config.deepspeed == {"zero_optimization": zero, "compile": {"mode": "auto"}}
+
+
+def test_a_group_that_is_empty_in_yaml_has_its_defaults(tmp_path: Path) -> None:
+    empty = BASE | {"selection": None, "deepspeed": None, "data": {"train": "p", "valid": None}}
+    assert parse_config(empty) == parse_config(BASE)
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(empty))
+    assert load_config(str(tmp_path / "a.yaml"), ["selection.ratio=0.5"]).selection.ratio == 0.5
+
+
+def test_the_keys_that_deepspeed_gets_are_deepspeeds() -> None:
+    folder = Path(importlib.util.find_spec("deepspeed").submodule_search_locations[0])
+    text = "".join(
+        path.read_text() for name in ("runtime", "comm", "monitor") for path in folder.glob(f"{name}/**/*.py")
+    )
+    text += (folder / "profiling" / "constants.py").read_text() + (folder / "utils" / "timer.py").read_text()
+    for key in (*PASSED_DEEPSPEED_KEYS, *OWNED_DEEPSPEED_KEYS):
+        assert f'"{key}"' in text or f"'{key}'" in text, key
 
 
 def test_what_may_change_on_resume_is_a_short_list() -> None:
