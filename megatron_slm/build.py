@@ -51,6 +51,7 @@ from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
+from megatron_slm.types import SIGNALS
 
 PRECISIONS: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -156,6 +157,12 @@ def _objective(config: Config, world: World) -> Objective:
         score = find_score(settings.score)
     except ValueError as error:
         raise UserError(str(error)) from error
+    unknown = [name for name in score.needs if name not in SIGNALS]
+    if unknown:
+        raise UserError(
+            f"selection.score is '{settings.score}', which needs '{unknown[0]}', a signal that does not exist: "
+            f"name one of {', '.join(SIGNALS)} in its @score(needs=(...))."
+        )
     if config.reference is None and any(name.startswith("reference.") for name in score.needs):
         raise UserError(
             f"selection.score is '{settings.score}', which needs a reference model: set reference.path to a "

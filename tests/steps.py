@@ -16,7 +16,7 @@ from megatron_slm.data.samples import Sample
 from megatron_slm.dist import World, gather_objects
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.selection.scoring import find_score
+from megatron_slm.selection.scoring import find_score, score
 from megatron_slm.signals.live import LiveReference, NoReference
 from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
@@ -137,6 +137,12 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     for chosen in gather_objects(objective.chosen):
         merged |= chosen
     return result | {"chosen": merged}
+
+
+@score(needs=("student.entropi",))
+def unknown_signal(signals: TokenSignals) -> Tensor:
+    """A score with a slip of the pen."""
+    return signals["student.entropi"]
 
 
 def make_backend(world: World, case: Case) -> Backend:

@@ -106,10 +106,12 @@ def _read_description(prefix: str) -> Corpus:
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: {_AGAIN}")
+        if not {".bin", ".idx"} <= fields["sha256"].keys():
+            raise UserError(f"{path} does not hold the sha256 of both .bin and .idx: {_AGAIN}")
         return Corpus(prefix=prefix, name=Path(prefix).name, **fields)
     except FileNotFoundError:
         raise UserError(f"{path} is missing, so {prefix} is no prepared corpus: {_AGAIN}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): {_AGAIN}") from error
 
 

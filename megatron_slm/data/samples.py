@@ -18,12 +18,17 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from numpy.typing import NDArray
 
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.settings import DataSettings, blend
 from megatron_slm.dist import World
+from megatron_slm.errors import UserError
+
+WHOLE = "1,0,0"
+"""The split that takes all documents."""
 
 
 class Sample(NamedTuple):
@@ -110,7 +115,11 @@ def build_samples(
         total_samples: as far as this run will go.
         cache: folder that all ranks see; built indices are kept there.
         world: this process among all.
+
+    Raises:
+        UserError: the split leaves a corpus without a document.
     """
+    _refuse_empty_split(settings, corpora)
     cycle_length = math.ceil(order_tokens / settings.seq_length)
     identity = {
         "seed": seed,
@@ -121,10 +130,28 @@ def build_samples(
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     cycles = [
-        _build_cycle(settings, corpora, seed + cycle, cycle_length, cache / f"{fingerprint[:16]}-{cycle}", world)
+        _build_cycle(
+            settings, corpora, cycle_seed(seed, cycle), cycle_length, cache / f"{fingerprint[:16]}-{cycle}", world
+        )
         for cycle in range(max(1, math.ceil(total_samples / cycle_length)))
     ]
     return Samples(cycles, cycle_length, fingerprint)
+
+
+def cycle_seed(seed: int, cycle: int) -> int:
+    """A seed for NumPy, below 2**32. Hashed, or a cycle would be the cycle before of the next seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{cycle}".encode()).digest()[:4], "big")
+
+
+def _refuse_empty_split(settings: DataSettings, corpora: list[Corpus]) -> None:
+    """Counted as megatron-core does, which would look for a first sample for ever."""
+    share = parse_and_normalize_split(settings.split or WHOLE)[0]
+    for corpus in corpora:
+        if round(share * corpus.num_documents) < 1:
+            raise UserError(
+                f"data.split is '{settings.split}', which leaves none of the {corpus.num_documents} documents of "
+                f"{corpus.prefix} for training: give the first part a larger share."
+            )
 
 
 def _weights(settings: DataSettings, corpora: list[Corpus]) -> list[float]:
@@ -141,7 +168,7 @@ def _build_cycle(
         random_seed=seed,
         sequence_length=settings.seq_length,
         blend=(prefixes, _weights(settings, corpora) if len(prefixes) > 1 else None),
-        split=settings.split or "1,0,0",
+        split=settings.split or WHOLE,
         path_to_cache=str(cache),
         tokenizer=_NoTokenizer(),
         reset_position_ids=False,

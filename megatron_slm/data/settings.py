@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass, field
 
 
@@ -38,6 +39,9 @@ class DataSettings:
 
 def train_share(split: str | None) -> float:
     """Share of the documents that a split such as "98,2,0" gives to training."""
+    # megatron-core finds digits and dots in whatever it is given: it would read 1e-1 as two parts.
+    if split and not re.fullmatch(r"[\d.\s]+(?:,[\d.\s]+){0,2}", split):
+        raise ValueError(split)
     parts = [float(part) for part in split.split(",")] if split else [1.0]
     return parts[0] / sum(parts)
 

@@ -131,6 +131,23 @@ def test_a_description_that_is_not_ours_is_refused(prefix, content, reason):
         open_corpus(prefix)
 
 
+@pytest.mark.parametrize("sums", [{}, {".bin": "ab" * 32}, {".idx": "ab" * 32}])
+def test_a_description_without_both_sums_is_refused(prefix, sums):
+    """Nothing would be left to verify, and the order's fingerprint would not know its tokens."""
+    fields = json.loads(Path(prefix + ".json").read_text())
+    Path(prefix + ".json").write_text(json.dumps(fields | {"sha256": sums}))
+    with pytest.raises(UserError, match=r"does not hold the sha256 of both \.bin and \.idx"):
+        open_corpus(prefix)
+
+
+@pytest.mark.parametrize("sums", [None, "ab" * 32])
+def test_sums_that_are_no_group_are_refused(prefix, sums):
+    fields = json.loads(Path(prefix + ".json").read_text())
+    Path(prefix + ".json").write_text(json.dumps(fields | {"sha256": sums}))
+    with pytest.raises(UserError, match="cannot be read"):
+        open_corpus(prefix)
+
+
 def test_an_empty_corpus_is_refused(prefix):
     fields = json.loads(Path(prefix + ".json").read_text())
     Path(prefix + ".json").write_text(json.dumps(fields | {"num_tokens": 0, "num_documents": 0}))

@@ -11,11 +11,11 @@ import torch
 
 from megatron_slm.data.corpus import open_corpus, unique_names
 from megatron_slm.data.loader import StepLoader, accumulation_steps
-from megatron_slm.data.samples import Samples, build_samples
+from megatron_slm.data.samples import Samples, build_samples, cycle_seed
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.dist import World, first_host, launcher_variables
 from megatron_slm.errors import UserError
-from tests.gloo import run_ranks
+from tests.gloo import RankError, run_ranks
 
 T = 32
 EOD = 1  # of the tokenizer that tests/runs.py trains
@@ -71,6 +71,22 @@ def test_a_second_cycle_is_another_order_of_the_same_length(blend: dict) -> None
     assert len(blend["samples"]) == 200
     first, second = ([s.offset[0] for s in part] for part in (blend["samples"][:100], blend["samples"][100:]))
     assert first != second
+
+
+def test_the_cycles_of_neighbouring_seeds_are_not_each_others() -> None:
+    seeds = {cycle_seed(seed, cycle) for seed in range(100) for cycle in range(100)}
+    assert len(seeds) > 9990 and min(seeds) >= 0 and max(seeds) < 2**32
+
+
+@pytest.mark.parametrize(("split", "left"), [("0.15,99.85,0", 0), ("0.17,99.83,0", 1), ("100,0,0", 300)])
+def test_a_split_that_leaves_no_document_is_refused(corpora: Path, tmp_path: Path, split: str, left: int) -> None:
+    """megatron-core rounds to whole documents: 300 here, so half of one is none."""
+    args = (str(corpora), str(tmp_path), ["web"], T, 1)
+    if left:
+        assert len(run_ranks(partial(samples_of, split=split), 1, *args)[0]["samples"]) == 1
+    else:
+        with pytest.raises(RankError, match=r"leaves none of the 300 documents of .*web for training"):
+            run_ranks(partial(samples_of, split=split), 1, *args)
 
 
 def test_a_longer_run_begins_with_the_same_samples(corpora: Path, blend: dict) -> None:
