@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_slm import score
 from tests.gloo import run_ranks
 from tests.steps import LENGTH, Case, assert_same_run, flat, flipped, run_steps, valid_length
 
@@ -74,6 +75,18 @@ def test_the_random_score_is_the_same_on_any_number_of_ranks() -> None:
     assert flipped(one["chosen"], two["chosen"]) == (0, 0)
 
 
+@score(needs=("student.loss",))
+def all_tied(signals: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.zeros_like(signals["student.loss"])
+
+
+@pytest.mark.parametrize("pool", ["micro_step", "step"])
+def test_ties_are_broken_by_the_order_of_samples_however_they_are_dealt(pool: str) -> None:
+    case = Case(score=f"{__name__}:all_tied", pool=pool, stage=None)
+    one, two = on_ranks(1, case), on_ranks(2, replace(case, micro_batch_size=2))
+    assert flipped(one["chosen"], two["chosen"]) == (0, 0)
+
+
 def test_a_rank_without_a_valid_token_takes_part() -> None:
     assert valid_length(torch.tensor([0])) == 0
     two = on_ranks(2, Case(global_batch_size=2, micro_batch_size=1))
@@ -81,7 +94,7 @@ def test_a_rank_without_a_valid_token_takes_part() -> None:
     assert_same_run(one, two)
 
 
-def test_activation_checkpointing_changes_no_bit_of_the_choice() -> None:
+def test_activation_checkpointing_does_not_change_the_run() -> None:
     case = Case(steps=2, micro_batch_size=2)
     assert_same_run(on_ranks(2, case), on_ranks(2, replace(case, checkpointing=True)))
 
@@ -93,3 +106,16 @@ def test_bf16_trains_with_float32_losses(stage: int) -> None:
     assert chosen["student.loss"].dtype == "float32" and chosen["student.loss"].shape == (LENGTH,)
     assert all(update.applied for update in result["updates"])
     assert (flat(result["after"]) - flat(result["before"])).norm() > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_has_the_direction_of_the_float32_gradient(stage: int) -> None:
+    """From equal weights, and over ranks and micro-steps that are summed."""
+    half = Case(micro_batch_size=2, objective="clm", precision=torch.bfloat16, stage=stage)
+    found = on_ranks(2, half)
+    full = replace(half, precision=torch.float32, stage=None, initial=found["before"])
+    expected = on_ranks(2, full)
+    assert torch.equal(flat(found["before"]), flat(expected["before"]))
+    one, other = flat(found["gradient"]), flat(expected["gradient"])
+    assert torch.nn.functional.cosine_similarity(one, other, dim=0) > 0.99
+    assert float(one.norm()) == pytest.approx(float(other.norm()), rel=0.05)
