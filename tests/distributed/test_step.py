@@ -85,6 +85,7 @@ def test_ties_are_broken_by_the_order_of_samples_however_they_are_dealt(pool: st
     case = Case(score=f"{__name__}:all_tied", pool=pool, stage=None)
     one, two = on_ranks(1, case), on_ranks(2, replace(case, micro_batch_size=2))
     assert flipped(one["chosen"], two["chosen"]) == (0, 0)
+    assert one["planned"] == [int(sums["selected"]) for sums in one["sums"]]
 
 
 def test_a_rank_without_a_valid_token_takes_part() -> None:
