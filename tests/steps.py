@@ -36,7 +36,7 @@ REALLY_SHARDED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One training run; stage None is the plain backend."""
+    """One training run; stage None is the plain backend. `initial`: weights to begin with, else random ones."""
 
     steps: int = 1
     micro_batch_size: int = 4
@@ -53,6 +53,7 @@ class Case:
     checkpointing: bool = False
     lr: float = 1e-3
     model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))
+    initial: dict[str, Tensor] | None = None
 
 
 TINY_LLAMA = {
@@ -116,6 +117,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     """Train, and return on every rank: weights before and after, the first gradient, choices, sums of each step."""
     backend = make_backend(world, case)
     module, hf_config = make_student(backend, case)
+    write_weights(backend, module, case.initial or {})
     training = TrainingSettings(global_batch_size=case.global_batch_size, train_tokens=1, lr=case.lr)
     accumulation = accumulation_steps(case.global_batch_size, case.micro_batch_size, world.size)
     settings = EngineSettings(case.micro_batch_size, accumulation, 1.0, case.precision)
@@ -205,6 +207,13 @@ def weights(backend: Backend, module: CausalLM) -> dict[str, Tensor]:
     parameters = dict(module.named_parameters())
     with backend.gathered(parameters.values()):
         return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+
+def write_weights(backend: Backend, module: CausalLM, values: dict[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    with backend.gathered(parameters.values()), torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:

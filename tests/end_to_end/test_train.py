@@ -189,9 +189,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_where(corpora: Path, 
     assert run_ranks(train_in_process, 2, tree)[0]["step"] == 20
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_skipped_update_is_counted(corpora: Path, tmp_path: Path, stage: int) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=stage)
+@pytest.mark.parametrize(("backend", "stage"), [*(("deepspeed", stage) for stage in range(4)), ("plain", 0)])
+def test_a_skipped_update_is_counted(corpora: Path, tmp_path: Path, backend: str, stage: int) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=stage, backend=backend)
     assert run_ranks(train_on_poison, 2, tree, "gradient") == ["", ""]
     assert [record["skipped_updates"] for record in records(tmp_path / "run")] == [0] * 11 + [1] * 9
     assert all(record["loss/all"] is not None for record in records(tmp_path / "run"))
