@@ -77,7 +77,7 @@ def check_head(model: PreTrainedModel) -> None:
     with torch.no_grad(), _evaluating(model), _replaced_head(model) as seen:
         logits_BTV = model(**arguments).logits
         hidden_BTD = model.base_model(**arguments).last_hidden_state
-    if len(seen) != 2 or not _is_linear(model) or not _same(seen[0], hidden_BTD) or not _same(logits_BTV, seen[1]):
+    if len(seen) != 2 or not _is_linear(model) or not _close(seen[0], hidden_BTD) or not _same(logits_BTV, seen[1]):
         raise UserError(
             f"{type(model).__name__} computes its logits in a way that this system does not know "
             "(a soft cap or a scale): use another architecture."
@@ -88,8 +88,9 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
     """Refuse `data.reset_attention` for a model that attends across packed documents all the same.
 
     Other tokens in the first document of a sequence must not change the losses of the second. Where
-    positions do not restart they do, and that is the measure: it holds for any weights and dtype.
-    Two sequences, because some kernels see restarts in a batch of one only.
+    positions do not restart they do, and that is the measure: it holds for any weights and dtype. So is
+    what two equal forwards differ by, where an accelerator sums in any order. Two sequences, because
+    some kernels see restarts in a batch of one only.
 
     Args:
         module: the `CausalLM`, or its engine; every rank calls it.
@@ -103,14 +104,18 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
     straight_BT = _straight(tokens_BT)
     start_B1 = torch.tensor([[5], [9]], device=tokens_BT.device)
     second_BT = straight_BT >= start_B1
+    restarted_BT = torch.where(second_BT, straight_BT - start_B1, straight_BT)
     changed_BT = torch.where(second_BT, tokens_BT, (tokens_BT + 1) % model.config.vocab_size)
+
+    def change(other_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+        one, other = (module(text_BT, labels_BT, position_ids_BT)["loss"] for text_BT in (tokens_BT, other_BT))
+        return (one - other)[second_BT].norm()
+
     # The model inside: a DeepSpeed engine forgets its own mode, and would train a frozen model afterwards.
     with torch.no_grad(), _evaluating(model):
-        restarted, attended = (
-            (module(tokens_BT, labels_BT, p_BT)["loss"] - module(changed_BT, labels_BT, p_BT)["loss"])[second_BT].norm()
-            for p_BT in (torch.where(second_BT, straight_BT - start_B1, straight_BT), straight_BT)
-        )
-    if restarted > LEAK * attended:
+        noise = change(tokens_BT, restarted_BT)
+        leaked, attended = change(changed_BT, restarted_BT), change(changed_BT, straight_BT)
+    if leaked > LEAK * attended + 4 * noise:
         kernel = model.config._attn_implementation
         raise UserError(
             f"data.reset_attention is true, and {type(model).__name__} with attention '{kernel}' lets packed documents "
@@ -162,8 +167,14 @@ def _is_linear(model: PreTrainedModel) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal, up to the precision of a longer type."""
-    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+    """Equal, whatever the dtypes."""
+    return torch.equal(one.float(), other.float())
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal up to round-off, NaN included: an accelerator may sum experts in another order each time."""
+    one, other = one.float().nan_to_num(), other.float().nan_to_num()
+    return one.shape == other.shape and bool((one - other).norm() <= 2e-2 * other.norm())
 
 
 @contextmanager

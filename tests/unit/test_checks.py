@@ -61,7 +61,7 @@ def test_weights_that_are_not_numbers_do_not_look_like_another_head() -> None:
 
 def test_a_layer_between_hidden_states_and_head_is_refused() -> None:
     lm = tiny_model("llama")
-    lm.lm_head.register_forward_pre_hook(lambda head, inputs: (1.01 * inputs[0],))
+    lm.lm_head.register_forward_pre_hook(lambda head, inputs: (1.05 * inputs[0],))
     with pytest.raises(UserError, match="does not know"):
         check_head(lm)
 
