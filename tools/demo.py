@@ -6,7 +6,7 @@ held out; a part of it is mixed into the general text, so that there is somethin
 
     python tools/demo.py --output demo
 
-Takes about five minutes on two CPU cores. A stage that is finished is not run again.
+Took 15 minutes on two CPU cores that ran the tests besides. A stage that is finished is not run again.
 """
 
 import argparse
