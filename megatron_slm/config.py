@@ -80,7 +80,7 @@ MAY_CHANGE_ON_RESUME = (
     "reference.micro_batch_size",
 )
 
-_QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBT]?)", re.ASCII)
+_QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBTkmbt]?)", re.ASCII)
 _SURELY_QUANTITY = re.compile(r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+|[KMBT])", re.ASCII)
 _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -291,7 +291,7 @@ def parse_quantity(text: str) -> int | float | str:
     """80e9, 80B, 80_000_000_000 and 0.1B as numbers; any other text as it is."""
     match = _QUANTITY.fullmatch(text.strip())
     try:
-        number = float(match[1].replace("_", "")) * _SUFFIX[match[2]] if match else None
+        number = float(match[1].replace("_", "")) * _SUFFIX[match[2].upper()] if match else None
     except ValueError:
         number = None
     if number is None:

@@ -6,6 +6,7 @@ loads it to the same losses. DeepSpeed's checkpoints are pickles: export only ru
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from megatron_slm.config import Config, load_config
@@ -58,6 +59,7 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
         progress = json.loads((checkpoint / "progress.json").read_text())
         output.parent.mkdir(parents=True, exist_ok=True)
         write_folder(model, corpora.tokenizer, _card(config, progress), output)
+        logging.getLogger(__name__).info("%s: the weights of %s", output, checkpoint)
     finally:
         disconnect()
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.errors import UserError
+from megatron_slm.errors import UserError, refuse_missing_folder
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -127,6 +127,7 @@ def _remedy(message: str) -> str:
 def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
+    refuse_missing_folder("the tokenizer", path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:

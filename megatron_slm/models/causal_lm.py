@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from megatron_slm.errors import UserError
+from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.models.head import token_loss
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.types import Batch, TokenSignals
@@ -175,6 +175,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def _load(read: Callable[..., Any], path: str, setting: str, trust_remote_code: bool, **options: Any) -> Any:
+    refuse_missing_folder(f"{setting}.path", path)
     try:
         return read(path, trust_remote_code=trust_remote_code, **options)
     except Exception as error:

@@ -19,7 +19,7 @@ from megatron_slm.config import (
     parse_config,
     parse_quantity,
 )
-from megatron_slm.errors import UserError
+from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.training.callbacks.console import describe, quantity
 from megatron_slm.training.callbacks.jsonl import cut_back, finite
 from megatron_slm.training.flops import token_flops
@@ -118,7 +118,15 @@ def test_the_console_line_names_what_matters() -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("80e9", 80 * 10**9), ("80B", 80 * 10**9), ("80_000", 80000), ("0.1B", 10**8), ("1e-4", 1e-4), ("2 K", 2000)],
+    [
+        ("80e9", 80 * 10**9),
+        ("80B", 80 * 10**9),
+        ("80_000", 80000),
+        ("0.1B", 10**8),
+        ("1e-4", 1e-4),
+        ("2 K", 2000),
+        ("20k", 20000),
+    ],
 )
 def test_quantities_are_read_as_people_write_them(text: str, number: float) -> None:
     assert parse_quantity(text) == number and type(parse_quantity(text)) is type(number)
@@ -213,3 +221,15 @@ def test_losses_are_ranked_in_float32_whatever_the_model() -> None:
 
     hidden, weight = torch.randn(3, 8, dtype=torch.bfloat16), torch.randn(11, 8, dtype=torch.bfloat16)
     assert token_loss(hidden, weight, torch.tensor([1, 2, 3]))[0].dtype == torch.float32
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    for path in ("models/ref", "./ref", "/nowhere/ref", "a/b/c"):
+        with pytest.raises(UserError, match=r"reference.path is .* nothing is there"):
+            refuse_missing_folder("reference.path", path)
+    for path in ("models/base", "gpt2", "mistralai/Mistral-7B-v0.1"):
+        refuse_missing_folder("reference.path", path)
