@@ -51,7 +51,7 @@ def _train(config: Config) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.build import build_run
-    from megatron_slm.dist import connect, disconnect
+    from megatron_slm.dist import connect, disconnect, gather_objects
 
     world = connect(config.training.timeout_minutes)
     if not (world.is_main and sys.stderr.isatty()):
@@ -59,6 +59,8 @@ def _train(config: Config) -> None:
     try:
         run = build_run(config, world)
         run.trainer.fit(run.state)
+        # Rank 0 may host the store: it must not leave while another rank still talks to it.
+        gather_objects(None)
     except BaseException:
         logging.getLogger(__name__).debug("the run stopped", exc_info=True)
         raise
