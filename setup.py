@@ -28,9 +28,10 @@ setup(
         "pyyaml",
         "tensorboard",
         "tqdm",
+        "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm", "matplotlib"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
         "slow": ["build"],
     },
 )

@@ -1,0 +1,51 @@
+"""Curves in a picture, readable in print and without colour."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LOOKS = (("0.25", "-", "o"), ("#0060a0", "--", "^"), ("#b05000", ":", "s"), ("#307030", "-.", "D"))
+"""Colour, line and marker of each curve in turn."""
+
+
+class Curve(NamedTuple):
+    """Points of one labelled curve."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str, path: Path) -> None:
+    """One panel a title, side by side; curves of one place in the lists look alike in all panels.
+
+    The last value of each curve stands beside its end.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        _draw_panel(axis, curves)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3.5)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
+    for (label, x, y), (colour, line, marker) in zip(curves, _LOOKS, strict=False):
+        axis.plot(x, y, line, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+    values = [value for curve in curves for value in curve.y]
+    span = (max(values) - min(values)) or 1.0
+    lowest = float("-inf")
+    for index in sorted(range(len(curves)), key=lambda i: curves[i].y[-1]):
+        _, x, y = curves[index]
+        # Values that end close together would be printed over each other.
+        lowest = max(y[-1], lowest + 0.06 * span)
+        axis.annotate(f" {y[-1]:.2f}", (x[-1], lowest), fontsize=9, color=_LOOKS[index][0], va="center")
+    axis.margins(x=0.12)
+    axis.grid(alpha=0.3)

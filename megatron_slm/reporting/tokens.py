@@ -1,0 +1,99 @@
+"""Tokens as a reader sees them: shaded by excess loss, the selected ones marked without relying on colour."""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_slm.reporting.escaping import escape_html, escape_markdown
+
+SHADES = (0.0, 0.5, 1.0, 2.0)
+"""Excess loss, in nats, at which the shade deepens."""
+
+STYLE = """
+.tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.9 ui-monospace, "DejaVu Sans Mono", monospace }
+.tokens span { padding: 1px 0 }
+.tokens .x0 { color: #555 } .tokens .x1 { background: #fff3d6 } .tokens .x2 { background: #ffe0a3 }
+.tokens .x3 { background: #ffc46b } .tokens .x4 { background: #ff9f40 }
+.tokens .kept { font-weight: 700; text-decoration: underline 2px; text-underline-offset: 4px; color: #000 }
+.tokens .none { color: #999 }
+"""
+"""CSS of `tokens_html` and `legend_html`."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a text.
+
+    text       what it adds to the decoded text
+    student    its loss under the student, in nats; None where it has none (a stream's first token)
+    reference  its loss under the reference; None where there is none
+    selected   it counts
+    """
+
+    text: str
+    student: float | None = None
+    reference: float | None = None
+    selected: bool = False
+
+    @property
+    def excess(self) -> float | None:
+        return None if self.student is None or self.reference is None else self.student - self.reference
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the decoded text, for any Hugging Face tokenizer.
+
+    Of a character that is spelled in several tokens, the last one carries it and the others are
+    empty. Time grows with the square of the length: for passages, not for corpora.
+    """
+    texts: list[str] = []
+    shown = ""
+    for end in range(1, len(ids) + 1):
+        decoded = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        complete = decoded if end == len(ids) else decoded.rstrip("\ufffd")
+        complete = complete if complete.startswith(shown) else shown
+        texts.append(complete[len(shown) :])
+        shown = complete
+    return texts
+
+
+def tokens_html(tokens: Iterable[Token]) -> str:
+    """A passage as HTML, to be shown with `STYLE`; its text is escaped, its losses are in tooltips."""
+    return f'<div class="tokens">{"".join(map(_span, tokens))}</div>'
+
+
+def tokens_markdown(tokens: Iterable[Token]) -> str:
+    """A passage as one line of Markdown, selected tokens bold."""
+    line = "".join(_bold(token.text) if token.selected else escape_markdown(token.text) for token in tokens)
+    return line.lstrip(" ")  # four of them would begin a block of code
+
+
+def legend_html() -> str:
+    """What the marks and shades mean."""
+    names = ["excess loss up to 0", *(f"above {shade:g}" for shade in SHADES)]
+    shades = " ".join(f'<span class="x{index}">{name}</span>' for index, name in enumerate(names))
+    return f'<div class="tokens"><span class="kept">selected</span> · not selected · {shades}</div>'
+
+
+def _span(token: Token) -> str:
+    text = escape_html(token.text).replace("\n", "⏎\n")
+    if token.excess is None:
+        return f'<span class="none">{text}</span>'
+    kept = " kept" if token.selected else ""
+    losses = f"student {token.student:.2f} - reference {token.reference:.2f} = {token.excess:.2f}"
+    return f'<span class="x{_shade(token.excess)}{kept}" title="{losses}">{text}</span>'
+
+
+def _shade(excess: float) -> int:
+    """0 for the reference knowing no better than the student, up to `len(SHADES)`."""
+    return bisect_right(SHADES, excess)
+
+
+def _bold(text: str) -> str:
+    """Markdown sets no bold around outer spaces."""
+    inner = text.strip(" ")
+    if not inner:
+        return text
+    before, after = text.split(inner, 1)
+    return f"{before}**{escape_markdown(inner)}**{after}"

@@ -1,0 +1,114 @@
+"""Token pages and curves: nothing in a corpus can break out of them, and no mark is colour alone."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.reporting.charts import Curve, draw_curves
+from megatron_slm.reporting.escaping import escape_html, escape_markdown, visible
+from megatron_slm.reporting.page import page_html
+from megatron_slm.reporting.tokens import SHADES, Token, legend_html, token_texts, tokens_html, tokens_markdown
+
+NASTY = "<script>alert(1)</script> \"'&amp; </span>"
+
+
+class Reader(HTMLParser):
+    """What a browser would show, and the elements that it would make."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_foreign_text_makes_no_element() -> None:
+    page = Reader(tokens_html([Token(NASTY, 2.0, 1.0, True)]))
+    assert page.text == NASTY
+    assert [tag for tag, _ in page.elements] == ["div", "span"]
+    assert Reader(page_html(NASTY, "")).text.count(NASTY) == 2  # the title, twice
+
+
+def test_foreign_text_ends_no_attribute() -> None:
+    (_, attributes), *others = Reader(f'<p title="{escape_html(NASTY)}">').elements
+    assert attributes == {"title": NASTY} and not others
+
+
+def test_characters_that_change_how_others_show_are_spelled_out() -> None:
+    assert visible("a\u202eb\x1bc\ud800\n\t") == "a\\u202eb\\u001bc\\ud800\n\t"
+    assert visible("é 数 ∑") == "é 数 ∑"
+
+
+@pytest.mark.parametrize(
+    "text", ["<b>", "**x**", "[a](b)", "`x`", "a|b", "# x", "1. x", "&lt;", "$x$", "~~x~~", "<!--"]
+)
+@pytest.mark.parametrize("dialect", ["markdown", "markdown_it"])
+def test_markdown_shows_foreign_text_as_it_is(text: str, dialect: str) -> None:
+    module = pytest.importorskip(dialect)
+    render = module.markdown if dialect == "markdown" else module.MarkdownIt().render
+    shown = Reader(render(escape_markdown(text)))
+    assert shown.text.strip() == text
+    assert [tag for tag, _ in shown.elements] == ["p"]
+
+
+def test_a_line_of_markdown_stays_one_line() -> None:
+    assert escape_markdown("a\n\tb") == "a⏎⇥b"
+
+
+def test_selected_tokens_are_marked_by_more_than_colour() -> None:
+    page = Reader(tokens_html([Token("a", 3.0, 1.0, True), Token("b", 1.0, 3.0)]))
+    kept, left = (attributes["class"] for tag, attributes in page.elements if tag == "span")
+    assert "kept" in kept.split() and "kept" not in left.split()
+    style = page_html("", "")
+    assert re.search(r"\.kept \{[^}]*underline", style)
+    assert "kept" in legend_html()
+
+
+def test_the_shade_deepens_with_excess_loss() -> None:
+    tokens = [Token("a", excess, 0.0) for excess in (-1.0, *(shade + 0.1 for shade in SHADES))]
+    spans = [attributes["class"] for tag, attributes in Reader(tokens_html(tokens)).elements if tag == "span"]
+    assert spans == ["x0", "x1", "x2", "x3", "x4"]
+
+
+def test_a_token_without_a_loss_is_shown_without_a_shade() -> None:
+    assert 'class="none"' in tokens_html([Token("a")])
+
+
+def test_selected_tokens_are_bold_in_markdown() -> None:
+    assert tokens_markdown([Token(" a*", 1.0, 0.0, True), Token(" b"), Token(" ", 1.0, 0.0, True)]) == "**a&#42;** b "
+
+
+def test_token_texts_make_up_the_decoded_text(corpora: Path) -> None:
+    from megatron_slm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(corpora / "web.tokenizer"))
+    text = " the number é🙂 of\n\tprime"
+    texts = token_texts(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert "".join(texts) == text
+    assert "🙂" in texts and "\ufffd" not in "".join(texts)
+
+
+def test_token_texts_end_in_the_middle_of_a_character(corpora: Path) -> None:
+    from megatron_slm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(corpora / "web.tokenizer"))
+    ids = tokenizer("a🙂", add_special_tokens=False)["input_ids"]
+    assert "".join(token_texts(tokenizer, ids[:-1])).startswith("a")
+
+
+def test_curves_are_told_apart_without_colour(tmp_path: Path) -> None:
+    from megatron_slm.reporting import charts
+
+    looks = [(line, marker) for _, line, marker in charts._LOOKS]
+    assert len({line for line, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+    curves = [Curve(name, [0, 1, 2], [5.0, 4.5, end]) for name, end in (("CLM", 4.3), ("SLM", 4.3))]
+    draw_curves({"mathematics": curves, "general": curves}, "tokens", "loss", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
