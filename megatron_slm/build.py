@@ -38,9 +38,10 @@ from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.callbacks.checkpoint import Checkpoints
 from megatron_slm.training.callbacks.console import Console
 from megatron_slm.training.callbacks.evaluation import Evaluation
+from megatron_slm.training.callbacks.histogram import ExcessHistogram
 from megatron_slm.training.callbacks.jsonl import JsonLines
 from megatron_slm.training.callbacks.metrics import StepMetrics
-from megatron_slm.training.callbacks.tensorboard import TensorBoard
+from megatron_slm.training.callbacks.tensorboard import TensorBoard, open_event_files
 from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.evaluate import Evaluator
@@ -104,7 +105,7 @@ def build_run(config: Config, world: World) -> Run:
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
     peak = peak_flops(world.device)
     speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
-    callbacks = _callbacks(config, corpora, folder, engine, speed, store, world)
+    callbacks = _callbacks(config, corpora, folder, engine, speed, store, world, state.step)
     rate = partial(_learning_rate, config, plan)
     trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates)
     return Run(trainer, state, folder)
@@ -278,6 +279,7 @@ def _callbacks(
     speed: Throughput,
     store: CheckpointStore,
     world: World,
+    step: int,
 ) -> list[Callback]:
     """In the order in which they fill, read and save a step's record."""
     eod, data = corpora.tokenizer.eos_token_id, config.data
@@ -287,11 +289,15 @@ def _callbacks(
     }
     sources = unique_names([corpus.prefix for corpus in corpora.train])
     evaluator = Evaluator(engine.module, streams, config.training.micro_batch_size, world)
-    writers: list[Callback] = [Console(), JsonLines(folder.metrics), TensorBoard(folder.tensorboard)]
+    events = agree(lambda: open_event_files(folder.tensorboard, step) if world.is_main else None)
+    writers: list[Callback] = [Console(), JsonLines(folder.metrics)]
+    if events is not None:
+        writers.append(TensorBoard(events, dump_config(config), list(streams)))
     return [
         StepMetrics(sources, config.objective == "slm", config.selection.quantiles),
         speed,
         Evaluation(evaluator),
+        ExcessHistogram(config.training.histogram_interval, events),
         *(writers if world.is_main else []),
         Checkpoints(store, engine),
     ]

@@ -74,6 +74,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.eval_interval",
     "training.save_interval",
     "training.keep_checkpoints",
+    "training.histogram_interval",
+    "training.token_table_interval",
     "training.micro_batch_size",
     "training.activation_checkpointing",
     "training.timeout_minutes",

@@ -20,6 +20,8 @@ class TrainingSettings:
     log_interval              steps between records in metrics.jsonl
     eval_interval             steps between evaluations; the last step is always evaluated
     save_interval             steps between checkpoints; the last step is always saved
+    histogram_interval        steps between histograms of the excess loss in TensorBoard
+    token_table_interval      steps between tables of tokens in TensorBoard; default: eval_interval
     keep_checkpoints          newest checkpoints to keep
     activation_checkpointing  none, or full: recompute each layer in the backward
     backend                   deepspeed, or plain: PyTorch alone, every rank holds everything
@@ -44,6 +46,8 @@ class TrainingSettings:
     log_interval: int = 1
     eval_interval: int = 500
     save_interval: int = 500
+    histogram_interval: int = 50
+    token_table_interval: int | None = None
     keep_checkpoints: int = 3
     activation_checkpointing: Literal["none", "full"] = "none"
     backend: Literal["deepspeed", "plain"] = "deepspeed"
@@ -62,6 +66,8 @@ class TrainingSettings:
             "log_interval",
             "eval_interval",
             "save_interval",
+            "histogram_interval",
+            "token_table_interval",
             "keep_checkpoints",
             "max_skipped_updates",
             "timeout_minutes",

@@ -49,17 +49,21 @@ class RunState:
     def is_last(self) -> bool:
         return self.step >= self.plan.total_steps
 
+    def is_due(self, interval: int) -> bool:
+        """What happens every `interval` steps, and after the last one, happens now."""
+        return self.is_last or self.step % interval == 0
+
     @property
     def is_evaluated(self) -> bool:
-        return self.is_last or self.step % self.plan.eval_interval == 0
+        return self.is_due(self.plan.eval_interval)
 
     @property
     def is_logged(self) -> bool:
-        return self.is_evaluated or self.step % self.plan.log_interval == 0
+        return self.is_evaluated or self.is_due(self.plan.log_interval)
 
     @property
     def is_saved(self) -> bool:
-        return self.is_last or self.step % self.plan.save_interval == 0
+        return self.is_due(self.plan.save_interval)
 
     def advance(self, selected_tokens: int, applied: bool) -> None:
         """Count one optimizer step."""

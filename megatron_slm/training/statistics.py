@@ -1,5 +1,7 @@
 """Sums over a step, kept on the device and reduced over all ranks when a step is logged."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,23 @@ from megatron_slm.dist import all_reduce_sum
 from megatron_slm.selection.select import score_quantiles
 from megatron_slm.training.objective import Choice
 from megatron_slm.types import Batch, TokenSignals
+
+HISTOGRAM_LIMIT, BINS_PER_NAT = 16, 4
+"""Excess loss, in nats, beyond which it falls into the outermost bins; and how fine the bins are."""
+
+
+class Histogram(NamedTuple):
+    """Excess loss over all ranks, from the first bin that is not empty to the last; all of it empty without a token.
+
+    counts          tokens a bin, of which each includes its lower edge
+    edges           in nats, one more than bins
+    total, squares  sum of the values, and of their squares
+    """
+
+    counts: list[int]
+    edges: list[float]
+    total: float
+    squares: float
 
 
 class StepStatistics:
@@ -61,5 +80,23 @@ class StepStatistics:
         """Exact quantiles of the step's excess loss over all ranks; empty without a reference."""
         if not self.has_reference or not quantiles:
             return []
+        return score_quantiles(*self._all_excess(), quantiles).tolist()
+
+    def excess_histogram(self) -> Histogram:
+        """Of the step's valid tokens over all ranks, by one all-reduce; every rank calls it. Needs a reference."""
+        bins = 2 * HISTOGRAM_LIMIT * BINS_PER_NAT
+        excess_N, valid_N = self._all_excess()
+        excess_N = excess_N[valid_N].double()
+        bin_N = ((excess_N + HISTOGRAM_LIMIT) * BINS_PER_NAT).floor().clamp(0, bins - 1).long()
+        sums = torch.stack([excess_N.sum(), excess_N.square().sum()])
+        everywhere = all_reduce_sum(torch.cat([torch.bincount(bin_N, minlength=bins), sums])).tolist()
+        *counts, total, squares = everywhere
+        filled = [index for index, count in enumerate(counts) if count]
+        first, last = (filled[0], filled[-1] + 1) if filled else (0, 0)
+        edges = [index / BINS_PER_NAT - HISTOGRAM_LIMIT for index in range(first, last + 1)]
+        return Histogram([int(count) for count in counts[first:last]], edges, total, squares)
+
+    def _all_excess(self) -> tuple[Tensor, Tensor]:
+        """Excess loss `[N]` of this rank's tokens in the step, and which of them are valid."""
         excess_N, valid_N = (torch.cat([part.flatten() for part in parts]) for parts in zip(*self._excess, strict=True))
-        return [float(value) for value in score_quantiles(excess_N, valid_N, quantiles)]
+        return excess_N, valid_N

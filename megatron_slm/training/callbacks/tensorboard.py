@@ -1,37 +1,104 @@
-"""The same records as curves."""
+"""The same records as curves, with the charts that people need first."""
 
+import logging
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_slm.errors import UserError
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 AXES = ("step", "consumed_samples")
+CHARTS = {
+    "1 loss": {
+        "training loss: all, selected, unselected, reference": r"loss/(all|selected|unselected|reference)$",
+        "held-out loss of each set": r"eval/.+/loss$",
+        "held-out bits per byte": r"eval/.+/bits_per_byte$",
+    },
+    "2 selection": {
+        "threshold, and share that is kept": r"selection/(threshold|ratio)$",
+        "share that is kept of each source": r"selection/ratio/.+",
+        "excess loss: quantiles": r"excess/q\d+$",
+    },
+    "3 speed": {"tokens a second": r"tokens_per_second$", "MFU": r"(mfu|hardware_utilization)$"},
+    "4 optimizer": {"gradient norm": r"grad_norm$", "learning rate": r"lr$"},
+}
+"""Of the tab Custom Scalars, by category: title and the tags in it. In all runs the same, for TensorBoard merges them."""
 
 
 class TensorBoard(Callback):
     """Writes scalars on rank 0. The horizontal axis is the step.
 
     Args:
-        folder: for the event files.
+        writer: of the run's event files; closed here.
+        configuration: of the run, as text.
+        evaluation_sets: names of the sets that will be evaluated.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._writer: Any = None
+    def __init__(self, writer: "SummaryWriter", configuration: str, evaluation_sets: list[str]) -> None:
+        self._writer = writer
+        self._configuration = configuration
+        self._later = [f"eval/{name}/{unit}" for name in evaluation_sets for unit in ("loss", "bits_per_byte")]
+        self._has_layout = False
 
     def on_train_start(self, state: RunState) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What a killed run wrote after its checkpoint disappears from the curves.
-        self._writer = SummaryWriter(str(self._folder), purge_step=state.step + 1)
+        self._writer.add_text("configuration", preformatted(self._configuration), state.step)
+        run_dir = Path(self._writer.log_dir).parent
+        logging.getLogger(__name__).info(
+            "curves: tensorboard --logdir %s --host 127.0.0.1, then http://127.0.0.1:6006/#custom_scalars", run_dir
+        )
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
-        for name, value in (state.record or {}).items():
-            if name not in AXES and value is not None:
-                self._writer.add_scalar(name, value, state.step)
+        if state.record is None:
+            return
+        shown = {name: v for name, v in state.record.items() if name not in AXES and v is not None}
+        for name, value in shown.items():
+            self._writer.add_scalar(name, value, state.step)
+        if not self._has_layout:
+            self._writer.add_custom_scalars(layout([*shown, *self._later]))
+            self._has_layout = True
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
+
+
+def open_event_files(folder: Path, step: int) -> "SummaryWriter":
+    """The writer of a run that stands at `step`: what a killed run wrote after its checkpoint is no longer shown.
+
+    Raises:
+        UserError: TensorBoard cannot be imported, or the folder cannot be written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"TensorBoard cannot be imported ({error}): pip install tensorboard.") from error
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder}, for TensorBoard, cannot be written ({error.strerror}): make it writable, "
+            "or use another run_dir."
+        ) from error
+
+
+def layout(tags: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """Those of the charts that one of these tags belongs to, as `SummaryWriter.add_custom_scalars` takes them."""
+    charts: dict[str, dict[str, list[Any]]] = {
+        category: {
+            title: ["Multiline", [pattern]]
+            for title, pattern in titles.items()
+            if any(re.match(pattern, tag) for tag in tags)
+        }
+        for category, titles in CHARTS.items()
+    }
+    return {category: found for category, found in charts.items() if found}
+
+
+def preformatted(text: str) -> str:
+    """Markdown that shows any text as it is: nothing within an indented block is markup."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))

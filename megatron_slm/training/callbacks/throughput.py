@@ -26,12 +26,13 @@ class Throughput(Callback):
         self._steps = 0
 
     def on_train_start(self, state: RunState) -> None:
-        peak = f"{self._peak_flops / 1e12:.0f} TFLOP/s (dense)" if self._peak_flops else "not known"
+        if self._peak_flops is None:
+            return
         logging.getLogger(__name__).info(
-            "FLOPs a token: student %.3g, reference %.3g; peak of all devices: %s",
+            "FLOPs a token: student %.3g, reference %.3g; peak of all devices: %.0f TFLOP/s (dense)",
             self._student_flops,
             self._reference_flops,
-            peak,
+            self._peak_flops / 1e12,
         )
 
     def on_step_start(self, state: RunState) -> None:
