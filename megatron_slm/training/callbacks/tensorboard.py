@@ -28,7 +28,7 @@ CHARTS = {
     "3 speed": {"tokens a second": r"tokens_per_second$", "MFU": r"(mfu|hardware_utilization)$"},
     "4 optimizer": {"gradient norm": r"grad_norm$", "learning rate": r"lr$"},
 }
-"""Of the tab Custom Scalars, by category: title and the tags in it. In all runs the same, for TensorBoard merges them."""
+"""Of the tab Custom Scalars, by category: title and the tags in it. Equal in all runs: TensorBoard merges them."""
 
 
 class TensorBoard(Callback):
