@@ -22,7 +22,7 @@ from megatron_slm.data.settings import blend, train_share
 from megatron_slm.data.stream import EvaluationStream
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_slm.dist import World, agree
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.models.causal_lm import (
     CausalLM,
     build_student,
@@ -91,7 +91,12 @@ def build_run(config: Config, world: World) -> Run:
     samples = _samples(config, corpora, plan, folder, world)
     agree(lambda: folder.begin(config, samples.fingerprint))
     loader = StepLoader(
-        samples, config.training.micro_batch_size, plan.global_batch_size, config.data.reset_attention, world
+        samples,
+        config.training.micro_batch_size,
+        plan.global_batch_size,
+        config.data.reset_attention,
+        world,
+        config.data.skip_samples,
     )
     backend = make_backend(config, world)
     student, engine = _student(config, hf_config, backend, world)
@@ -102,6 +107,7 @@ def build_run(config: Config, world: World) -> Run:
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
     if (progress := store.restore(engine)) is not None:
         agree(lambda: state.restore(progress))
+    samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
     peak = peak_flops(world.device)
     speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
@@ -200,12 +206,19 @@ def _require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
 
 
 def _samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, world: World) -> Samples:
+    total = plan.total_steps * plan.global_batch_size
+    skipped = sum(last - first for first, last in config.data.skip_samples)
+    if skipped > total:
+        raise AgreedError(
+            f"data.skip_samples leaves out {skipped} samples, more than the {total} that the run trains on: they are "
+            "ordinals of samples, as spikes.jsonl names them."
+        )
     return build_samples(
         config.data,
         corpora.train,
         seed=config.seed,
         order_tokens=config.data.order_tokens or 0,
-        total_samples=plan.total_steps * plan.global_batch_size,
+        total_samples=total,
         cache=Path(config.data.cache) if config.data.cache else folder.cache,
         world=world,
     )

@@ -80,6 +80,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.activation_checkpointing",
     "training.timeout_minutes",
     "reference.micro_batch_size",
+    "data.skip_samples",
 )
 
 _QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBTkmbt]?)", re.ASCII)
@@ -222,8 +223,7 @@ def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
     for key, value in tree.items():
         if key not in hints:
             raise UserError(f"{prefix}{key} is not a setting: {_advice(str(key), hints, prefix)}")
-        items = value if isinstance(value, list) else [value]
-        if bool not in _kinds(hints[key]) and any(isinstance(item, bool) for item in items):
+        if bool not in _kinds(hints[key]) and _holds_truth(value):
             raise UserError(f"{prefix}{key} is {value!r}: it takes no true or false.")
         nested = _settings_class(hints[key])
         if nested is not None and value is not None:
@@ -233,6 +233,10 @@ def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
 def _advice(key: str, known: Iterable[str], prefix: str) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}."
+
+
+def _holds_truth(value: Any) -> bool:
+    return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)
 
 
 def _kinds(hint: Any) -> set[Any]:

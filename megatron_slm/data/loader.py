@@ -1,6 +1,8 @@
 """Deals the samples of an optimizer step to the ranks. The rank's share is taken last, so the order knows no ranks."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 import torch
@@ -27,11 +29,23 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     return global_batch_size // at_once
 
 
+def runs_beside(skip: Sequence[tuple[int, int]], first: int, count: int) -> list[range]:
+    """The next `count` ordinals from `first` on that are in none of the half-open ranges of `skip`, as runs."""
+    runs = []
+    for start, stop in sorted(skip):
+        run = range(first, start)[:count]
+        if run:
+            runs.append(run)
+            count -= len(run)
+        first = max(first, stop)
+    return [*runs, range(first, first + count)] if count else runs
+
+
 class StepLoader:
     """The micro-batches of one optimizer step for this rank, the next step read ahead in a thread.
 
-    With c samples consumed, micro-batch b and W ranks, micro-step m takes the next b*W samples,
-    rank r the r-th run of b. Seeking is arithmetic: the state is the number of consumed samples.
+    Of the samples from a position of the order on, without those to skip, micro-step m takes the next b*W for
+    micro-batch b and W ranks, and rank r the r-th run of b. Seeking is arithmetic: the state is the position.
 
     Args:
         samples: the run's order.
@@ -39,37 +53,50 @@ class StepLoader:
         global_batch_size: samples an optimizer step.
         reset_attention: positions restart at each document.
         world: this process among all.
+        skip: half-open ranges of the order that are left out.
     """
 
     def __init__(
-        self, samples: Samples, micro_batch_size: int, global_batch_size: int, reset_attention: bool, world: World
+        self,
+        samples: Samples,
+        micro_batch_size: int,
+        global_batch_size: int,
+        reset_attention: bool,
+        world: World,
+        skip: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._samples = samples
         self._micro_batch_size = micro_batch_size
         self._global_batch_size = global_batch_size
         self._reset_attention = reset_attention
         self._world = world
-        self._accumulation = accumulation_steps(global_batch_size, micro_batch_size, world.size)
+        self._skip = skip
+        accumulation_steps(global_batch_size, micro_batch_size, world.size)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
-    def take(self, consumed_samples: int) -> list[Batch]:
-        """This rank's micro-batches of the step that begins after so many samples, on its device."""
+    def end(self, position: int, steps: int = 1) -> int:
+        """The position after so many steps from this one on."""
+        runs = runs_beside(self._skip, position, steps * self._global_batch_size)
+        return runs[-1].stop if runs else position
+
+    def take(self, position: int) -> list[Batch]:
+        """This rank's micro-batches of the step that begins at this position of the order, on its device."""
         start, future = self._ahead or (-1, None)
-        batches = future.result() if future and start == consumed_samples else self._read(consumed_samples)
-        following = consumed_samples + self._global_batch_size
-        if following + self._global_batch_size <= len(self._samples):
+        batches = future.result() if future and start == position else self._read(position)
+        following = self.end(position)
+        if self.end(following) <= len(self._samples):
             self._ahead = following, self._thread.submit(self._read, following)
         return [batch.to(self._world.device) for batch in batches]
 
-    def _read(self, consumed_samples: int) -> list[Batch]:
+    def _read(self, position: int) -> list[Batch]:
+        ordinals = list(chain(*runs_beside(self._skip, position, self._global_batch_size)))
         stride = self._micro_batch_size * self._world.size
-        mine = consumed_samples + self._world.rank * self._micro_batch_size
-        return [self._batch(mine + micro_step * stride) for micro_step in range(self._accumulation)]
+        mine = range(self._world.rank * self._micro_batch_size, len(ordinals), stride)
+        return [self._batch(ordinals[first : first + self._micro_batch_size]) for first in mine]
 
-    def _batch(self, first: int) -> Batch:
-        ordinals = range(first, first + self._micro_batch_size)
-        return make_batch([self._samples[n] for n in ordinals], list(ordinals), self._reset_attention)
+    def _batch(self, ordinals: list[int]) -> Batch:
+        return make_batch([self._samples[n] for n in ordinals], ordinals, self._reset_attention)
 
 
 def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool) -> Batch:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -75,15 +75,21 @@ class Samples:
     """The samples of a run by ordinal, in O(1).
 
     Args:
-        cycles: datasets of the consecutive cycles.
+        build_cycle: the dataset of cycle number 0, 1, and so on; every rank calls it.
         cycle_length: samples taken from each.
         fingerprint: of everything that the order depends on.
     """
 
-    def __init__(self, cycles: list[PackedDocuments], cycle_length: int, fingerprint: str) -> None:
-        self._cycles = cycles
+    def __init__(self, build_cycle: Callable[[int], PackedDocuments], cycle_length: int, fingerprint: str) -> None:
+        self._build_cycle = build_cycle
+        self._cycles: list[PackedDocuments] = []
         self._cycle_length = cycle_length
         self.fingerprint = fingerprint
+
+    def reach(self, total_samples: int) -> None:
+        """Build the cycles of so many samples that are not there yet; every rank calls it."""
+        while len(self) < total_samples:
+            self._cycles.append(self._build_cycle(len(self._cycles)))
 
     def __len__(self) -> int:
         return len(self._cycles) * self._cycle_length
@@ -129,13 +135,14 @@ def build_samples(
         "order_tokens": order_tokens,
     }
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    cycles = [
-        _build_cycle(
-            settings, corpora, cycle_seed(seed, cycle), cycle_length, cache / f"{fingerprint[:16]}-{cycle}", world
-        )
-        for cycle in range(max(1, math.ceil(total_samples / cycle_length)))
-    ]
-    return Samples(cycles, cycle_length, fingerprint)
+
+    def build_cycle(cycle: int) -> PackedDocuments:
+        folder = cache / f"{fingerprint[:16]}-{cycle}"
+        return _build_cycle(settings, corpora, cycle_seed(seed, cycle), cycle_length, folder, world)
+
+    samples = Samples(build_cycle, cycle_length, fingerprint)
+    samples.reach(total_samples)
+    return samples
 
 
 def cycle_seed(seed: int, cycle: int) -> int:

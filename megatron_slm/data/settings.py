@@ -13,6 +13,7 @@ class DataSettings:
     reset_attention  positions and attention restart at each document; default: across packed documents
     order_tokens     length of one order of the samples; default: training.train_tokens. Frozen in the run folder
     cache            folder of the index caches; default: RUN_DIR/cache
+    skip_samples     half-open ranges [first, last) of the run's order that are left out, such as [[640, 648]]
     """
 
     train: str | list[str | float]
@@ -22,12 +23,15 @@ class DataSettings:
     reset_attention: bool = False
     order_tokens: int | None = None
     cache: str | None = None
+    skip_samples: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
             raise ValueError("seq_length must be 1 or more")
         if self.order_tokens is not None and self.order_tokens < 1:
             raise ValueError("order_tokens must be 1 or more")
+        if any(not 0 <= first < last for first, last in self.skip_samples):
+            raise ValueError("skip_samples must be pairs [first, last] with 0 <= first < last")
         blend(self.train)
         try:
             share = train_share(self.split)

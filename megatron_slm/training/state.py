@@ -1,6 +1,7 @@
 """What callbacks see of a run."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_slm.errors import UserError
 
@@ -21,14 +22,28 @@ class Plan:
         return self.global_batch_size * self.seq_length
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of the run from outside, on any rank: to save, and to save and stop, when the step ends."""
+
+    save: bool = False
+    stop: bool = False
+
+
 @dataclass
 class RunState:
-    """Where the run stands. All of it, but the record, is in every checkpoint.
+    """Where the run stands. All of it, but what belongs to this step, is in every checkpoint.
 
     step                      updates so far, the first is 1
+    consumed_samples          trained on, over all ranks
+    next_sample               position in the order of samples: what was left out counts too
     consumed_selected_tokens  tokens that counted, over all ranks
     skipped_updates           updates that were not applied; in_a_row: the latest ones
+    failed_saves              checkpoints that could not be written
     order_fingerprint         of the order of samples; a checkpoint of another order is not resumed
+    carried                   what callbacks need to go on, by their names; whatever JSON can hold
+    first_sample              position at which this step began
+    asked                     of the run, while this step ran; the same on all ranks
     record                    this step's metrics, filled by the callbacks in their order; None if it is not logged
     """
 
@@ -36,9 +51,14 @@ class RunState:
     order_fingerprint: str = ""
     step: int = 0
     consumed_samples: int = 0
+    next_sample: int = 0
     consumed_selected_tokens: int = 0
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
+    failed_saves: int = 0
+    carried: dict[str, Any] = field(default_factory=dict)
+    first_sample: int = field(default=0, compare=False)
+    asked: Asked = field(default=Asked(), compare=False)
     record: dict[str, float | int | None] | None = field(default=None, repr=False)
 
     @property
@@ -54,6 +74,11 @@ class RunState:
         return self.is_last or self.step % interval == 0
 
     @property
+    def is_over(self) -> bool:
+        """Nothing more is to be done: the plan is fulfilled, or the run was asked to stop."""
+        return self.is_last or self.asked.stop
+
+    @property
     def is_evaluated(self) -> bool:
         return self.is_due(self.plan.eval_interval)
 
@@ -63,21 +88,23 @@ class RunState:
 
     @property
     def is_saved(self) -> bool:
-        return self.is_due(self.plan.save_interval)
+        return self.asked.stop or self.asked.save or self.is_due(self.plan.save_interval)
 
-    def advance(self, selected_tokens: int, applied: bool) -> None:
-        """Count one optimizer step."""
+    def advance(self, next_sample: int, selected_tokens: int, applied: bool, asked: Asked = Asked()) -> None:
+        """Count one optimizer step, which read the order of samples up to `next_sample`."""
         self.step += 1
         self.consumed_samples += self.plan.global_batch_size
+        self.first_sample, self.next_sample = self.next_sample, next_sample
         self.consumed_selected_tokens += selected_tokens
         self.skipped_updates += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.asked = asked
 
-    def progress(self) -> dict[str, int | str]:
+    def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {name: getattr(self, name) for name in PROGRESS}
 
-    def restore(self, progress: dict[str, int | str]) -> None:
+    def restore(self, progress: dict[str, Any]) -> None:
         """Go on from a checkpoint's progress.
 
         Raises:
@@ -88,6 +115,8 @@ class RunState:
                 "The checkpoint was trained on another order of samples than data.train and seed give now: "
                 "put them back, or use another run_dir."
             )
+        # Runs from before these were counted had left out nothing.
+        progress = {"next_sample": progress["consumed_samples"], "failed_saves": 0, "carried": {}} | progress
         for name in PROGRESS:
             setattr(self, name, progress[name])
 
@@ -96,7 +125,10 @@ PROGRESS = (
     "order_fingerprint",
     "step",
     "consumed_samples",
+    "next_sample",
     "consumed_selected_tokens",
     "skipped_updates",
     "skipped_in_a_row",
+    "failed_saves",
+    "carried",
 )

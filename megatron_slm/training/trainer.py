@@ -54,10 +54,10 @@ class Trainer:
     def _run_step(self, state: RunState) -> None:
         for callback in self._callbacks:
             callback.on_step_start(state)
-        batches = self._loader.take(state.consumed_samples)
+        batches = self._loader.take(state.next_sample)
         rate = self._learning_rate(state.consumed_tokens + state.plan.tokens_per_step)
         result = self._step(batches, rate, state.step + 1)
-        state.advance(result.selected_tokens, result.update.applied)
+        state.advance(self._loader.end(state.next_sample), result.selected_tokens, result.update.applied)
         state.record = {} if state.is_logged else None
         for callback in self._callbacks:
             callback.on_step_end(state, result)

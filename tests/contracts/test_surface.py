@@ -19,7 +19,7 @@ run_dir objective seed deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by
 reference.path reference.micro_batch_size reference.shard reference.trust_remote_code
 selection.score selection.ratio selection.scope selection.pool selection.backward selection.quantiles
-data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache
+data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache data.skip_samples
 training.micro_batch_size training.global_batch_size training.train_tokens training.train_epochs
 training.lr training.min_lr training.warmup_tokens training.schedule training.weight_decay training.clip_grad
 training.adam_beta1 training.adam_beta2 training.adam_eps training.precision training.activation_checkpointing

@@ -104,6 +104,13 @@ SETTINGS = {
     "no model": ("model={config: {}}", "model"),
     "a vocabulary that is too small": ("model.config.vocab_size=10", "10 vocabulary entries"),
     "dropout": ("model.config.attention_dropout=0.1", "set model.config.attention_dropout=0"),
+    "a range that ends where it begins": ("data.skip_samples=[[8, 8]]", "data.skip_samples is [[8, 8]]"),
+    "a range before the first sample": ("data.skip_samples=[[-8, 8]]", "with 0 <= first < last"),
+    "a range of three": ("data.skip_samples=[[0, 8, 9]]", "data.skip_samples.0 is"),
+    "a range in words": ("data.skip_samples=[[0, all]]", "data.skip_samples.0.1 is 'all'"),
+    "a truth in a range": ("data.skip_samples=[[true, 8]]", "it takes no true or false"),
+    "one range without its list": ("data.skip_samples=[0, 8]", "data.skip_samples.0 is 0"),
+    "ranges longer than the run": ("data.skip_samples=[[0, 9999]]", "leaves out 9999 samples, more than the 160"),
     "an override without a value": ("training.lr", "must look like a.b=c"),
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_slm.data.corpus import open_corpus, unique_names
-from megatron_slm.data.loader import StepLoader, accumulation_steps
+from megatron_slm.data.loader import StepLoader, accumulation_steps, runs_beside
 from megatron_slm.data.samples import Samples, build_samples, cycle_seed
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.dist import World, first_host, launcher_variables
@@ -165,6 +165,50 @@ def test_seeking_gives_what_reading_through_gives() -> None:
     assert (
         [b.sample_index_B.tolist() for b in read] == [b.sample_index_B.tolist() for b in sought] == [[8, 9], [10, 11]]
     )
+
+
+SKIP = [(40, 41), (30, 33), (26, 28), (27, 29), (0, 5)]
+"""Unsorted, touching and overlapping; one lies behind."""
+LEFT = [n for n in range(24, 100) if not any(first <= n < last for first, last in SKIP)]
+
+
+@pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 12), (1, 4), (2, 3), (3, 2)])
+def test_what_is_left_beside_the_skipped_samples_is_dealt_as_ever(ranks: int, micro_batch_size: int) -> None:
+    for step in range(3):
+        dealt: list[list[list[int]]] = []
+        for rank in range(ranks):
+            world = World(rank, ranks, rank, torch.device("cpu"))
+            loader, position = StepLoader(Numbered(), micro_batch_size, 12, False, world, SKIP), 24
+            for _ in range(step):
+                loader.take(position)
+                position = loader.end(position)
+            batches = loader.take(position)
+            assert all((b.tokens_BT[:, 0] == b.sample_index_B).all() for b in batches)
+            dealt.append([batch.sample_index_B.tolist() for batch in batches])
+        in_order = [n for micro_step in zip(*dealt, strict=True) for share in micro_step for n in share]
+        assert in_order == LEFT[12 * step : 12 * (step + 1)]
+    assert loader.end(24, 3) == LEFT[35] + 1 and loader.end(24, 0) == 24
+
+
+def test_a_range_behind_the_position_or_far_ahead_changes_nothing() -> None:
+    assert runs_beside([(0, 24), (100, 200)], 24, 12) == [range(24, 36)]
+    assert runs_beside([(0, 30), (32, 33)], 24, 4) == [range(30, 32), range(33, 35)]
+
+
+def test_samples_reach_as_far_as_they_are_asked_to(corpora: Path, tmp_path: Path) -> None:
+    built = run_ranks(reached, 2, str(corpora), str(tmp_path))
+    assert built == [[100, 100, 300]] * 2
+
+
+def reached(world: World, folder: str, cache: str) -> list[int]:
+    """Samples that are there: of one cycle, and after asking for few and for many."""
+    samples = build(world, folder, cache, ["books"], 100 * T, 1, None)
+    lengths = [len(samples)]
+    for total in (50, 201):
+        samples.reach(total)
+        lengths.append(len(samples))
+    assert samples[299].text.shape == (T + 1,)
+    return lengths
 
 
 def test_a_batch_that_cannot_be_dealt_names_the_settings() -> None:

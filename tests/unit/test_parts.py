@@ -76,17 +76,22 @@ def test_intervals_and_the_last_step_decide_what_happens() -> None:
     state = RunState(Plan(7, 4, 32, log_interval=2, eval_interval=3, save_interval=5))
     happens = {"logged": [], "evaluated": [], "saved": []}
     while not state.is_last:
-        state.advance(selected_tokens=10, applied=state.step != 2)
+        state.advance(state.next_sample + 5, selected_tokens=10, applied=state.step != 2)
         for name, steps in happens.items():
             if getattr(state, f"is_{name}"):
                 steps.append(state.step)
     assert happens == {"logged": [2, 3, 4, 6, 7], "evaluated": [3, 6, 7], "saved": [5, 7]}
     counted = {"step": 7, "consumed_samples": 28, "consumed_selected_tokens": 70, "skipped_updates": 1}
-    assert state.progress() == counted | {"skipped_in_a_row": 0, "order_fingerprint": ""}
+    counted |= {"skipped_in_a_row": 0, "order_fingerprint": "", "next_sample": 35, "failed_saves": 0, "carried": {}}
+    assert state.progress() == counted
+    assert state.first_sample == 30
     assert state.consumed_tokens == 28 * 32
     restored = RunState(state.plan)
     restored.restore(state.progress())
     assert restored == state
+    of_old = {name: counted[name] for name in counted if name not in ("next_sample", "failed_saves", "carried")}
+    restored.restore(of_old)
+    assert restored.next_sample == restored.consumed_samples == 28
     with pytest.raises(UserError, match="another order of samples"):
         RunState(state.plan, order_fingerprint="of other corpora").restore(state.progress())
 
@@ -197,7 +202,8 @@ def test_what_may_change_on_resume_is_a_short_list() -> None:
     stored = parse_config(BASE)
     allowed = {"train_tokens": 5, "save_interval": 5, "keep_checkpoints": 9, "micro_batch_size": 2}
     training = BASE["training"] | allowed | {"activation_checkpointing": "full"}
-    assert differences_on_resume(stored, parse_config(BASE | {"training": training})) == []
+    data = BASE["data"] | {"skip_samples": [[8, 16]]}
+    assert differences_on_resume(stored, parse_config(BASE | {"training": training, "data": data})) == []
     changed = parse_config(BASE | {"seed": 2, "selection": {"ratio": 0.5}})
     assert differences_on_resume(stored, changed) == [
         "seed was 1234 and is now 2",
