@@ -7,10 +7,12 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-__all__ = ["Selection", "plan_k", "score", "select_tokens", "selected_loss"]
+__all__ = ["Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"]
+
+_ELSEWHERE = {"Callback": "training.callbacks.callback", "UserError": "errors", "train": "commands.train"}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("megatron_slm.selection"), name)
+    return getattr(import_module(f"megatron_slm.{_ELSEWHERE.get(name, 'selection')}"), name)

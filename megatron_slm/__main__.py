@@ -39,7 +39,8 @@ def _run(verb: str, arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(f"megatron-slm {verb}", description=command.__doc__)
     command.add_arguments(parser)
     try:
-        command.run(parser.parse_args(arguments))
+        # Overrides may stand on both sides of an option.
+        command.run(parser.parse_intermixed_args(arguments))
     except UserError as error:
         sys.stderr.write(f"megatron-slm {verb}: error: {error}\n")
         sys.exit(2)

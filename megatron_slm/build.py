@@ -5,6 +5,7 @@ Read `build_run` from top to bottom: each line makes one part from those above i
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from megatron_slm.models.checks import check_dropout, check_dropout_settings, ch
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.selection.scoring import find_score
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
-from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.callbacks.callback import Callback, make_callback
 from megatron_slm.training.callbacks.checkpoint import Checkpoints
 from megatron_slm.training.callbacks.console import Console
 from megatron_slm.training.callbacks.evaluation import Evaluation
@@ -76,8 +77,13 @@ class Run:
     folder: RunFolder
 
 
-def build_run(config: Config, world: World) -> Run:
+def build_run(config: Config, world: World, callbacks: Sequence[Callback] = ()) -> Run:
     """Everything of a run, resumed where its folder stands; every rank calls it.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+        callbacks: of the caller's own, beside those that the configuration names.
 
     Raises:
         UserError: the same on all ranks, for anything that the user can mend.
@@ -85,8 +91,8 @@ def build_run(config: Config, world: World) -> Run:
     folder = RunFolder(config.run_dir, world)
     config = agree(lambda: folder.settle(config))
     corpora = agree(lambda: open_corpora(config))
-    config, plan = _resolve(config, corpora, world)
-    objective = agree(lambda: _objective(config, world))
+    config, plan = agree(lambda: resolve(config, corpora, world))
+    objective = agree(lambda: make_objective(config, world))
     hf_config = agree(lambda: student_config(config, corpora))
     samples = _samples(config, corpora, plan, folder, world)
     agree(lambda: folder.begin(config, samples.fingerprint))
@@ -111,7 +117,8 @@ def build_run(config: Config, world: World) -> Run:
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
     peak = peak_flops(world.device)
     speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
-    callbacks = _callbacks(config, corpora, folder, engine, speed, store, world, state.step)
+    own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
+    callbacks = _callbacks(config, corpora, folder, engine, speed, store, own, world, state.step)
     rate = partial(_learning_rate, config, plan)
     trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates)
     return Run(trainer, state, folder)
@@ -132,8 +139,12 @@ def open_corpora(config: Config) -> Corpora:
     return Corpora(train, valid, train[0].tokenizer_fingerprint, tokenizer)
 
 
-def _resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Plan]:
-    """The configuration with its defaults as values, and the plan in steps."""
+def resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Plan]:
+    """The configuration with its defaults as values, and the plan in steps.
+
+    Raises:
+        UserError: a precision that the backend cannot train in.
+    """
     training, data = config.training, config.data
     epoch_tokens = train_share(data.split) * sum(corpus.num_tokens for corpus in corpora.train)
     tokens = training.train_tokens or math.ceil((training.train_epochs or 0.0) * epoch_tokens)
@@ -151,10 +162,25 @@ def _resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Pl
     )
     precision = training.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     training = dataclasses.replace(training, precision=precision)
-    return dataclasses.replace(config, data=data, training=training), plan
+    config = dataclasses.replace(config, data=data, training=training)
+    _refuse_bf16_alone(config)
+    return config, plan
 
 
-def _objective(config: Config, world: World) -> Objective:
+def _refuse_bf16_alone(config: Config) -> None:
+    """bf16 trains with float32 weights and gradients beside it, which only a partitioned optimizer keeps."""
+    if config.training.precision != "bf16":
+        return
+    if config.training.backend == "plain":
+        raise UserError("training.precision is bf16, which training.backend plain has not: use deepspeed or fp32.")
+    if config.deepspeed.get("zero_optimization", {}).get("stage", 3) == 0:
+        raise UserError(
+            "training.precision is bf16 and deepspeed.zero_optimization.stage 0, where DeepSpeed cannot accumulate "
+            "gradients in float32: use stage 1 or more, or training.precision=fp32."
+        )
+
+
+def make_objective(config: Config, world: World) -> Objective:
     """Which tokens count, after checking that the batch can be dealt and that there is what the score needs."""
     accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.size)
     if config.objective == "clm":
@@ -184,7 +210,7 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special_ids = {name: getattr(tokenizer, name) for name in names}
     if config.model.path is not None:
-        _require_tokenizer(config.model.path, "model", corpora.fingerprint)
+        require_tokenizer(config.model.path, "model", corpora.fingerprint)
     hf_config = model_config(config.model, len(tokenizer), special_ids)
     check_length(hf_config, "model", config.data.seq_length)
     if config.objective == "slm":
@@ -192,7 +218,7 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     return hf_config
 
 
-def _require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
+def require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
     """Losses of two models compare token by token only if their tokens are the same."""
     try:
         found = tokenizer_fingerprint(load_tokenizer(path))
@@ -268,7 +294,7 @@ def _reference(config: Config, corpora: Corpora, backend: Backend) -> tuple[Refe
     settings = config.reference
     if settings is None or config.objective == "clm":
         return NoReference(), 0.0
-    agree(lambda: _require_tokenizer(settings.path, "reference", corpora.fingerprint))
+    agree(lambda: require_tokenizer(settings.path, "reference", corpora.fingerprint))
     lm = agree(
         lambda: load_pretrained(
             settings.path, "reference", settings.trust_remote_code, dtype=PRECISIONS[config.training.precision]
@@ -291,10 +317,11 @@ def _callbacks(
     engine: TrainingEngine,
     speed: Throughput,
     store: CheckpointStore,
+    own: Sequence[Callback],
     world: World,
     step: int,
 ) -> list[Callback]:
-    """In the order in which they fill, read and save a step's record."""
+    """In the order in which they fill, read and save a step's record; the user's own fill it last."""
     eod, data = corpora.tokenizer.eos_token_id, config.data
     streams = {
         name: EvaluationStream(corpus, data.seq_length, eod, data.reset_attention)
@@ -311,6 +338,7 @@ def _callbacks(
         speed,
         Evaluation(evaluator),
         ExcessHistogram(config.training.histogram_interval, events),
+        *own,
         *(writers if world.is_main else []),
         Checkpoints(store, engine),
     ]

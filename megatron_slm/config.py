@@ -68,6 +68,7 @@ PASSED_DEEPSPEED_KEYS = (
 """What of DeepSpeed's works here; other kinds of parallelism and its own data pipeline do not."""
 
 MAY_CHANGE_ON_RESUME = (
+    "callbacks",
     "training.train_tokens",
     "training.train_epochs",
     "training.log_interval",
@@ -92,10 +93,11 @@ _SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 class Config:
     """A run, whole.
 
-    run_dir    folder of the run: configuration, metrics, checkpoints; a run resumes where it stands
-    objective  slm: selected tokens count; clm: all of them do
-    seed       of the order of samples, the weights from scratch, dropout, and the score `random`
-    deepspeed  passed to DeepSpeed, except what this system owns
+    run_dir    folder of the run: configuration, metrics, checkpoints; a run resumes where it stands [path; ours]
+    objective  slm: selected tokens count; clm: all of them do [; the paper, section 2.2]
+    seed       of the order of samples, the weights from scratch, dropout, and the score `random` [; Megatron]
+    callbacks  classes of yours, told of every step: package.module:Class, made without arguments [; Hugging Face]
+    deepspeed  passed to DeepSpeed, except what this system owns [; DeepSpeed]
     """
 
     run_dir: str
@@ -104,6 +106,7 @@ class Config:
     training: TrainingSettings
     objective: Literal["clm", "slm"] = "slm"
     seed: int = 1234
+    callbacks: list[str] = field(default_factory=list)
     reference: ReferenceSettings | None = None
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})

@@ -49,7 +49,7 @@ class RunFolder:
         return bool(list_checkpoints(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     def settle(self, config: Config) -> Config:
-        """The configuration to run: of a new run as it is, of a known one with the defaults that it resolved.
+        """Make the folder and hold it; the configuration to run, as `compare` gives it.
 
         Raises:
             UserError: the folder cannot be made, is in use, or belongs to something else.
@@ -60,6 +60,16 @@ class RunFolder:
                 self._hold()
         except OSError as error:
             raise UserError(f"run_dir is {self.path}, which cannot be used ({error.strerror}): use another.") from error
+        return self.compare(config)
+
+    def compare(self, config: Config) -> Config:
+        """The configuration to run: of a new run as it is, of a known one with the defaults that it resolved.
+
+        Raises:
+            UserError: the folder belongs to something else, or to a run of another configuration.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir is {self.path}, which is a file: use another.")
         if self.config.exists() and not self.config.read_text(encoding="utf-8").startswith(HEADER):
             raise UserError(f"run_dir is {self.path}, whose config.yaml is not a run's: use another run_dir.")
         return self._settle_known(config) if self.has_begun else config

@@ -41,11 +41,6 @@ class DeepSpeedBackend:
         self._settings = copy.deepcopy(settings)
         self._settings.setdefault("zero_optimization", {}).setdefault("stage", 3)
         self._precision = precision
-        if self.stage == 0 and precision == torch.bfloat16:
-            raise UserError(
-                "training.precision is bf16 and deepspeed.zero_optimization.stage 0, where DeepSpeed cannot accumulate "
-                "gradients in float32: use stage 1 or more, or training.precision=fp32."
-            )
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Once a step otherwise: DeepSpeed calls torch's collectives by their former names.
         warnings.filterwarnings("ignore", message=r".torch.distributed.\w+. is deprecated", category=FutureWarning)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from megatron_slm.backend import EngineSettings, M, Update
 from megatron_slm.dist import World
-from megatron_slm.errors import UserError
 
 
 class PlainBackend:
@@ -28,8 +27,6 @@ class PlainBackend:
     def training_engine(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
     ) -> "PlainEngine":
-        if settings.precision != torch.float32:
-            raise UserError("training.precision is bf16, which training.backend plain has not: use deepspeed or fp32.")
         return PlainEngine(module, optimizer, settings.clip_grad, self._world)
 
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:

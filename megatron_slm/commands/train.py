@@ -1,18 +1,29 @@
 """Train a student on a prepared corpus, resumed where its run folder stands.
 
-Works alone as one process, and under torchrun, the deepspeed launcher and srun.
+Works alone as one process, and under torchrun, the deepspeed launcher and srun. docs/configuration.md
+lists every setting.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from megatron_slm.config import Config, load_config
+from megatron_slm.config import Config, load_config, parse_config
+from megatron_slm.data.corpus import open_corpus
+from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError
+
+if TYPE_CHECKING:
+    from megatron_slm.training.callbacks.callback import Callback
+    from megatron_slm.training.state import RunState
 
 _EPILOG = """examples:
   megatron-slm train run.yaml
+  megatron-slm train run.yaml --dry-run --ranks 64
   torchrun --nproc-per-node 8 -m megatron_slm train run.yaml training.lr=2.0e-4
   deepspeed --num_gpus 8 --module megatron_slm train run.yaml
   srun python -m megatron_slm train run.yaml
@@ -25,29 +36,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (README.md shows one)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all that can be checked without training, estimate memory and disk, and write nothing",
+    )
+    parser.add_argument(
+        "--ranks", metavar="N", type=int, help="for --dry-run: ranks of the run to check; default: as launched"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """What all ranks agree on, rank 0 alone says; what one rank alone has met, that rank says."""
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
         # Read before anything heavy is imported: a typo answers at once.
-        _train(_read_config(arguments))
+        config = _agreed(lambda: _read(arguments))
+        if arguments.dry_run:
+            _agreed(lambda: _dry_run(config, arguments.ranks))
+        else:
+            _train(config, ())
     except AgreedError:
-        if not is_main:
+        if not _is_main():
             sys.exit(2)
         raise
 
 
-def _read_config(arguments: argparse.Namespace) -> Config:
-    """Every rank reads the same file and finds the same error."""
-    try:
-        return load_config(arguments.config, arguments.overrides)
-    except UserError as error:
-        raise AgreedError(str(error)) from error
+def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callback]" = ()) -> "RunState":
+    """Train as `megatron-slm train` does; every process of the launcher calls it.
+
+    Args:
+        config: the path of a YAML file, its content as nested dicts, or a `Config`.
+        callbacks: told of every step on every rank, before the record is written.
+
+    Returns:
+        Where the run ended; `record` is its last record.
+
+    Raises:
+        UserError: a sentence with the setting, its value and the remedy.
+    """
+    if isinstance(config, str):
+        config = load_config(config, [])
+    elif not dataclasses.is_dataclass(config):
+        config = parse_config(dict(config))
+    _refuse_missing_corpora(config)
+    return _train(config, callbacks)
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, callbacks: "Sequence[Callback]") -> "RunState":
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.build import build_run
@@ -57,7 +92,7 @@ def _train(config: Config) -> None:
     if not (world.is_main and sys.stderr.isatty()):
         disable_progress_bar()
     try:
-        run = build_run(config, world)
+        run = build_run(config, world, callbacks)
         run.trainer.fit(run.state)
         # Rank 0 may host the store: it must not leave while another rank still talks to it.
         gather_objects(None)
@@ -66,3 +101,38 @@ def _train(config: Config) -> None:
         raise
     finally:
         disconnect()
+    return run.state
+
+
+def _read(arguments: argparse.Namespace) -> Config:
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        raise UserError(f"--ranks is {arguments.ranks}: give 1 or more, together with --dry-run.")
+    config = load_config(arguments.config, arguments.overrides)
+    _refuse_missing_corpora(config)
+    return config
+
+
+def _refuse_missing_corpora(config: Config) -> None:
+    """The commonest mistake, found without importing anything heavy."""
+    for prefix in (*blend(config.data.train)[0], *config.data.valid.values()):
+        open_corpus(prefix)
+
+
+def _dry_run(config: Config, ranks: int | None) -> None:
+    from megatron_slm.dry_run import dry_run
+
+    report = dry_run(config, ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    if _is_main():
+        sys.stdout.write(report)
+
+
+def _agreed(work: Callable[[], Any]) -> Any:
+    """Every rank looks at the same files and finds the same error."""
+    try:
+        return work()
+    except UserError as error:
+        raise AgreedError(str(error)) from error
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

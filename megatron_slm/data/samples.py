@@ -27,6 +27,9 @@ from megatron_slm.data.settings import DataSettings, blend
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 
+ORDER_FORMAT = 1
+"""Raised when the same settings would give another order than before."""
+
 WHOLE = "1,0,0"
 """The split that takes all documents."""
 
@@ -128,6 +131,7 @@ def build_samples(
     _refuse_empty_split(settings, corpora)
     cycle_length = math.ceil(order_tokens / settings.seq_length)
     identity = {
+        "format": ORDER_FORMAT,
         "seed": seed,
         "blend": [_weights(settings, corpora), [corpus.sha256 for corpus in corpora]],
         "split": settings.split,

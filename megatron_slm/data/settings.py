@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 class DataSettings:
     """Prepared corpora (PREFIX of .bin, .idx, .json) and how samples are drawn from them.
 
-    train            one PREFIX, a list of them (in proportion to their tokens), or [weight, PREFIX, ...]
-    valid            evaluation sets by name
-    split            use a part of the documents of `train`: "98,2,0" takes the first 98 %; null takes all
-    seq_length       tokens a sample
-    reset_attention  positions and attention restart at each document; default: across packed documents
-    order_tokens     length of one order of the samples; default: training.train_tokens. Frozen in the run folder
-    cache            folder of the index caches; default: RUN_DIR/cache
-    skip_samples     half-open ranges [first, last) of the run's order that are left out, such as [[640, 648]]
+    train            one PREFIX, a list (in proportion to their tokens), or [weight, PREFIX, ...] [; Megatron]
+    valid            evaluation sets: a PREFIX by name [; Megatron's valid_data_path]
+    split            the part of the documents of train to use: "98,2,0" takes the first 98 % [per cent; Megatron]
+    seq_length       length of a sample [tokens; Megatron]
+    reset_attention  positions and attention restart at each document [; Megatron's reset_attention_mask]
+    order_tokens     one order of the samples; default: training.train_tokens, frozen in the run folder [tokens; ours]
+    cache            folder of the index caches; default: RUN_DIR/cache [path; Megatron's data_cache_path]
+    skip_samples     half-open ranges of the order to leave out, such as [[640, 648]] [samples; ours]
     """
 
     train: str | list[str | float]

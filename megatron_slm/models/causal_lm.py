@@ -76,7 +76,7 @@ def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str
         UserError: unknown model type, or a vocabulary smaller than the tokenizer's.
     """
     if settings.path is not None:
-        config = _load(AutoConfig.from_pretrained, settings.path, "model", settings.trust_remote_code)
+        config = pretrained_config(settings.path, "model", settings.trust_remote_code)
     try:
         if settings.path is not None:
             config.update(settings.config)
@@ -114,6 +114,15 @@ def build_student(
         raise UserError(
             f"No model can be made from model.config and model.attn_implementation: {_one_line(error)}."
         ) from error
+
+
+def pretrained_config(path: str, setting: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of a pretrained model; the arguments are those of `load_pretrained`.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _load(AutoConfig.from_pretrained, path, setting, trust_remote_code)
 
 
 def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:

@@ -6,12 +6,12 @@ from typing import Any
 class ModelSettings:
     """The student.
 
-    path                          Hugging Face folder or hub name to continue from
-    config                        without path: a Hugging Face configuration (model_type, hidden_size, ...) to start
-                                  from scratch; with path: what to change in the model's own (such as resid_pdrop: 0)
-    trust_remote_code             run Python that comes with the model; off unless asked for
-    attn_implementation           Hugging Face's name (sdpa, eager, flash_attention_2); default: theirs
-    make_vocab_size_divisible_by  from scratch, pad the tokenizer's vocabulary size up to a multiple
+    path                          folder or hub name to continue from [path; Hugging Face's from_pretrained]
+    config                        without path: a configuration (model_type, hidden_size, ...) to start from scratch;
+                                  with path: what to change in the model's own [; Hugging Face's AutoConfig]
+    trust_remote_code             run Python that comes with the model; off unless asked for [; Hugging Face]
+    attn_implementation           sdpa, eager, flash_attention_2, ...; default: Hugging Face's choice [; Hugging Face]
+    make_vocab_size_divisible_by  from scratch, pad the tokenizer's vocabulary size up to a multiple [; Megatron]
     """
 
     path: str | None = None

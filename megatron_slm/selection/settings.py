@@ -6,12 +6,12 @@ from typing import Literal
 class SelectionSettings:
     """Which tokens count.
 
-    score     a file name in selection/scores/, or package.module:function
-    ratio     share of the valid tokens that is kept, in (0, 1]; the paper keeps 0.6 to 0.7
-    scope     ranked together: all ranks, each rank alone, or each sequence alone
-    pool      ranked together: one micro-step of all ranks, or the whole optimizer step
-    backward  exact: gradients of the selected loss through every token
-    quantiles of the excess loss that are logged
+    score      excess, student_loss, reference_loss, random, or package.module:function [; the paper, equation 3]
+    ratio      share of the valid tokens that is kept; the paper keeps 0.6 to 0.7 [share; the paper's k %]
+    scope      ranked together: all ranks, each rank alone, or each sequence alone [; ours]
+    pool       ranked together: one micro-step of all ranks, or the whole optimizer step [; ours]
+    backward   exact: gradients of the selected loss through every token [; the paper, equation 4]
+    quantiles  of the excess loss that are logged [share; ours]
     """
 
     score: str = "excess"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 class ReferenceSettings:
     """The frozen model that says what is learnable.
 
-    path               Hugging Face folder or hub name; its tokenizer must be the corpus's
-    micro_batch_size   sequences at a time, without gradients; larger than the student's is faster
-    shard              split the weights over all ranks (ZeRO-3); false: every rank holds all of them
-    trust_remote_code  run Python that comes with the model; off unless asked for
+    path               folder or hub name; its tokenizer must be the corpus's [path; Hugging Face's from_pretrained]
+    micro_batch_size   at a time, without gradients; larger than the student's is faster [samples; ours]
+    shard              split the weights over all ranks (ZeRO-3); false: every rank holds all of them [; ours]
+    trust_remote_code  run Python that comes with the model; off unless asked for [; Hugging Face]
     """
 
     path: str

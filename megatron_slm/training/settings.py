@@ -6,27 +6,30 @@ from typing import Literal
 class TrainingSettings:
     """The run: batches, optimizer, schedule, intervals.
 
-    micro_batch_size          samples a rank runs at once
-    global_batch_size         samples an optimizer step, over all ranks and micro-steps
-    train_tokens              length of the run; or train_epochs passes over the training corpora
-    lr, min_lr                peak and final learning rate
-    warmup_tokens             linear warm-up from 0
-    schedule                  cosine, linear or constant after the warm-up
-    weight_decay              not on norms, biases and embeddings
-    adam_beta1, adam_beta2, adam_eps
-                              of AdamW
-    clip_grad                 largest gradient norm; 0 for none
-    precision                 bf16 or fp32; default: bf16 on CUDA, fp32 on CPU
-    log_interval              steps between records in metrics.jsonl
-    eval_interval             steps between evaluations; the last step is always evaluated
-    save_interval             steps between checkpoints; the last step is always saved
-    histogram_interval        steps between histograms of the excess loss in TensorBoard
-    token_table_interval      steps between tables of tokens in TensorBoard; default: eval_interval
-    keep_checkpoints          newest checkpoints to keep
-    activation_checkpointing  none, or full: recompute each layer in the backward
-    backend                   deepspeed, or plain: PyTorch alone, every rank holds everything
-    max_skipped_updates       stop after so many updates in a row that were not applied
-    timeout_minutes           how long a rank may be silent before the others give up
+    micro_batch_size          samples a rank runs at once [samples; Megatron]
+    global_batch_size         samples an optimizer step, over all ranks and micro-steps [samples; Megatron]
+    train_tokens              length of the run; give it or train_epochs [tokens; Megatron's train_samples]
+    train_epochs              length of the run: passes over data.train [passes; Hugging Face's num_train_epochs]
+    lr                        peak learning rate [; Megatron]
+    min_lr                    final learning rate [; Megatron]
+    warmup_tokens             linear warm-up from 0 [tokens; Megatron's lr_warmup_samples]
+    schedule                  of the learning rate after the warm-up [; Megatron's lr_decay_style]
+    weight_decay              of AdamW; not on norms, biases and embeddings [; Megatron]
+    adam_beta1                of AdamW [; Megatron]
+    adam_beta2                of AdamW [; Megatron]
+    adam_eps                  of AdamW [; Megatron]
+    clip_grad                 largest gradient norm; 0 for none [; Megatron]
+    precision                 of weights and activations; default: bf16 on CUDA, fp32 on CPU [; Megatron's bf16]
+    log_interval              between records in metrics.jsonl [steps; Megatron]
+    eval_interval             between evaluations; the last step is always evaluated [steps; Megatron]
+    save_interval             between checkpoints; the last step is always saved [steps; Megatron]
+    histogram_interval        between histograms of the excess loss in TensorBoard [steps; ours]
+    token_table_interval      between tables of tokens in TensorBoard; default: eval_interval [steps; ours]
+    keep_checkpoints          newest checkpoints to keep [checkpoints; Hugging Face's save_total_limit]
+    activation_checkpointing  full: recompute each layer in the backward [; Megatron's recompute_granularity]
+    backend                   deepspeed, or plain: PyTorch alone, every rank holds everything [; ours]
+    max_skipped_updates       stop after so many in a row that were not applied [updates; ours]
+    timeout_minutes           how long a rank may be silent before the others give up [minutes; Megatron]
     """
 
     global_batch_size: int

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "run_folder": {"config", "dist", "errors", "training"},
     "build": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
     "demo": LEAVES | {"data", "models", "selection", "reporting"},
-    "commands": LEAVES | {"config", "run_folder", "build", "data", "models", "training", "demo"},
+    "dry_run": LEAVES | {"config", "run_folder", "build", "data", "models", "training"},
+    "commands": LEAVES | {"config", "run_folder", "build", "dry_run", "data", "models", "training", "demo"},
     "__main__": {"errors", "__init__"},
-    "__init__": {"selection"},
+    "__init__": {"selection", "errors", "training", "commands"},
 }
 HEAVY = ("torch", "transformers", "deepspeed", "megatron.core", "numpy", "sentencepiece", "tokenizers")
 
@@ -72,9 +73,9 @@ def test_deepspeed_is_imported_in_one_file() -> None:
     assert importers == {PACKAGE / "backend" / "deepspeed.py"}
 
 
-def test_only_commands_import_the_composition_root() -> None:
+def test_only_commands_and_the_dry_run_import_the_composition_root() -> None:
     importers = {part(path) for path in sources() if "megatron_slm.build" in imports(path)}
-    assert importers == {"commands"}
+    assert importers == {"commands", "dry_run"}
 
 
 def test_settings_import_nothing_heavy() -> None:

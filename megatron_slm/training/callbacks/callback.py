@@ -1,5 +1,8 @@
-"""The moments of a run. A callback is one concern in one file."""
+"""The moments of a run. A callback is one concern in one file, here or anywhere of yours."""
 
+from importlib import import_module
+
+from megatron_slm.errors import UserError
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 
@@ -21,3 +24,22 @@ class Callback:
 
     def close(self) -> None:
         """Always, also after an error."""
+
+
+def make_callback(name: str) -> Callback:
+    """An object of the class `package.module:Class`, which takes no arguments.
+
+    Raises:
+        UserError: it cannot be imported or made, or is no `Callback`.
+    """
+    module, _, kind = name.partition(":")
+    try:
+        made = getattr(import_module(module), kind)()
+    except Exception as error:
+        raise UserError(
+            f"callbacks names '{name}', which cannot be made ({error}): write package.module:Class, put the package "
+            "on PYTHONPATH, and let the class take no arguments."
+        ) from error
+    if not isinstance(made, Callback):
+        raise UserError(f"callbacks names '{name}', which is no callback: derive the class from megatron_slm.Callback.")
+    return made

@@ -1,0 +1,181 @@
+"""What can be said of a run before it starts: everything is looked at, nothing is loaded or written."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_slm.build import (
+    PRECISIONS,
+    Corpora,
+    make_objective,
+    open_corpora,
+    require_tokenizer,
+    resolve,
+    student_config,
+)
+from megatron_slm.config import Config
+from megatron_slm.data.loader import accumulation_steps
+from megatron_slm.dist import World
+from megatron_slm.errors import UserError
+from megatron_slm.models.causal_lm import pretrained_config
+from megatron_slm.models.checks import check_length
+from megatron_slm.run_folder import RunFolder
+from megatron_slm.training.callbacks.callback import make_callback
+from megatron_slm.training.callbacks.console import quantity
+from megatron_slm.training.memory import ModelSize, RankMemory, model_size, rank_memory
+from megatron_slm.training.state import Plan
+
+T = TypeVar("T")
+
+
+@dataclass
+class Findings:
+    """Lines of the report, and every mistake that was met."""
+
+    lines: list[str] = field(default_factory=list)
+    mistakes: list[str] = field(default_factory=list)
+
+    def take(self, look: Callable[[], T]) -> T | None:
+        """What `look` finds; a mistake is noted, and what needs this answer is not looked at."""
+        try:
+            return look()
+        except UserError as error:
+            if str(error) not in self.mistakes:
+                self.mistakes.append(str(error))
+            return None
+
+    def say(self, subject: str, text: str) -> None:
+        self.lines.append(f"{subject:10} {text}")
+
+
+def dry_run(config: Config, ranks: int) -> str:
+    """The report on a run of so many ranks.
+
+    Raises:
+        UserError: with all mistakes that were found, a sentence each.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world, found = World(0, ranks, 0, device), Findings()
+    folder = RunFolder(config.run_dir, world)
+    config = found.take(lambda: folder.compare(config)) or config
+    found.say("run", f"{config.run_dir}, {'goes on where it stands' if folder.has_begun else 'new'}")
+    found.take(lambda: _refuse_other_weights("model", config.model.path))
+    found.take(lambda: _refuse_other_weights("reference", config.reference.path if config.reference else None))
+    for name in config.callbacks:
+        found.take(partial(make_callback, name))
+    corpora = found.take(lambda: open_corpora(config))
+    found.take(lambda: make_objective(config, world))
+    if corpora is not None:
+        _look_at_models(config, corpora, world, found)
+    if found.mistakes:
+        raise UserError("\n".join(found.mistakes))
+    found.lines.append("Nothing is wrong that shows before training.")
+    return "\n".join(found.lines) + "\n"
+
+
+def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findings) -> None:
+    """Everything that depends on the corpora."""
+    _say_data(config, corpora, found)
+    resolved = found.take(lambda: resolve(config, corpora, world))
+    hf_config = found.take(lambda: student_config(config, corpora))
+    reference = found.take(lambda: _reference_config(config, corpora))
+    if found.mistakes or resolved is None or hf_config is None:
+        return
+    config, plan = resolved
+    _say_plan(config, plan, corpora, world, found)
+    precision = PRECISIONS[config.training.precision]
+    length, settings = config.data.seq_length, config.reference
+    size = model_size(hf_config, config.training.micro_batch_size, length, precision)
+    found.say("student", _model_in_words(hf_config, size, f"from {config.model.path or 'scratch'}"))
+    reference_size = None
+    if reference is not None and settings is not None:
+        reference_size = model_size(reference, settings.micro_batch_size, length, precision)
+        place = "split over the ranks" if settings.shard else "whole on each rank"
+        found.say("reference", _model_in_words(reference, reference_size, f"from {settings.path}, {place}"))
+        selection = config.selection
+        pool = f"scope {selection.scope}, pool {selection.pool}"
+        found.say("selection", f"{selection.score}, the highest {selection.ratio:.0%} ({pool})")
+    memory = rank_memory(
+        size,
+        reference_size,
+        ranks=world.size,
+        precision=precision,
+        zero=config.deepspeed.get("zero_optimization", {}) if config.training.backend == "deepspeed" else {"stage": 0},
+        shard_reference=bool(settings and settings.shard),
+        checkpointing=config.training.activation_checkpointing == "full",
+    )
+    _say_memory(memory, world, found)
+    _say_disk(config, size, precision, found)
+
+
+def _reference_config(config: Config, corpora: Corpora) -> PretrainedConfig | None:
+    settings = config.reference
+    if settings is None or config.objective == "clm":
+        return None
+    require_tokenizer(settings.path, "reference", corpora.fingerprint)
+    found = pretrained_config(settings.path, "reference", settings.trust_remote_code)
+    check_length(found, "reference", config.data.seq_length)
+    return found
+
+
+def _refuse_other_weights(setting: str, path: str | None) -> None:
+    """Loading would refuse them too, later."""
+    if path and Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise UserError(f"{setting}.path is '{path}', which holds no *.safetensors: save the model as safetensors.")
+
+
+def _say_data(config: Config, corpora: Corpora, found: Findings) -> None:
+    trained = ", ".join(f"{corpus.name} {quantity(corpus.num_tokens)}" for corpus in corpora.train)
+    held_out = ", ".join(f"{name} {quantity(corpus.num_tokens)}" for name, corpus in corpora.valid.items()) or "none"
+    found.say("data", f"tokens: {trained}; held out: {held_out}; one tokenizer of {len(corpora.tokenizer):,} entries")
+
+
+def _say_plan(config: Config, plan: Plan, corpora: Corpora, world: World, found: Findings) -> None:
+    training = config.training
+    micro_steps = accumulation_steps(plan.global_batch_size, training.micro_batch_size, world.size)
+    passes = plan.total_steps * plan.tokens_per_step / sum(corpus.num_tokens for corpus in corpora.train)
+    found.say(
+        "plan",
+        f"{plan.total_steps:,} steps of {quantity(plan.tokens_per_step)} tokens, {passes:.2g} passes over data.train, "
+        f"{training.precision}",
+    )
+    found.say(
+        "step",
+        f"{plan.global_batch_size} samples = {world.size} ranks x {training.micro_batch_size} x {micro_steps} "
+        f"micro-steps, {plan.seq_length} tokens each",
+    )
+
+
+def _model_in_words(config: PretrainedConfig, size: ModelSize, origin: str) -> str:
+    return f"{config.model_type}, {quantity(size.parameters)} parameters, {size.layers} layers, {origin}"
+
+
+def _say_memory(memory: RankMemory, world: World, found: Findings) -> None:
+    for place, parts in (("device", memory.device), ("host", memory.host)):
+        if parts:
+            listed = ", ".join(f"{name} {_size(n)}" for name, n in sorted(parts.items(), key=lambda part: -part[1]))
+            found.say("memory", f"about {_size(sum(parts.values()))} a rank on the {place}: {listed}")
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        found.say("", f"the device here has {_size(total)}")
+
+
+def _say_disk(config: Config, size: ModelSize, precision: torch.dtype, found: Findings) -> None:
+    """Weights, float32 copy and two moments a checkpoint; one more is on the disk while it is written."""
+    checkpoint = (12 + precision.itemsize) * size.parameters
+    kept = config.training.keep_checkpoints + 1
+    place = next(path for path in (Path(config.run_dir), *Path(config.run_dir).absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    found.say("disk", f"{kept} checkpoints of {_size(checkpoint)}; {_size(free)} are free")
+    if free < kept * checkpoint:
+        found.say("", "WARNING: too little room: lower training.keep_checkpoints, or put run_dir on another disk")
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.3g} GiB" if number >= 2**30 else f"{number / 2**20:.2g} MiB"

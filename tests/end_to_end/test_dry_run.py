@@ -1,0 +1,63 @@
+"""`train --dry-run`: everything is looked at, for any number of ranks, and nothing is written."""
+
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_slm.dist import World
+from tests.end_to_end.test_bad_input import command_line, sentence_of
+from tests.gloo import run_ranks
+from tests.runs import config_tree, train_in_process, write_config
+
+
+def shown(world: World, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard error and standard output of a command."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        return *command_line(world, *arguments), said.getvalue()
+
+
+def dry_run(corpora: Path, run_dir: Path, *arguments: str) -> tuple[int, str, str]:
+    config = write_config(run_dir.with_suffix(".yaml"), config_tree(corpora, run_dir))
+    return run_ranks(shown, 1, "train", str(config), "--dry-run", *arguments)[0]
+
+
+def test_a_dry_run_tells_the_plan_for_any_number_of_ranks_and_writes_nothing(corpora: Path, tmp_path: Path) -> None:
+    status, heard, said = dry_run(corpora, tmp_path / "run", "--ranks", "4", "training.train_tokens=1024")
+    assert status == 0, heard
+    lines = {line[:10].strip(): line[11:] for line in said.splitlines()}
+    assert lines["plan"].startswith("4 steps of 256 tokens")
+    assert lines["step"] == "8 samples = 4 ranks x 2 x 1 micro-steps, 32 tokens each"
+    assert "split over the ranks" in lines["reference"] and "weights" in lines["memory"]
+    assert lines["run"].endswith("run, new")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
+
+
+def test_a_dry_run_finds_every_mistake_at_once(corpora: Path, tmp_path: Path) -> None:
+    mistakes = ("reference.path=/nowhere/model", "callbacks=[nowhere:Found]", "--ranks", "3", "data.seq_length=128")
+    status, heard, _ = dry_run(corpora, tmp_path / "run", *mistakes)
+    assert status == 2 and "Traceback" not in heard
+    for expected in ("reference.path is", "callbacks names 'nowhere:Found'", "times 3 ranks", "has 64 positions"):
+        assert expected in heard
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_sees_what_a_resume_would_refuse(corpora: Path, tmp_path: Path) -> None:
+    tree: dict[str, Any] = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=256)
+    run_ranks(train_in_process, 1, tree)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    config = str(write_config(tmp_path / "run.yaml", tree))
+    assert "goes on where it stands" in run_ranks(shown, 1, "train", config, "--dry-run")[0][2]
+    status, heard, _ = run_ranks(shown, 1, "train", config, "--dry-run", "seed=5")[0]
+    assert "seed was 1234 and is now 5" in sentence_of("train", status, heard)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("arguments", [("--ranks", "2"), ("--dry-run", "--ranks", "0")])
+def test_a_number_of_ranks_belongs_to_a_dry_run(corpora: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    answer = run_ranks(command_line, 1, "train", str(config), *arguments)[0]
+    assert "--ranks is" in sentence_of("train", *answer)

@@ -1,0 +1,76 @@
+"""`megatron_slm.train`, and callbacks of a user's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_slm
+from megatron_slm.dist import World, disconnect
+from tests.gloo import run_ranks
+from tests.runs import config_tree, records, write_config
+
+
+class CountedTokens(megatron_slm.Callback):  # type: ignore[name-defined]
+    """Adds to the record, which the writers then write."""
+
+    def on_step_end(self, state: Any, result: Any) -> None:
+        if state.record is not None:
+            state.record["mine/selected"] = result.selected_tokens
+
+
+class Remembering(megatron_slm.Callback):  # type: ignore[name-defined]
+    """Holds on to what it was told."""
+
+    def __init__(self) -> None:
+        self.moments: list[str] = []
+
+    def on_train_start(self, state: Any) -> None:
+        self.moments.append("start")
+
+    def on_step_end(self, state: Any, result: Any) -> None:
+        self.moments.append(f"step {state.step}")
+
+    def close(self) -> None:
+        self.moments.append("closed")
+
+
+def train_from_python(_: World, config: Any) -> tuple[int, dict[str, Any], list[str]]:
+    """As a program of a user's own would."""
+    disconnect()
+    remembering = Remembering()
+    state = megatron_slm.train(config, callbacks=[remembering])
+    return state.step, state.record, remembering.moments
+
+
+def test_a_program_trains_and_hears_of_every_step(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run", train_tokens=2 * 8 * 32)
+    tree["callbacks"] = ["tests.end_to_end.test_from_python:CountedTokens"]
+    step, record, moments = run_ranks(train_from_python, 1, tree)[0]
+    assert step == 2 and moments == ["start", "step 1", "step 2", "closed"]
+    assert record["mine/selected"] == records(tmp_path / "run")[-1]["mine/selected"] == 4 * 38  # of 64 in each pool
+    # The path of a file is as good, and a finished run is over at once.
+    config = str(write_config(tmp_path / "run.yaml", tree))
+    assert run_ranks(train_from_python, 1, config)[0][2] == ["start", "closed"]
+
+
+def test_a_program_gets_an_exception_with_the_sentence(tmp_path: Path) -> None:
+    training = {"lr": "fast", "global_batch_size": 8, "train_tokens": 1}
+    with pytest.raises(megatron_slm.UserError, match=r"training\.lr is 'fast'"):
+        megatron_slm.train({"run_dir": "x", "model": {"path": "x"}, "data": {"train": "x"}, "training": training})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_corpus_is_named_before_anything_heavy_is_imported(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    program = (
+        "import sys, json; from megatron_slm.__main__ import main\n"
+        "try: main(['train', sys.argv[1], 'data.valid.math=/nowhere/math'])\n"
+        "except SystemExit as end: print(json.dumps([end.code, 'torch' in sys.modules]))"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(config)], capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout) == [2, False]
+    assert "/nowhere/math.json is missing" in found.stderr and not (tmp_path / "run").exists()
