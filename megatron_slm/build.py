@@ -44,6 +44,7 @@ from megatron_slm.training.callbacks.jsonl import JsonLines
 from megatron_slm.training.callbacks.metrics import StepMetrics
 from megatron_slm.training.callbacks.tensorboard import TensorBoard, open_event_files
 from megatron_slm.training.callbacks.throughput import Throughput
+from megatron_slm.training.callbacks.token_table import TokenTable
 from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.evaluate import Evaluator
 from megatron_slm.training.flops import peak_flops, token_flops
@@ -333,6 +334,9 @@ def _callbacks(
     writers: list[Callback] = [Console(), JsonLines(folder.metrics)]
     if events is not None:
         writers.append(TensorBoard(events, dump_config(config), list(streams)))
+        if config.objective == "slm":
+            interval = config.training.token_table_interval or config.training.eval_interval
+            writers.append(TokenTable(interval, events, corpora.tokenizer, sources))
     return [
         StepMetrics(sources, config.objective == "slm", config.selection.quantiles),
         speed,

@@ -1,7 +1,9 @@
 """Settings that libraries read when they are imported, and what many tests share."""
 
+import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,3 +21,11 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_corpora(folder)
     make_reference(folder, len(load_tokenizer(str(folder / "web.tokenizer"))))
     return folder
+
+
+@pytest.fixture
+def ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files are read in the order of the seconds in their names, which tests are too fast for."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=itertools.count(10**9).__next__))

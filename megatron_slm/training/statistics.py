@@ -28,12 +28,22 @@ class Histogram(NamedTuple):
     squares: float
 
 
+class Pool(NamedTuple):
+    """This rank's part of what was ranked together, as the step saw it."""
+
+    batch: Batch
+    signals: TokenSignals
+    choice: Choice
+
+
 class StepStatistics:
     """What a step's tokens sum up to on this rank.
 
     Args:
         num_sources: entries of the blend.
         device: of the batches.
+
+    `first_pool` is kept as it is, for who wants to look at tokens; None before the first.
     """
 
     def __init__(self, num_sources: int, device: torch.device) -> None:
@@ -43,6 +53,7 @@ class StepStatistics:
         }
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
         self._excess: list[tuple[Tensor, Tensor]] = []
+        self.first_pool: Pool | None = None
 
     @property
     def has_reference(self) -> bool:
@@ -50,6 +61,7 @@ class StepStatistics:
 
     def add(self, pool: Batch, signals: TokenSignals, choice: Choice) -> None:
         """One pool of this rank."""
+        self.first_pool = self.first_pool or Pool(pool, signals, choice)
         valid_BT, loss_BT = pool.valid_BT, signals["student.loss"]
         self._add("valid", valid_BT)
         self._add("selected", choice.mask_BT)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": LEAVES - {"backend"},
     "models": LEAVES | {"selection"},
     "signals": LEAVES | {"models"},
-    "training": LEAVES | {"data", "models", "signals", "selection"},
+    "training": LEAVES | {"data", "models", "signals", "selection", "reporting"},
     # Pages and pictures of plain values: for any part that shows something.
     "reporting": set(),
     "config": {"errors", "data", "models", "signals", "selection", "training"},

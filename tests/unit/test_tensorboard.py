@@ -110,7 +110,7 @@ def test_the_histogram_is_in_the_event_files(tmp_path: Path) -> None:
     assert (value.min, value.max, value.sum) == (2.0, 9.75, sum(2 + index / 2 for index in range(16)))
 
 
-def test_a_resumed_run_shows_each_step_once(tmp_path: Path) -> None:
+def test_a_resumed_run_shows_each_step_once(tmp_path: Path, ticking_clock: None) -> None:
     train(tmp_path, 1, 9)
     train(tmp_path, 5, 8)
     events = read(tmp_path)

@@ -13,7 +13,9 @@ from megatron_slm.training.step import StepResult
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-AXES = ("step", "consumed_samples")
+AXES = ("step", "consumed_samples", "consumed_tokens", "consumed_selected_tokens")
+"""What only grows: axes, not curves."""
+
 CHARTS = {
     "1 loss": {
         "training loss: all, selected, unselected, reference": r"loss/(all|selected|unselected|reference)$",
