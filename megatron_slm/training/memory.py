@@ -1,4 +1,9 @@
-"""What a rank will hold, estimated before anything is loaded: an estimate, so nothing is refused for it."""
+"""What a rank will hold, estimated before anything is loaded: an estimate, so nothing is refused for it.
+
+Two CPU ranks with 72M parameters at stage 3 took 1.8 and 2.4 GiB above what importing the libraries
+takes, at micro-batches of 1 and 4; the estimate was 1.4 and 1.9. The rest is the libraries' own
+buffers, and copies made while a checkpoint is saved.
+"""
 
 import copy
 from collections.abc import Mapping
@@ -118,12 +123,13 @@ def rank_memory(
     stage = int(zero.get("stage", 3))
     each = precision.itemsize
     kept = student.boundary_bytes if checkpointing else student.layer_bytes
+    # One layer more: recomputed, or the gradients of what it keeps.
     device = {
         "weights": each * student.parameters // (ranks if stage == 3 else 1),
         "gradients": 4 * student.parameters // (ranks if stage >= 2 else 1),
         # AdamW's two moments; with ZeRO also DeepSpeed's float32 copy of the weights.
         "optimizer": (12 if stage else 8) * student.parameters // (ranks if stage else 1),
-        "activations": student.layers * kept + (student.layer_bytes if checkpointing else 0),
+        "activations": student.layers * kept + student.layer_bytes,
         "head": student.head_bytes,
         "buffers of ZeRO": _buffers(student.parameters, each, stage, zero) if stage else 0,
     }

@@ -54,7 +54,7 @@ def test_stages_partition_what_their_name_says() -> None:
             SIZE, None, ranks=4, precision=torch.bfloat16, zero=zero, shard_reference=True, checkpointing=False
         ).device
 
-    assert at(0) == {"weights": 2000, "gradients": 4000, "optimizer": 8000, "activations": 200, "head": 7}
+    assert at(0) == {"weights": 2000, "gradients": 4000, "optimizer": 8000, "activations": 250, "head": 7}
     assert at(1) == at(0) | {"optimizer": 3000, "buffers of ZeRO": 20}
     assert at(2) == at(1) | {"gradients": 1000}
     assert at(3) == at(2) | {"weights": 500, "buffers of ZeRO": 60}
