@@ -42,6 +42,7 @@ from megatron_slm.training.callbacks.evaluation import Evaluation
 from megatron_slm.training.callbacks.histogram import ExcessHistogram
 from megatron_slm.training.callbacks.jsonl import JsonLines
 from megatron_slm.training.callbacks.metrics import StepMetrics
+from megatron_slm.training.callbacks.spikes import Spikes
 from megatron_slm.training.callbacks.tensorboard import TensorBoard, open_event_files
 from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.callbacks.token_table import TokenTable
@@ -50,6 +51,7 @@ from megatron_slm.training.evaluate import Evaluator
 from megatron_slm.training.flops import peak_flops, token_flops
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
+from megatron_slm.training.requests import Requests
 from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
@@ -121,7 +123,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = ()) 
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     callbacks = _callbacks(config, corpora, folder, engine, speed, store, own, world, state.step)
     rate = partial(_learning_rate, config, plan)
-    trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates)
+    trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
 
 
@@ -331,6 +333,7 @@ def _callbacks(
     sources = unique_names([corpus.prefix for corpus in corpora.train])
     evaluator = Evaluator(engine.module, streams, config.training.micro_batch_size, world)
     events = agree(lambda: open_event_files(folder.tensorboard, step) if world.is_main else None)
+    sigma = config.training.spike_sigma
     writers: list[Callback] = [Console(), JsonLines(folder.metrics)]
     if events is not None:
         writers.append(TensorBoard(events, dump_config(config), list(streams)))
@@ -339,6 +342,7 @@ def _callbacks(
             writers.append(TokenTable(interval, events, corpora.tokenizer, sources))
     return [
         StepMetrics(sources, config.objective == "slm", config.selection.quantiles),
+        *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
         speed,
         Evaluation(evaluator),
         ExcessHistogram(config.training.histogram_interval, events),

@@ -77,6 +77,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.keep_checkpoints",
     "training.histogram_interval",
     "training.token_table_interval",
+    "training.spike_sigma",
     "training.micro_batch_size",
     "training.activation_checkpointing",
     "training.timeout_minutes",

@@ -126,13 +126,20 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     reference = make_reference(world, backend, case, hf_config)
     step = TrainingStep(engine, reference, objective, seed=5, num_sources=2, world=world)
     loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
-    result: dict[str, Any] = {"before": weights(backend, module), "updates": [], "planned": [], "sums": []}
+    result: dict[str, Any] = {
+        "before": weights(backend, module),
+        "updates": [],
+        "planned": [],
+        "losses": [],
+        "sums": [],
+    }
     keep_first_gradient(engine, module, case, result)
     for number in range(case.steps):
         batches = [ragged(batch) for batch in loader.take(number * case.global_batch_size)]
         outcome = step(batches, case.lr, number + 1)
         result["updates"].append(outcome.update)
         result["planned"].append(outcome.selected_tokens)
+        result["losses"].append(outcome.loss)
         result["sums"].append(outcome.statistics.reduce())
     result["after"] = weights(backend, module)
     merged: dict[int, dict[str, Any]] = {}

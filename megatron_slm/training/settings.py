@@ -29,6 +29,7 @@ class TrainingSettings:
     activation_checkpointing  full: recompute each layer in the backward [; Megatron's recompute_granularity]
     backend                   deepspeed, or plain: PyTorch alone, every rank holds everything [; ours]
     max_skipped_updates       stop after so many in a row that were not applied [updates; ours]
+    spike_sigma               a loss so many standard deviations above its average is a spike; 0 for none [; ours]
     timeout_minutes           how long a rank may be silent before the others give up [minutes; Megatron]
     """
 
@@ -55,6 +56,7 @@ class TrainingSettings:
     activation_checkpointing: Literal["none", "full"] = "none"
     backend: Literal["deepspeed", "plain"] = "deepspeed"
     max_skipped_updates: int = 10
+    spike_sigma: float | None = 6.0
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
@@ -79,8 +81,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("min_lr", "warmup_tokens", "weight_decay", "clip_grad"):
-            if not getattr(self, name) >= 0:
+        for name in ("min_lr", "warmup_tokens", "weight_decay", "clip_grad", "spike_sigma"):
+            if not (getattr(self, name) or 0.0) >= 0:
                 raise ValueError(f"{name} must be 0 or more")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:

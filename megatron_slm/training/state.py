@@ -30,6 +30,9 @@ class Asked:
     stop: bool = False
 
 
+NOTHING = Asked()
+
+
 @dataclass
 class RunState:
     """Where the run stands. All of it, but what belongs to this step, is in every checkpoint.
@@ -58,7 +61,7 @@ class RunState:
     failed_saves: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
     first_sample: int = field(default=0, compare=False)
-    asked: Asked = field(default=Asked(), compare=False)
+    asked: Asked = field(default=NOTHING, compare=False)
     record: dict[str, float | int | None] | None = field(default=None, repr=False)
 
     @property
@@ -90,7 +93,7 @@ class RunState:
     def is_saved(self) -> bool:
         return self.asked.stop or self.asked.save or self.is_due(self.plan.save_interval)
 
-    def advance(self, next_sample: int, selected_tokens: int, applied: bool, asked: Asked = Asked()) -> None:
+    def advance(self, next_sample: int, selected_tokens: int, applied: bool, asked: Asked = NOTHING) -> None:
         """Count one optimizer step, which read the order of samples up to `next_sample`."""
         self.step += 1
         self.consumed_samples += self.plan.global_batch_size

@@ -78,6 +78,10 @@ class StepStatistics:
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum(dtype=torch.float64)
 
+    def loss_and_valid(self) -> Tensor:
+        """float64 `[2]`: this rank's summed loss, and its valid tokens."""
+        return torch.stack([self._sums["loss"], self._sums["valid"]])
+
     def reduce(self) -> dict[str, float]:
         """The sums over all ranks; every rank calls it."""
         totals = all_reduce_sum(torch.stack(list(self._sums.values()))).tolist()

@@ -1,6 +1,9 @@
 """One optimizer step, which is the method: plan, reference, score, select, backward, update."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,16 +15,25 @@ from megatron_slm.models.student import Student, Tape
 from megatron_slm.selection.uniform import token_uniform
 from megatron_slm.signals.live import Reference
 from megatron_slm.training.objective import Objective
+from megatron_slm.training.state import Asked
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.types import Batch, TokenSignals
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: tokens that counted over all ranks, the update, and sums still to be reduced."""
+    """What a step did: over all ranks, but for the sums that are still to be reduced.
+
+    selected_tokens  that counted
+    loss             mean over all valid tokens; NaN where there is none
+    asked            of the run, on any rank
+    statistics       this rank's sums
+    """
 
     selected_tokens: int
     learning_rate: float
+    loss: float
+    asked: Asked
     update: Update
     statistics: StepStatistics
 
@@ -56,8 +68,16 @@ class TrainingStep:
         self._num_sources = num_sources
         self._world = world
 
-    def __call__(self, batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+    def __call__(
+        self, batches: list[Batch], learning_rate: float, step: int, take_asked: Callable[[], Asked] = Asked
+    ) -> StepResult:
         """Run the step on this rank's micro-batches; every rank calls it with as many.
+
+        Args:
+            batches: of this rank.
+            learning_rate: of the update.
+            step: number of the step, for the error.
+            take_asked: what was asked of the run on this rank; the result says what was asked on any.
 
         Raises:
             AgreedError: a loss is not finite; the weights are as they were before the step.
@@ -78,8 +98,8 @@ class TrainingStep:
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
             self._backward(tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
-        self._refuse_not_finite(suspects, step)
-        return StepResult(planned, learning_rate, self._engine.step(learning_rate), statistics)
+        loss, asked = self._agree(suspects, statistics, take_asked(), step)
+        return StepResult(planned, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
 
     def _wanted(self, prefix: str) -> tuple[str, ...]:
         """Columns beside the loss that the objective reads from the student or the reference."""
@@ -104,12 +124,23 @@ class TrainingStep:
         for index, (tape, part_BT) in enumerate(zip(tapes, weights_BT.split(sizes), strict=True)):
             self._student.backward(tape, part_BT, scale, last=last_pool and index == len(tapes) - 1)
 
-    def _refuse_not_finite(self, suspects: list[tuple[Tensor, Tensor]], step: int) -> None:
-        """All ranks look before the update, so that a bad loss never reaches the weights of one of them."""
+    def _agree(
+        self, suspects: list[tuple[Tensor, Tensor]], statistics: StepStatistics, asked: Asked, step: int
+    ) -> tuple[float, Asked]:
+        """One small all-reduce: the loss of all ranks, what was asked of any, and whether a loss is not finite.
+
+        Before the update, so that a bad loss never reaches the weights of one rank.
+        """
         samples_B, bad_B = (torch.cat(parts) for parts in zip(*suspects, strict=True))
-        if not all_reduce_sum(bad_B.sum()):
-            return
-        found = gather_objects(samples_B[bad_B].tolist())
+        own = torch.tensor([asked.save, asked.stop], dtype=torch.float64, device=bad_B.device)
+        sums = all_reduce_sum(torch.cat([bad_B.sum()[None], statistics.loss_and_valid(), own]))
+        bad, loss, valid, save, stop = sums.tolist()
+        if bad:
+            self._refuse(samples_B[bad_B], step)
+        return loss / valid if valid else math.nan, Asked(save > 0, stop > 0)
+
+    def _refuse(self, samples_B: Tensor, step: int) -> NoReturn:
+        found = gather_objects(samples_B.tolist())
         where = "; ".join(f"rank {rank}, samples {samples}" for rank, samples in enumerate(found) if samples)
         raise AgreedError(
             f"A loss of the student or the reference is not finite at step {step} on {where}. The weights were not "

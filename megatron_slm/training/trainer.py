@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.errors import AgreedError
 from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.requests import Requests
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import TrainingStep
 
@@ -18,6 +19,7 @@ class Trainer:
         learning_rate: of the step that ends at so many tokens.
         callbacks: told of each moment, in this order.
         max_skipped_updates: stop after so many in a row.
+        requests: what is asked of this rank while the run is under way.
     """
 
     def __init__(
@@ -27,37 +29,41 @@ class Trainer:
         learning_rate: Callable[[int], float],
         callbacks: Sequence[Callback],
         max_skipped_updates: int,
+        requests: Requests,
     ) -> None:
         self._loader = loader
         self._step = step
         self._learning_rate = learning_rate
         self._callbacks = callbacks
         self._max_skipped_updates = max_skipped_updates
+        self._requests = requests
 
     def fit(self, state: RunState) -> None:
-        """Train from where the state stands to the end of the plan.
+        """Train from where the state stands to the end of the plan, or until the run is asked to stop.
 
         Raises:
             AgreedError: a loss that is not finite, or too many skipped updates.
         """
-        try:
-            for callback in self._callbacks:
-                callback.on_train_start(state)
-            while not state.is_last:
-                self._run_step(state)
-            for callback in self._callbacks:
-                callback.on_train_end(state)
-        finally:
-            for callback in self._callbacks:
-                callback.close()
+        with self._requests.listening():
+            try:
+                for callback in self._callbacks:
+                    callback.on_train_start(state)
+                while not state.is_over:
+                    self._run_step(state)
+                for callback in self._callbacks:
+                    callback.on_train_end(state)
+            finally:
+                for callback in self._callbacks:
+                    callback.close()
 
     def _run_step(self, state: RunState) -> None:
         for callback in self._callbacks:
             callback.on_step_start(state)
         batches = self._loader.take(state.next_sample)
         rate = self._learning_rate(state.consumed_tokens + state.plan.tokens_per_step)
-        result = self._step(batches, rate, state.step + 1)
-        state.advance(self._loader.end(state.next_sample), result.selected_tokens, result.update.applied)
+        result = self._step(batches, rate, state.step + 1, self._requests.take)
+        end = self._loader.end(state.next_sample)
+        state.advance(end, result.selected_tokens, result.update.applied, result.asked)
         state.record = {} if state.is_logged else None
         for callback in self._callbacks:
             callback.on_step_end(state, result)

@@ -15,7 +15,10 @@ TEN = Case(steps=10)
 def on_ranks(world_size: int, case: Case) -> dict:
     results = run_ranks(run_steps, world_size, case)
     for other in results[1:]:
+        assert other["losses"] == results[0]["losses"]
         assert torch.equal(flat(results[0]["after"]), flat(other["after"]))
+    means = [sums["loss"] / sums["valid"] for sums in results[0]["sums"]]
+    assert results[0]["losses"] == pytest.approx(means)
     return results[0]
 
 

@@ -1,4 +1,4 @@
-"""A score of a user's own that kills its process once, inside an accumulation."""
+"""A score of a user's own that sends its process a signal once, inside an accumulation."""
 
 import os
 import signal
@@ -11,10 +11,11 @@ from megatron_slm import score
 
 @score(needs=("student.loss", "reference.loss"))
 def excess_until_killed(signals: dict[str, Tensor]) -> Tensor:
-    """Excess loss; the call number that DEADLY_CALL names is this process's last, unless DEADLY_MARK exists."""
+    """Excess loss; at the call number DEADLY_CALL of this process the signal is sent, unless DEADLY_MARK exists."""
     mark, calls = Path(os.environ["DEADLY_MARK"]), Path(f"{os.environ['DEADLY_MARK']}.calls-{os.getpid()}")
     calls.open("a").write(".")
-    if not mark.exists() and calls.stat().st_size == int(os.environ["DEADLY_CALL"]):
+    is_chosen = os.environ.get("DEADLY_RANK", os.environ["RANK"]) == os.environ["RANK"]
+    if is_chosen and not mark.exists() and calls.stat().st_size == int(os.environ["DEADLY_CALL"]):
         mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[os.environ.get("DEADLY_SIGNAL", "SIGKILL")])
     return signals["student.loss"] - signals["reference.loss"]

@@ -111,6 +111,8 @@ SETTINGS = {
     "a truth in a range": ("data.skip_samples=[[true, 8]]", "it takes no true or false"),
     "one range without its list": ("data.skip_samples=[0, 8]", "data.skip_samples.0 is 0"),
     "ranges longer than the run": ("data.skip_samples=[[0, 9999]]", "leaves out 9999 samples, more than the 160"),
+    "a spike below the average": ("training.spike_sigma=-1", "training.spike_sigma is -1"),
+    "a spike in words": ("training.spike_sigma=high", "training.spike_sigma is 'high'"),
     "an override without a value": ("training.lr", "must look like a.b=c"),
 }
 

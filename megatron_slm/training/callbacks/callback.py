@@ -20,7 +20,7 @@ class Callback:
         """After the update; `state` counts it already, and `state.record` is a dict if the step is logged."""
 
     def on_train_end(self, state: RunState) -> None:
-        """After the last step."""
+        """After the last step, or the one at which the run was asked to stop."""
 
     def close(self) -> None:
         """Always, also after an error."""

@@ -8,7 +8,10 @@ from megatron_slm.training.step import StepResult
 
 
 class Checkpoints(Callback):
-    """Saves every `save_interval` steps and after the last one. Last of the callbacks: its step's record is written."""
+    """Saves every `save_interval` steps, after the last one, and when asked to.
+
+    Last of the callbacks: its step's record is written.
+    """
 
     def __init__(self, store: CheckpointStore, engine: TrainingEngine) -> None:
         self._store = store

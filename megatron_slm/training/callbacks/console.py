@@ -17,7 +17,15 @@ class Console(Callback):
         logging.getLogger(__name__).info(" | ".join(describe(state, state.record)))
 
     def on_train_end(self, state: RunState) -> None:
-        logging.getLogger(__name__).info("finished: %d steps, %s tokens", state.step, f"{state.consumed_tokens:,}")
+        log = logging.getLogger(__name__).info
+        if state.is_last:
+            log("finished: %d steps, %s tokens", state.step, f"{state.consumed_tokens:,}")
+        else:
+            log(
+                "stopped by a signal: step %d of %d is saved; the same command goes on from there",
+                state.step,
+                state.plan.total_steps,
+            )
 
 
 def describe(state: RunState, record: dict[str, float | int | None]) -> list[str]:
