@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
 from megatron_slm.config import Config, dump_config
@@ -286,9 +287,7 @@ def _student(
     accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
     settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
-    check_head(lm)
-    if config.data.reset_attention:
-        check_packing(engine.module, lm)
+    _check_answers(config, engine.module, lm)
     return module, engine
 
 
@@ -307,10 +306,15 @@ def _reference(config: Config, corpora: Corpora, backend: Backend) -> tuple[Refe
     module = CausalLM(lm)
     flops = token_flops(module, lm.config, config.data.seq_length).forward
     engine = backend.frozen_engine(module, shard=settings.shard)
+    _check_answers(config, engine, lm)
+    return LiveReference(engine, settings.micro_batch_size), flops
+
+
+def _check_answers(config: Config, module: nn.Module, lm: PreTrainedModel) -> None:
+    """Ask a model, as its engine runs it, whether its losses are what the step takes them for."""
     check_head(lm)
     if config.data.reset_attention:
-        check_packing(engine, lm)
-    return LiveReference(engine, settings.micro_batch_size), flops
+        check_packing(module, lm)
 
 
 def _callbacks(

@@ -16,6 +16,7 @@ from typing import IO
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
+from megatron_slm.files import write_durably
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
@@ -116,10 +117,10 @@ class RunFolder:
                 "that it began with. Put them back, or use another run_dir."
             )
         if self._world.is_main:
-            _replace(self.config, HEADER + dump_config(config))
+            write_durably(self.config, HEADER + dump_config(config))
             starts = [*known["starts"], _environment(self._world)]
             described = {"format_version": FORMAT_VERSION, "order_fingerprint": order_fingerprint, "starts": starts}
-            _replace(self.environment, json.dumps(described, indent=2) + "\n")
+            write_durably(self.environment, json.dumps(described, indent=2) + "\n")
         self._log_to_files()
 
     def _log_to_files(self) -> None:
@@ -133,12 +134,6 @@ class RunFolder:
         package.setLevel(logging.DEBUG)
         package.propagate = False
         package.handlers = [file, terminal]
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def _environment(world: World) -> dict[str, object]:

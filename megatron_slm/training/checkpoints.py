@@ -9,7 +9,6 @@ checkpoints/step_00000500/engine/     the backend's files, of all ranks
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.files import sync, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -130,21 +130,19 @@ class CheckpointStore:
         aside.mkdir(exist_ok=True)
         torch.save(_random_state(), aside / f"rng_rank{self._world.rank:04d}.pt")
         if self._world.is_main:
-            _write(aside / "progress.json", json.dumps(progress))
-            _write(aside / "config.yaml", self._config)
+            write_durably(aside / "progress.json", json.dumps(progress))
+            write_durably(aside / "config.yaml", self._config)
 
     def _publish(self, aside: Path, name: str, manifest: dict[str, Any]) -> None:
-        _write(aside / MANIFEST, json.dumps(manifest, indent=1))
+        write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
-            _flush(folder)
+            sync(folder)
         final = self._folder / name
         if final.exists():  # A damaged one that this run went back behind.
             shutil.rmtree(final)
         aside.rename(final)
-        _flush(self._folder)
-        _write(self._folder / "latest.new", name)
-        (self._folder / "latest.new").replace(self._folder / "latest")
-        _flush(self._folder)
+        sync(self._folder)
+        write_durably(self._folder / "latest", name)
 
     def _prune(self) -> None:
         for old in list_checkpoints(self._folder)[: -self._keep]:
@@ -184,24 +182,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _sum(path: Path, flush: bool) -> list[Any]:
+    if flush:
+        sync(path)
     with path.open("rb") as file:
-        if flush:
-            os.fsync(file.fileno())
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """A rename is durable once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _random_state() -> dict[str, Any]:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "types", "dist", "backend"}
+LEAVES = {"errors", "files", "types", "dist", "backend"}
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "types": set(),
     "dist": {"errors"},
     "backend": {"dist", "errors"},
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     # Pages and pictures of plain values: for any part that shows something.
     "reporting": set(),
     "config": {"errors", "data", "models", "signals", "selection", "training"},
-    "run_folder": {"config", "dist", "errors", "training"},
+    "run_folder": {"config", "dist", "errors", "files", "training"},
     "build": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
     "demo": LEAVES | {"data", "models", "selection", "reporting"},
     "dry_run": LEAVES | {"config", "run_folder", "build", "data", "models", "training"},

@@ -61,7 +61,7 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
         "before this rank's optimizer state": (torch, "save", 0),
         "before the other rank's optimizer state": (torch, "save", 1),
         "before the sums": (os, "fsync", 1),
-        "before the manifest": (checkpoints, "_write", 0),
+        "before the manifest": (checkpoints, "write_durably", 0),
         "before the folder is renamed": (Path, "rename", 0),
         "before latest is replaced": (Path, "replace", 0),
         "before old checkpoints are removed": (shutil, "rmtree", 0),

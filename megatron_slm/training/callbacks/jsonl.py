@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import IO
 
+from megatron_slm.files import write_durably
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
@@ -39,9 +40,7 @@ def cut_back(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    aside = path.with_suffix(".jsonl.new")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    write_durably(path, "".join(kept))
 
 
 def finite(record: dict[str, float | int | None]) -> dict[str, float | int | None]:
