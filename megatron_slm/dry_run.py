@@ -160,7 +160,10 @@ def _say_memory(memory: RankMemory, world: World, found: Findings) -> None:
     for place, parts in (("device", memory.device), ("host", memory.host)):
         if parts:
             listed = ", ".join(f"{name} {_size(n)}" for name, n in sorted(parts.items(), key=lambda part: -part[1]))
-            found.say("memory", f"about {_size(sum(parts.values()))} a rank on the {place}, and a third more to be safe: {listed}")
+            found.say(
+                "memory",
+                f"about {_size(sum(parts.values()))} a rank on the {place}, and a third more to be safe: {listed}",
+            )
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
         found.say("", f"the device here has {_size(total)}")

@@ -1,6 +1,6 @@
 """What a rank will hold, estimated before anything is loaded: an estimate, so nothing is refused for it.
 
-Two CPU ranks with 72M parameters at stage 3 took 1.8 and 2.4 GiB above what importing the libraries
+Two CPU ranks with 71M parameters at stage 3 took 1.8 and 2.4 GiB above what importing the libraries
 takes, at micro-batches of 1 and 4; the estimate was 1.4 and 1.9. The rest is the libraries' own
 buffers, and copies made while a checkpoint is saved.
 """
