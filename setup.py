@@ -28,10 +28,11 @@ setup(
         "pyyaml",
         "tensorboard",
         "tqdm",
+        "psutil",
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm", "types-psutil"],
         "slow": ["build"],
     },
 )

@@ -1,8 +1,9 @@
-"""The method on real text, in minutes on a laptop: does selecting tokens help on what the reference knows?
+"""The method on a folder of real text, with a random choice as a control: does selecting tokens help?
 
 Trains a tokenizer, a base model on noisy general text, and a reference (the base, continued on
 curated mathematics). Then, from the same base, on the same data in the same order and for equal
 tokens: CLM, SLM, and a random choice of as many tokens. Prints held-out losses of all of them.
+`megatron-slm demo` shows the same on text that every machine has.
 
     python tools/quickstart.py --data DIR --output runs/quickstart
 
@@ -14,8 +15,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from stages import MODEL, Stages
+from megatron_slm.demo.processes import StoppedError, stop_on_signals
+from megatron_slm.demo.results import draw_held_out, overtaking, results_table
+from megatron_slm.demo.runs import MODEL, run_config
+from megatron_slm.demo.stages import Stage, Stages, export_stage, training_stage
+from megatron_slm.errors import UserError
 
 FILES = {
     "general": "quickstart/general_noisy.jsonl.gz",
@@ -23,59 +29,46 @@ FILES = {
     "math": "quickstart/eval_math.jsonl.gz",
     "held_out": "general/general_valid.jsonl.gz",
 }
-VALID = ["math", "held_out"]
+TITLES = {"math": "Held-out mathematics", "held_out": "Held-out general text"}
+COMPARED = {"clm": "CLM, all tokens", "slm": "SLM, excess loss", "random": "random choice"}
+DEEPER = MODEL | {"num_hidden_layers": 6}
+"""A Llama of 1.5M parameters at a vocabulary of 2,048."""
 
 
-def run_stages(stages: Stages, data: Path, ratio: float) -> None:
+def prepare_stage(name: str, text: Path, folder: Path) -> Stage:
+    """The corpus `name`; all share the tokenizer that is trained on the general text."""
+    tokenizer = ("--train-tokenizer", "2048") if name == "general" else ("--tokenizer", f"{folder}/general.tokenizer")
+    prefix = folder / name
+    outputs = tuple(Path(f"{prefix}{suffix}") for suffix in (".json", ".bin", ".idx", ".tokenizer"))
+    command = ("-m", "megatron_slm", "prepare", "--input", str(text), "--output", str(prefix), *tokenizer)
+    return Stage(f"prepare_{name}", f"prepare {name}", command, outputs, str(text.resolve()), 15.0)
+
+
+def run_stage(name: str, corpus: str, steps: int, lr: float, folder: Path, ranks: int, **settings: Any) -> Stage:
+    """One run; `settings` replace groups of the configuration, and `split` is that of the data."""
+    data = {
+        "train": str(folder / corpus),
+        "valid": {held_out: str(folder / held_out) for held_out in TITLES},
+        "split": settings.pop("split", None),
+    }
+    base = {"path": str(folder / "hf-base")}
+    config = run_config(folder / name, base, data, lr, steps, eval_interval=25, ranks=ranks) | settings
+    return training_stage(name, f"train {name}", config, ranks, 15.0 + 0.6 * steps, folder)
+
+
+def chain(folder: Path, data: Path, ratio: float, ranks: int) -> list[Stage]:
     """Everything, up to the three runs that are compared."""
-    for name, file in FILES.items():
-        stages.prepare(name, data / file, tokenizer_of=None if name == "general" else "general")
-    stages.train("base", "general", 200, 2.0e-3, VALID, model={"config": MODEL}, split="25,75,0")
-    stages.export("base")
-    stages.train("reference", "curated", 250, 1.0e-3, VALID)
-    stages.export("reference")
-    stages.train("clm", "general", 150, 8.0e-4, VALID)
-    selective = {"objective": "slm", "reference": {"path": str(stages.folder / "hf-reference")}}
-    for name, score in (("slm", "excess"), ("random", "random")):
-        selection = {"score": score, "ratio": ratio}
-        stages.train(name, "general", 150, 8.0e-4, VALID, **selective, selection=selection)
-
-
-def overtaking(stages: Stages) -> str:
-    """When SLM's loss on held-out mathematics passes below where CLM's ends."""
-    key = "eval/math/loss"
-    clm, slm = ({r["step"]: r[key] for r in stages.records(name) if key in r} for name in ("clm", "slm"))
-    end = clm[max(clm)]
-    passed = next((step for step, loss in slm.items() if loss <= end), None)
-    when = f"by step {passed}" if passed else "at no step"
-    return f"SLM reaches CLM's final loss on held-out mathematics {when} of {max(clm)}."
-
-
-def plot(stages: Stages, path: Path) -> None:
-    """Held-out loss over training tokens, both sets; told apart by line and marker, not by colour alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    looks = {"clm": ("CLM, all tokens", "0.25", "-", "o"), "random": ("random choice", "0.55", ":", "s")}
-    looks["slm"] = ("SLM, excess loss", "#0060a0", "--", "^")
-    titles = {"math": "Held-out mathematics", "held_out": "Held-out general text"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
-        for name, (label, colour, line, marker) in looks.items():
-            points = [r for r in stages.records(name) if f"eval/{key}/loss" in r]
-            tokens = [point["consumed_tokens"] / 1e3 for point in points]
-            losses = [point[f"eval/{key}/loss"] for point in points]
-            axis.plot(tokens, losses, line, color=colour, marker=marker, markersize=4, label=label)
-            axis.annotate(
-                f"{losses[-1]:.2f}", (tokens[-1], losses[-1]), (4, -3), textcoords="offset points", fontsize=8
-            )
-        axis.set(title=title, xlabel="training tokens (thousands)", ylabel="loss (nats a token)")
-        axis.margins(x=0.1)
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    prepared = [prepare_stage(name, data / file, folder) for name, file in FILES.items()]
+    base = run_stage("base", "general", 200, 2.0e-3, folder, ranks, model={"config": DEEPER}, split="25,75,0")
+    reference = run_stage("reference", "curated", 250, 1.0e-3, folder, ranks)
+    exports = {name: export_stage(folder / name, folder / f"hf-{name}") for name in ("base", "reference")}
+    clm = run_stage("clm", "general", 150, 8.0e-4, folder, ranks)
+    selective = {"objective": "slm", "reference": {"path": str(folder / "hf-reference")}}
+    choices = [
+        run_stage(name, "general", 150, 8.0e-4, folder, ranks, **selective, selection={"score": score, "ratio": ratio})
+        for name, score in (("slm", "excess"), ("random", "random"))
+    ]
+    return [*prepared, base, exports["base"], reference, exports["reference"], clm, *choices]
 
 
 def main() -> None:
@@ -87,11 +80,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
         parser.error("--data (or SLM_DATA) must name the folder that holds quickstart/ and general/")
-    stages = Stages(arguments.output, arguments.ranks)
-    run_stages(stages, Path(arguments.data), arguments.ratio)
-    table = stages.table(["base", "reference", "clm", "random", "slm"], VALID)
-    plot(stages, arguments.output / "quickstart.png")
-    sys.stdout.write(f"\n{table}\n\n{overtaking(stages)}\nCurves: {arguments.output / 'quickstart.png'}\n")
+    folder = arguments.output.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = Stages(
+        folder / "stages", chain(folder, Path(arguments.data), arguments.ratio, arguments.ranks), arguments.ranks
+    )
+    try:
+        with stop_on_signals() as stop:
+            stages.run(stop)
+    except UserError as error:
+        sys.exit(f"quickstart: {error}")
+    except StoppedError as stopped:
+        sys.exit(stopped.status)
+    names = {"base": "base", "reference": "reference", **COMPARED}
+    draw_held_out(folder, COMPARED, TITLES, folder / "quickstart.png")
+    sys.stdout.write(f"\n{results_table(folder, names, TITLES)}\n\n{overtaking(folder, 'math')}\n")
+    sys.stdout.write(f"Curves: {folder / 'quickstart.png'}\n")
 
 
 if __name__ == "__main__":

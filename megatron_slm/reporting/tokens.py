@@ -77,9 +77,9 @@ def legend_html() -> str:
 
 
 def _span(token: Token) -> str:
-    text = escape_html(token.text).replace("\n", "⏎\n")
     if token.excess is None:
-        return f'<span class="none">{text}</span>'
+        return f'<span class="none">{escape_html(token.text)}</span>'
+    text = escape_html(token.text).replace("\n", "⏎\n")
     kept = " kept" if token.selected else ""
     losses = f"student {token.student:.2f} - reference {token.reference:.2f} = {token.excess:.2f}"
     return f'<span class="x{_shade(token.excess)}{kept}" title="{losses}">{text}</span>'

@@ -92,11 +92,3 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert (tmp_path / "models" / "slm" / "model.safetensors").exists()
     assert "loss/selected" in (tmp_path / "runs" / "slm" / "metrics.jsonl").read_text()
-
-
-@pytest.mark.slow
-def test_the_demo_ends_with_a_model(tmp_path: Path) -> None:
-    ended = run(sys.executable, str(ROOT / "tools" / "demo.py"), "--output", str(tmp_path / "demo"), cwd=tmp_path)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert "| slm |" in ended.stdout
-    assert (tmp_path / "demo" / "hf-slm" / "model.safetensors").exists()

@@ -1,7 +1,6 @@
 """Token pages and curves: nothing in a corpus can break out of them, and no mark is colour alone."""
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -10,24 +9,9 @@ from megatron_slm.reporting.charts import Curve, draw_curves
 from megatron_slm.reporting.escaping import escape_html, escape_markdown, visible
 from megatron_slm.reporting.page import page_html
 from megatron_slm.reporting.tokens import SHADES, Token, legend_html, token_texts, tokens_html, tokens_markdown
+from tests.reader import Reader
 
 NASTY = "<script>alert(1)</script> \"'&amp; </span>"
-
-
-class Reader(HTMLParser):
-    """What a browser would show, and the elements that it would make."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_foreign_text_makes_no_element() -> None:

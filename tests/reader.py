@@ -1,0 +1,19 @@
+"""A reader of HTML pages."""
+
+from html.parser import HTMLParser
+
+
+class Reader(HTMLParser):
+    """What a browser would show, and the elements that it would make."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data

@@ -1,0 +1,298 @@
+"""The demo's parts: its texts, its checks, and a chain of stages that is stopped, resumed and told other things."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatron_slm.__main__ import main
+from megatron_slm.config import parse_config
+from megatron_slm.data.contamination import word_ngrams
+from megatron_slm.demo.chain import demo_stages
+from megatron_slm.demo.machine import check_folder, check_python, check_space, hold_folder
+from megatron_slm.demo.passages import held_out_passages
+from megatron_slm.demo.processes import StoppedError, StopRequest
+from megatron_slm.demo.results import overtaking, results_table, selected_table
+from megatron_slm.demo.runs import COMPARED, FULL, QUICK, Folders, configuration
+from megatron_slm.demo.stages import Stage, Stages
+from megatron_slm.demo.texts import GENERAL, HELD_OUT, Sizes, write_texts
+from megatron_slm.errors import UserError
+
+SIZES = Sizes(general=300_000, curated=60_000, held_out=8_000)
+OPTIONS = {"ranks": 2, "quick": False}
+
+# Texts
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "counts.json").write_text(json.dumps(write_texts(folder, SIZES)))
+    return folder
+
+
+def documents(folder: Path, name: str) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_no_held_out_document_shares_thirteen_words_with_a_training_text(texts: Path) -> None:
+    training = set().union(*(word_ngrams(text) for name in (*GENERAL, "curated") for text in documents(texts, name)))
+    for name in HELD_OUT:
+        held_out = documents(texts, name)
+        assert held_out and sum(map(len, held_out)) > SIZES.held_out / 2
+        assert not any(word_ngrams(text) & training for text in held_out)
+
+
+def test_overlapping_held_out_documents_are_dropped_and_counted(texts: Path) -> None:
+    counts = json.loads((texts / "counts.json").read_text())
+    assert sum(counts[name]["dropped"] for name in HELD_OUT) > 0  # licences, if nothing else
+    assert counts["curated"]["documents"] == len(documents(texts, "curated"))
+
+
+def test_a_seventh_of_the_general_text_is_mathematics(texts: Path) -> None:
+    sizes = {name: (texts / f"{name}.jsonl").stat().st_size for name in GENERAL}
+    assert 0.12 < sizes["mathematics"] / sum(sizes.values()) < 0.18
+    assert all(sizes.values())
+
+
+def test_the_same_packages_give_the_same_texts(texts: Path, tmp_path: Path) -> None:
+    """In another process, with another seed of Python's own hashes."""
+    program = (
+        "import sys; from pathlib import Path; from megatron_slm.demo.texts import Sizes, write_texts;"
+        "write_texts(Path(sys.argv[1]), Sizes(*map(int, sys.argv[2:])))"
+    )
+    sizes = [str(size) for size in (SIZES.general, SIZES.curated, SIZES.held_out)]
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), *sizes], check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    for name in (*GENERAL, "curated", *HELD_OUT):
+        assert (tmp_path / f"{name}.jsonl").read_bytes() == (texts / f"{name}.jsonl").read_bytes(), name
+
+
+# Checks
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 14)])
+def test_another_python_is_refused(version: tuple[int, int]) -> None:
+    with pytest.raises(UserError, match=rf"This is Python 3\.{version[1]}: install Python 3\.11 to 3\.13"):
+        check_python(version)
+
+
+def test_too_little_memory_or_disk_is_refused(tmp_path: Path) -> None:
+    check_space(4.0, 1.0, tmp_path)
+    with pytest.raises(UserError, match=r"3\.9 GiB of memory"):
+        check_space(3.9, 1.0, tmp_path)
+    with pytest.raises(UserError, match=r"0\.9 GiB free"):
+        check_space(4.0, 0.9, tmp_path)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--output", str(tmp_path)])
+    assert end.value.code == 2
+    assert f"--output is {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_ranks_that_do_not_divide_a_step_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--output", str(tmp_path / "demo"), "--ranks", "3"])
+    assert end.value.code == 2
+    assert "--ranks is 3" in capsys.readouterr().err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_a_demo_of_other_options_is_not_replaced(tmp_path: Path) -> None:
+    with hold_folder(tmp_path / "demo", OPTIONS):
+        check_folder(tmp_path / "demo", OPTIONS)
+        with pytest.raises(UserError, match="a demo of other options"):
+            check_folder(tmp_path / "demo", OPTIONS | {"quick": True})
+
+
+def test_one_demo_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    with (
+        hold_folder(tmp_path, OPTIONS),
+        pytest.raises(UserError, match="another demo is running"),
+        hold_folder(tmp_path, OPTIONS),
+    ):
+        pass
+
+
+# Stages
+
+
+def stage(folder: Path, name: str, program: str, recipe: object = "", **others: object) -> Stage:
+    return Stage(name, f"make {name}", ("-c", program), (folder / name,), recipe, 1.0, **others)
+
+
+def append(folder: Path, name: str) -> str:
+    """A program that says so in a file each time it runs, and makes its output."""
+    return f"open({str(folder / 'ran')!r}, 'a').write('{name} '); open({str(folder / name)!r}, 'w')"
+
+
+def lives(pid: int) -> bool:
+    """A zombie is only a name that its parent has not asked for yet."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def two_stages(folder: Path, recipe: object = "") -> Stages:
+    names = ("first", "second")
+    made = [stage(folder, name, append(folder, name), recipe if name == "first" else "") for name in names]
+    return Stages(folder / "stages", made, 1)
+
+
+def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        two_stages(tmp_path).run(StopRequest())
+    assert (tmp_path / "ran").read_text() == "first second "
+
+
+def test_other_inputs_run_a_stage_and_all_after_it_again(tmp_path: Path) -> None:
+    for recipe in ("", "other packages"):
+        two_stages(tmp_path, recipe).run(StopRequest())
+    assert (tmp_path / "ran").read_text() == "first second first second "
+
+
+def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
+    two_stages(tmp_path).run(StopRequest())
+    (tmp_path / "second").unlink()
+    two_stages(tmp_path).run(StopRequest())
+    assert (tmp_path / "ran").read_text() == "first second second "
+
+
+def test_a_failed_stage_names_its_log_and_says_what_it_said(tmp_path: Path) -> None:
+    failing = stage(tmp_path, "one", "raise ValueError('no more paper')")
+    with pytest.raises(UserError, match=r"make one, ended with status 1: ValueError: no more paper") as error:
+        Stages(tmp_path / "stages", [failing], 1).run(StopRequest())
+    assert str(tmp_path / "stages" / "one.log") in str(error.value)
+    assert not Stages(tmp_path / "stages", [failing], 1).is_finished(0)
+
+
+def test_half_made_outputs_are_removed_but_a_half_trained_run_goes_on(tmp_path: Path) -> None:
+    for name, metrics in (("text", None), ("run", tmp_path / "run" / "metrics.jsonl")):
+        folder = repr(str(tmp_path / name))
+        program = f"import os; print('left', os.path.exists({folder})); os.makedirs({folder}); 1/0"
+        made = Stages(tmp_path / "stages", [stage(tmp_path, name, program, metrics=metrics, steps=1)], 1)
+        for _ in range(2):
+            with pytest.raises(UserError):
+                made.run(StopRequest())
+    assert "left True" not in (tmp_path / "stages" / "text.log").read_text()
+    assert (tmp_path / "stages" / "run.log").read_text().count("left True") == 1
+
+
+def test_a_stop_ends_what_was_started_in_other_sessions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts its ranks; and one of them does not listen."""
+    monkeypatch.setattr("megatron_slm.demo.processes.GRACE_SECONDS", 1.0)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    program = (
+        "import subprocess, sys, time, pathlib;"
+        f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True);"
+        f"time.sleep(0.5); pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid)); time.sleep(600)"
+    )
+    request = StopRequest()
+
+    class Stopping(StopRequest):
+        def check(self) -> None:
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+                request(15, None)
+            request.check()
+
+    with pytest.raises(StoppedError) as stopped:
+        Stages(tmp_path / "stages", [stage(tmp_path, "one", program)], 1).run(Stopping())
+    assert stopped.value.status == 143
+    assert not lives(int((tmp_path / "pid").read_text()))
+
+
+def test_ranks_share_the_cores_and_nothing_is_fetched(tmp_path: Path) -> None:
+    program = (
+        "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['HF_HUB_OFFLINE'], os.getsid(0) == os.getpid())"
+    )
+    one = replace(stage(tmp_path, "one", program), outputs=())
+    Stages(tmp_path / "stages", [one], 2).run(StopRequest())
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (tmp_path / "stages" / "one.log").read_text().split() == [str(threads), "1", "True"]
+
+
+# Runs and results
+
+
+@pytest.mark.parametrize("lengths", [FULL, QUICK], ids=["full", "quick"])
+def test_every_configuration_of_the_demo_is_valid(tmp_path: Path, lengths: object) -> None:
+    made = [text for stage in demo_stages(Folders(tmp_path), lengths, 2) for text in stage.files.values()]
+    assert len(made) == 5
+    assert [parse_config(yaml.safe_load(text)).objective for text in made].count("slm") == 1
+
+
+def test_the_compared_runs_differ_in_nothing_else(tmp_path: Path) -> None:
+    clm, slm, curated = (configuration(name, Folders(tmp_path), FULL, 2) for name in COMPARED)
+    assert clm["data"] == slm["data"] and clm["training"] == slm["training"] == curated["training"]
+    assert clm["model"] == slm["model"] == curated["model"]
+    assert curated["data"]["train"] == [*clm["data"]["train"], str(tmp_path / "corpora" / "curated")]
+
+
+def test_a_demo_that_was_moved_is_still_finished(tmp_path: Path) -> None:
+    first, second = (demo_stages(Folders(tmp_path / name), QUICK, 2) for name in ("here", "there"))
+    assert [stage.recipe for stage in first] == [stage.recipe for stage in second]
+
+
+def write_records(runs: Path, name: str, losses: list[float], **others: float) -> None:
+    (runs / name).mkdir(parents=True)
+    lines = [
+        {"step": i, "consumed_tokens": 100 * i, "eval/math/loss": loss, "eval/math/bits_per_byte": loss / 2} | others
+        for i, loss in enumerate(losses, 1)
+    ]
+    (runs / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_overtaking_is_the_first_evaluation_that_is_no_worse(tmp_path: Path) -> None:
+    write_records(tmp_path, "clm", [5.0, 4.8, 4.7, 4.6])
+    write_records(tmp_path, "slm", [4.9, 4.6, 4.5, 4.4])
+    assert "by token 200; CLM took 400, 2.0 times as many" in overtaking(tmp_path, "math")
+
+
+def test_a_run_that_does_not_overtake_is_said_not_to(tmp_path: Path) -> None:
+    write_records(tmp_path, "clm", [5.0, 4.0])
+    write_records(tmp_path, "slm", [5.0, 4.1])
+    assert "did not reach" in overtaking(tmp_path, "math")
+
+
+def test_the_tables_show_the_last_losses_and_what_was_selected(tmp_path: Path) -> None:
+    write_records(tmp_path, "slm", [5.0, 4.25], **{"consumed_selected_tokens": 1234, "selection/ratio/a": 0.75})
+    table = results_table(tmp_path, {"slm": "SLM"}, {"math": "mathematics"})
+    assert table.splitlines()[-1] == "| SLM | 1,234 | 4.250 | 2.125 |"
+    assert selected_table(tmp_path).splitlines()[-1] == "| a | 75% | 75% |"
+
+
+def test_passages_are_the_held_out_text_with_the_share_that_is_selected(corpora: Path) -> None:
+    sets = {name: corpora / name for name in ("held_out", "books")}
+    model = corpora / "reference"
+    found = held_out_passages(sets, {"student": model, "reference": model}, 0.5, 32, 3, 20)
+    assert all(len(found[name].passages) == 3 for name in sets)
+    text = json.loads((corpora / "books.jsonl").read_text().splitlines()[0])["text"]
+    first = "".join(token.text for token in found["books"].passages[0])
+    assert text.endswith(first.split("</s>")[0][-20:]) or first[:20] in text
+    # One model against itself: every excess is 0, so the ties fall to the first half of the pool.
+    assert found["held_out"].share + found["books"].share == pytest.approx(1.0, abs=0.1)
+    tokens = [token for passages in found.values() for passage in passages.passages for token in passage]
+    assert all(token.excess == 0.0 for token in tokens if token.excess is not None)
+    assert {token.selected for token in tokens} == {True, False}
+
+
+def test_time_left_is_shown_in_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    """Half of an hour's stages after a minute that half an hour's work took."""
+    from megatron_slm.demo.progress import Progress
+
+    progress = Progress([1800.0, 1800.0])
+    progress._started = time.monotonic() - 60.0
+    progress.begin(1, "the second half")
+    assert progress._left(0.0).endswith(" s") and 80 < float(progress._left(0.0).split()[0]) <= 90
+    assert progress._left(1.0) == "0 s"
+    progress.close()
