@@ -24,6 +24,8 @@ setup(
         "protobuf",  # transformers reads sentencepiece models through it
         "safetensors",
         "numpy",
+        "datasets",  # hub names and parquet (with pyarrow), streamed
+        "zstandard",  # datasets reads .zst through it
         "pydantic>=2",
         "pyyaml",
         "tensorboard",

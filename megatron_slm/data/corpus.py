@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_slm.data.index import index_size, read_index
+from megatron_slm.data.tally import Tally
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,9 +15,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _AGAIN = "prepare it again with megatron-slm prepare"
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-_MAGIC = b"MMIDIDX\x00\x00"
-_ITEM_SIZES = {4: 4, 8: 2}  # Megatron's codes for int32 and uint16 -> bytes a token
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,9 @@ class Corpus:
     tokenizer_fingerprint: str
     sha256: dict[str, str]  # ".bin" and ".idx" -> hex
     format_version: int = FORMAT_VERSION
+    sources: Tally = field(default_factory=dict)  # where its records name one
+    licenses: Tally = field(default_factory=dict)
+    skipped: int = 0  # documents that could not be read, in the whole input
 
 
 def open_corpus(prefix: str) -> Corpus:
@@ -118,17 +119,11 @@ def _read_description(prefix: str) -> Corpus:
 def _check_index(corpus: Corpus) -> int:
     """Check PREFIX.idx against its own header and PREFIX.json; return the bytes a token."""
     path = Path(corpus.prefix + ".idx")
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size:
-        raise UserError(f"{path} is cut short: {_AGAIN}")
-    magic, version, code, sequences, boundaries = _HEADER.unpack(header)
-    if magic != _MAGIC or version != 1 or code not in _ITEM_SIZES:
-        raise UserError(f"{path} is not an index of tokens: {_AGAIN}")
-    if (sequences, boundaries) != (corpus.num_documents, corpus.num_documents + 1):
-        raise UserError(f"{path} counts {sequences} documents and PREFIX.json {corpus.num_documents}: {_AGAIN}")
-    _check_size(path, _HEADER.size + (4 + 8) * sequences + 8 * boundaries)
-    return _ITEM_SIZES[code]
+    index = read_index(path, _AGAIN)
+    if (index.sequences, index.boundaries) != (corpus.num_documents, corpus.num_documents + 1):
+        raise UserError(f"{path} counts {index.sequences} documents and PREFIX.json {corpus.num_documents}: {_AGAIN}")
+    _check_size(path, index_size(index))
+    return index.item_size
 
 
 def _check_size(path: Path, expected: int) -> None:

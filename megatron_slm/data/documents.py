@@ -1,25 +1,35 @@
-"""Documents as they stand in jsonl and text files, plain or gzipped."""
+"""What a document says: its text, the value it is sorted by, its source and its licence."""
 
-import contextlib
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from megatron_slm.errors import UserError
 
-_JSON_LINES = {".jsonl", ".ndjson", ".json"}
-_CHUNK_BYTES, _CHUNK_DOCUMENTS = 1_000_000, 256  # a chunk ends at either
+_LICENSE_KEYS = ("license", "licence")
+_LABEL_CHARACTERS = 200  # of a source or a licence: enough for a name, and memory stays bounded
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a record holds what is read of it; ``meta.source`` is ``source`` of the object under ``meta``."""
+
+    text: str = "text"
+    by: str | None = None  # one corpus for each of its values
+    source: str = "source"  # counted in PREFIX.json; also looked for under ``meta``
+
+    def columns(self) -> set[str]:
+        """The top-level columns of a table that may be needed."""
+        names = {self.text, self.by or self.text, self.source, "meta", *_LICENSE_KEYS}
+        return names | {name.partition(".")[0] for name in names}
 
 
 class RawDocument(NamedTuple):
-    """One undecoded document, and where it was read."""
+    """One document as it was read, and where."""
 
     file: str
-    line: int  # from 1; 0: the whole file is the document
-    content: bytes
+    line: int  # line or row, from 1; 0: the whole file is the document
+    content: bytes | dict[str, Any]  # bytes: plain text (line 0) or JSON; dict: a row of a table
 
     @property
     def place(self) -> str:
@@ -27,81 +37,91 @@ class RawDocument(NamedTuple):
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
-class Chunk(NamedTuple):
-    """Consecutive documents, and how many bytes of the input files are read once they are."""
+class Document(NamedTuple):
+    """The parts of a record that count."""
 
-    documents: list[RawDocument]
-    position: int
-
-
-def checked_input(path: Path) -> Path:
-    """Return ``path``; raise UserError if no file is there."""
-    if not path.is_file():
-        raise UserError(f"--input {path} is not a file: give jsonl or text files, plain or .gz")
-    return path
+    text: str
+    group: str = ""  # its value of the field ``by``
+    source: str | None = None
+    license: str | None = None
 
 
-def read_documents(path: Path) -> Iterator[tuple[RawDocument, int]]:
-    """Yield the file's documents, each with the bytes of the file read so far.
+def decode_document(raw: RawDocument, fields: Fields) -> Document:
+    """Return what a document says; a blank line has no text.
 
     Raises:
-        UserError: the file cannot be read, or is not the gzip file that its name says.
+        UserError: it is not UTF-8 or not a JSON object, or it lacks a text or a value to sort by.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    zipped = suffixes[-1:] == [".gz"]
-    by_line = bool(_JSON_LINES & set(suffixes[:-1] if zipped else suffixes[-1:]))
-    try:
-        with path.open("rb") as file, gzip.open(file) if zipped else contextlib.nullcontext(file) as stream:
-            if not by_line:
-                yield RawDocument(str(path), 0, stream.read()), file.tell()
-                return
-            for number, line in enumerate(stream, 1):
-                yield RawDocument(str(path), number, line), file.tell()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--input {path} cannot be read ({error}): fetch or write it again") from error
+    record = decode_record(raw, fields.text)
+    if record is None:
+        return Document("")
+    text = lookup(record, fields.text)
+    if text is None and fields.text not in record:
+        raise UserError(f"{raw.place} has no key {fields.text!r}: choose one of {sorted(record)} with --json-key")
+    if not isinstance(text, str):
+        raise UserError(f"{raw.place} has no text under {fields.text!r}: correct it, or choose another --json-key")
+    _refuse_half_characters(raw, text)
+    group = _group(raw, record, fields.by) if fields.by and text else ""
+    return Document(text, group, _label(record, fields.source), _label(record, *_LICENSE_KEYS))
 
 
-def read_chunks(paths: list[Path]) -> Iterator[Chunk]:
-    """Yield the documents of all files, in order, in pieces of about one megabyte."""
-    documents: list[RawDocument] = []
-    size = done = 0
-    for path in paths:
-        for document, position in read_documents(path):
-            documents.append(document)
-            size += len(document.content)
-            if size >= _CHUNK_BYTES or len(documents) >= _CHUNK_DOCUMENTS:
-                yield Chunk(documents, done + position)
-                documents, size = [], 0
-        done += path.stat().st_size
-    if documents:
-        yield Chunk(documents, done)
-
-
-def decode_text(document: RawDocument, json_key: str) -> str:
-    """Return the document's text; empty for a blank line.
+def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
+    """Return the document as a record; None for a blank line. A text file is its text under ``text_key``.
 
     Raises:
-        UserError: it is not UTF-8, or its line is not a JSON object with text under ``json_key``.
+        UserError: it is not UTF-8, or its line is not a JSON object.
     """
+    if isinstance(raw.content, dict):
+        return raw.content
     try:
-        text = document.content.decode("utf-8-sig")
-        if document.line:
-            text = _json_text(text, json_key, document.place) if text.strip() else ""
-        text.encode()  # fails where JSON spells half a character
+        text = raw.content.decode("utf-8-sig")
     except UnicodeError as error:
-        raise UserError(f"{document.place} is not valid UTF-8 ({error}): convert it, or remove it") from error
-    return text
+        raise _not_utf8(raw, error) from error
+    if not raw.line:
+        return {text_key: text}
+    return _json_object(text, raw) if text.strip() else None
 
 
-def _json_text(line: str, json_key: str, place: str) -> str:
+def lookup(record: dict[str, Any], path: str) -> Any:
+    """Return the value at a key or a dotted path such as ``meta.source``; None where there is none."""
+    if path in record:
+        return record[path]
+    head, _, rest = path.partition(".")
+    inner = record.get(head)
+    return lookup(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _json_object(line: str, raw: RawDocument) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON ({error}): correct the line, or remove it") from error
+        raise UserError(f"{raw.place} is not valid JSON ({error}): correct the line, or remove it") from error
     if not isinstance(record, dict):
-        raise UserError(f"{place} is not a JSON object: give one object a line, its text under {json_key!r}")
-    if json_key not in record:
-        raise UserError(f"{place} has no key {json_key!r}: choose one of {sorted(record)} with --json-key")
-    if not isinstance(record[json_key], str):
-        raise UserError(f"{place} has no text under {json_key!r}: correct the line, or choose another --json-key")
-    return record[json_key]
+        raise UserError(f"{raw.place} is not a JSON object: give one object a line, its text under a key")
+    return record
+
+
+def _refuse_half_characters(raw: RawDocument, text: str) -> None:
+    try:
+        text.encode()  # fails where JSON spells half a character
+    except UnicodeError as error:
+        raise _not_utf8(raw, error) from error
+
+
+def _not_utf8(raw: RawDocument, error: UnicodeError) -> UserError:
+    return UserError(f"{raw.place} is not valid UTF-8 ({error}): convert it, or remove it")
+
+
+def _group(raw: RawDocument, record: dict[str, Any], by: str) -> str:
+    value = lookup(record, by)
+    if value is None or isinstance(value, dict | list):
+        raise UserError(f"{raw.place} has no single value under {by!r}: correct it, or choose another field with --by")
+    return str(value).encode(errors="replace").decode()
+
+
+def _label(record: dict[str, Any], *keys: str) -> str | None:
+    for key in (*keys, *(f"meta.{key}" for key in keys)):
+        value = lookup(record, key)
+        if value is not None and not isinstance(value, dict | list):
+            return str(value)[:_LABEL_CHARACTERS].encode(errors="replace").decode()
+    return None

@@ -48,6 +48,23 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(json.dumps([pieces, special]).encode()).hexdigest()
 
 
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    """Save a tokenizer for a corpus to carry.
+
+    Raises:
+        UserError: what is loaded from the folder is not the same.
+    """
+    tokenizer.save_pretrained(folder)
+    if tokenizer_fingerprint(load_tokenizer(str(folder))) != tokenizer_fingerprint(tokenizer):
+        name = tokenizer.name_or_path
+        raise UserError(f"tokenizer {name} changes when it is saved and loaded: give its tokenizer.json folder")
+
+
+def largest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Return the largest id that the tokenizer gives."""
+    return max(tokenizer.get_vocab().values())
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, output_model: Path, *, max_lines: int = 1_000_000, seed: int = 1
 ) -> None:

@@ -19,6 +19,7 @@ from megatron_slm.data.corpus import (
 )
 from megatron_slm.errors import UserError
 
+KEYS = {"format_version", "tokenizer_fingerprint", "num_documents", "num_tokens", "num_bytes", "sha256"}
 DOCUMENTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 1]]
 
 
@@ -60,8 +61,14 @@ def test_a_corpus_opens_with_what_was_written(prefix):
 
 
 def test_the_description_has_exactly_the_documented_keys(prefix):
-    keys = {"format_version", "tokenizer_fingerprint", "num_documents", "num_tokens", "num_bytes", "sha256"}
-    assert set(json.loads(Path(prefix + ".json").read_text())) == keys
+    assert set(json.loads(Path(prefix + ".json").read_text())) == KEYS | {"sources", "licenses", "skipped"}
+
+
+def test_a_description_of_an_earlier_version_opens_as_well(prefix):
+    fields = json.loads(Path(prefix + ".json").read_text())
+    Path(prefix + ".json").write_text(json.dumps({key: fields[key] for key in KEYS}))
+    corpus = open_corpus(prefix)
+    assert (corpus.sources, corpus.licenses, corpus.skipped) == ({}, {}, 0)
 
 
 def test_a_corpus_may_be_moved(prefix, tmp_path):

@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from megatron_slm.commands import prepare as verb
-from megatron_slm.data import prepare
+from megatron_slm.data import encoding
 from megatron_slm.data.corpus import corpus_tokenizer_path, open_tokens
-from megatron_slm.data.documents import RawDocument, decode_text
-from megatron_slm.data.prepare import prepare_corpus
+from megatron_slm.data.documents import Fields, RawDocument, decode_document
+from megatron_slm.data.prepare import prepare_corpus, verify_corpus
 from megatron_slm.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_slm.errors import UserError
 
@@ -109,10 +109,10 @@ def test_one_and_three_workers_give_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("text", ["no seam to choose" * 40, sentence(7, 4000), "\n\n".join(map(sentence, range(300)))])
 def test_a_long_document_has_the_ids_of_one_pass(model, monkeypatch, text):
-    monkeypatch.setattr(prepare, "_WINDOW", 256)
-    monkeypatch.setattr(prepare, "_OVERLAP", 64)
+    monkeypatch.setattr(encoding, "_WINDOW", 256)
+    monkeypatch.setattr(encoding, "_OVERLAP", 64)
     tokenizer = load_tokenizer(model).backend_tokenizer
-    parts = prepare._encode_long(tokenizer, text)
+    parts = encoding._encode_long(tokenizer, text)
     assert len(parts) > 1
     assert list(chain(*parts)) == tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -120,11 +120,11 @@ def test_a_long_document_has_the_ids_of_one_pass(model, monkeypatch, text):
 def test_a_long_document_without_seams_is_encoded_in_one_pass(monkeypatch):
     from tokenizers import Tokenizer, models
 
-    monkeypatch.setattr(prepare, "_WINDOW", 255)
-    monkeypatch.setattr(prepare, "_OVERLAP", 64)
+    monkeypatch.setattr(encoding, "_WINDOW", 255)
+    monkeypatch.setattr(encoding, "_OVERLAP", 64)
     pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))  # where a pair begins depends on where the text does
     text = "a" * 1000
-    assert list(chain(*prepare._encode_long(pairs, text))) == [1] * 500
+    assert list(chain(*encoding._encode_long(pairs, text))) == [1] * 500
 
 
 def peak_memory(inputs: list[str], output: Path, tokenizer: str) -> int:
@@ -160,7 +160,7 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
     process = psutil.Popen(
         [sys.executable, "-W", "ignore", "-c", RUN, str(output), word_level, str(big)], start_new_session=True
     )
-    wait_until(lambda: (staging / "web.bin").exists() and (staging / "web.bin").stat().st_size > 0)
+    wait_until(lambda: (staging / "ready/web.bin").exists() and (staging / "ready/web.bin").stat().st_size > 0)
     with pytest.raises(UserError, match="being prepared by another process"):
         prepare_corpus([str(small)], str(output), tokenizer=model)
     workers = process.children(recursive=True)
@@ -187,7 +187,7 @@ def test_an_attempt_killed_while_publishing_is_replaced_by_the_next(model, tmp_p
     real = os.replace
 
     def replace_until_killed(source, target):
-        if next(done, None) is None:
+        if Path(source).parent.name == "ready" and next(done, None) is None:
             raise KeyboardInterrupt
         real(source, target)
 
@@ -234,7 +234,7 @@ def test_files_that_are_not_ours_are_never_overwritten(model, tmp_path, suffix):
 )
 def test_a_bad_line_is_named_with_its_file_and_number(line, reason):
     with pytest.raises(UserError, match=f"^web.jsonl:7 .*{reason}"):
-        decode_text(RawDocument("web.jsonl", 7, line), "text")
+        decode_document(RawDocument("web.jsonl", 7, line), Fields())
 
 
 def test_a_bad_line_found_by_a_worker_ends_the_command_and_leaves_nothing(model, tmp_path):
@@ -254,7 +254,7 @@ def test_input_without_text_is_refused(model, tmp_path, content):
 
 
 def test_a_missing_input_or_a_cut_gzip_file_is_named(model, tmp_path):
-    with pytest.raises(UserError, match=r"--input .*gone\.jsonl is not a file"):
+    with pytest.raises(UserError, match=r"--input .*gone\.jsonl is not a file or folder"):
         prepare_corpus([str(tmp_path / "gone.jsonl")], str(tmp_path / "web"), tokenizer=model)
     cut = tmp_path / "cut.jsonl.gz"
     cut.write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
@@ -287,7 +287,7 @@ def test_verify_finds_another_tokenizer(model, word_level, tmp_path):
     corpus = prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     load_tokenizer(word_level).save_pretrained(corpus_tokenizer_path(corpus))
     with pytest.raises(UserError, match=r"web\.tokenizer is not the tokenizer"):
-        prepare.verify_corpus(corpus.prefix)
+        verify_corpus(corpus.prefix)
 
 
 @pytest.mark.parametrize(

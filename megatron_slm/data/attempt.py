@@ -1,0 +1,167 @@
+"""One attempt at preparing: encoded chunks go to their corpora, and finished inputs into the journal."""
+
+import logging
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.data.contamination_report import REPORT_SUFFIX, ContaminationReport
+from megatron_slm.data.documents import Fields
+from megatron_slm.data.encoding import Encoded
+from megatron_slm.data.journal import Progress, save_progress
+from megatron_slm.data.staged_corpus import StagedCorpus
+from megatron_slm.data.staging import READY, refuse_existing, sync_all, write_description
+from megatron_slm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MAX_GROUPS = 1000
+_COMMIT_SHARE = 0.05  # of the time
+_NAME_CHARACTERS = 50  # of a value in a file name, whose limit is 255 bytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """How inputs become corpora.
+
+    tokenizer    what ``load_tokenizer`` takes; or None
+    train_size   the vocabulary size of a tokenizer to train on the inputs first; or None
+    fields       where a record holds its text, and what it is sorted by
+    skip_bad     documents that may be left out because they cannot be read
+    evaluation   evaluation files whose 13-grams are looked for; a report is written
+    workers      processes that encode; the result is the same with any number
+    """
+
+    tokenizer: str | None = None
+    train_size: int | None = None
+    fields: Fields = field(default_factory=Fields)
+    skip_bad: int = 0
+    evaluation: tuple[str, ...] = ()
+    workers: int = 1
+
+
+class Attempt:
+    """The corpora being made.
+
+    Args:
+        folder: the staging folder.
+        output: the prefix given.
+        progress: how far an earlier attempt was.
+        dtype: of the tokens.
+        options: what was asked for.
+        report: where the evaluation n-grams that occur are noted; or None
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        output: Path,
+        progress: Progress,
+        dtype: str,
+        options: Options,
+        report: ContaminationReport | None = None,
+    ) -> None:
+        self.progress = progress
+        self._folder, self._output, self._dtype, self._report = folder, output, dtype, report
+        self._by, self._skip_bad = options.fields.by, options.skip_bad
+        self._corpora: dict[str, StagedCorpus] = {}
+        for group, state in progress.corpora.items():
+            self._open(group, state["name"], state["counts"])
+        self._remove_unknown()
+        self._dirty: set[str] = set()
+        self._next_commit = 0.0
+
+    def add(self, encoded: Encoded) -> None:
+        """Append a chunk.
+
+        Raises:
+            UserError: too many bad documents, or too many values of the field ``by``.
+        """
+        for sentence in encoded.bad:
+            self._skip(sentence)
+        for value, group in encoded.groups.items():
+            corpus = self._corpora.get(value) or self._open(value, self._new_name(value))
+            corpus.append(group.pieces[0], np.array(group.lengths), group.num_bytes)
+            corpus.add_labels(group.sources, group.licenses)
+            self._dirty.add(value)
+        if self._report and encoded.found is not None:
+            self._report.add(encoded.found)
+
+    def commit(self, finished: list[list[Any]]) -> None:
+        """Note in the journal that all inputs up to here, ``finished``, are encoded; seldom enough to cost little."""
+        begin = time.monotonic()
+        if begin < self._next_commit:
+            return
+        self.commit_now(finished)
+        end = time.monotonic()
+        self._next_commit = end + (end - begin) / _COMMIT_SHARE
+
+    def commit_now(self, finished: list[list[Any]]) -> None:
+        """Note it whatever it costs."""
+        for value in self._dirty:
+            self._corpora[value].sync()
+        self._dirty.clear()
+        if self._report:
+            self._report.save()
+        self.progress.finished = finished
+        self.progress.corpora = {
+            value: {"name": corpus.prefix.name, "counts": corpus.counts} for value, corpus in self._corpora.items()
+        }
+        save_progress(self._folder, self.progress)
+
+    def finish(self, tokenizer: Path, fingerprint: str) -> None:
+        """Complete all that will be published, and note that it is."""
+        ready = self._folder / READY
+        for staged in self._corpora.values():
+            write_description(staged.finish(tokenizer, fingerprint, self.progress.skipped))
+        if self._report:
+            self._report.write(ready / f"{self._output.name}{REPORT_SUFFIX}")
+        sync_all(ready)
+        self.progress.complete = True
+        save_progress(self._folder, self.progress)
+
+    @property
+    def corpora(self) -> list[StagedCorpus]:
+        """In the order in which they were first seen."""
+        return list(self._corpora.values())
+
+    def _open(self, value: str, name: str, counts: dict[str, Any] | None = None) -> StagedCorpus:
+        refuse_existing(self._output.with_name(name))
+        self._corpora[value] = StagedCorpus(self._folder / READY, name, self._dtype, counts)
+        return self._corpora[value]
+
+    def _new_name(self, value: str) -> str:
+        if self._by is None:
+            return self._output.name
+        if len(self._corpora) == MAX_GROUPS:
+            raise UserError(f"--by {self._by} has more than {MAX_GROUPS:,} values: choose a field with fewer")
+        return safe_name(self._output.name, value, [c.prefix.name for c in self._corpora.values()])
+
+    def _skip(self, sentence: str) -> None:
+        if self.progress.skipped == self._skip_bad:
+            also = f" ({self._skip_bad} before it were left out, as many as --skip-bad allows)"
+            raise UserError(sentence + (also if self._skip_bad else "; or leave it out with --skip-bad"))
+        self.progress.skipped += 1
+        logger.warning("left out: %s", sentence)
+
+    def _remove_unknown(self) -> None:
+        """Remove what an earlier attempt began after it last wrote its journal."""
+        known = {corpus.prefix.name for corpus in self._corpora.values()}
+        for path in (self._folder / READY).glob("*.bin"):
+            if path.stem not in known:
+                path.unlink()
+
+
+def safe_name(output: str, value: str, taken: list[str]) -> str:
+    """Return OUTPUT-VALUE as a file name that no other in ``taken`` has, on any file system."""
+    label = re.sub(r"[^\w.-]+", "-", value).strip(".-")[:_NAME_CHARACTERS] or "unnamed"
+    name = f"{output}-{label}"
+    number = 1
+    while name.casefold() in {other.casefold() for other in taken}:
+        number += 1
+        name = f"{output}-{label}-{number}"
+    return name

@@ -1,0 +1,118 @@
+"""Which evaluation documents stand in a corpus: their word 13-grams, looked for while it is encoded."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_slm.data.contamination import NGRAM_WORDS, hash_ngrams
+from megatron_slm.data.documents import RawDocument, decode_record
+from megatron_slm.data.inputs import find_files
+from megatron_slm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+OPTION = "--contamination"
+REPORT_SUFFIX = ".contamination.json"
+_FORMAT_VERSION = 1
+_WORST = 20
+
+
+class EvaluationDocument(NamedTuple):
+    """An evaluation document and its different n-grams, uint64."""
+
+    raw: RawDocument
+    ngrams: np.ndarray
+
+
+class ContaminationReport:
+    """The n-grams of evaluation files, and which of them have been seen. Only these are held in memory.
+
+    Args:
+        names: jsonl, text or parquet files or folders; every string of a record counts.
+
+    Raises:
+        UserError: a file cannot be read, or none has ``NGRAM_WORDS`` words in a row.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._ngrams = np.zeros(0, np.uint64)
+        for document in _read(names):
+            self._ngrams = np.union1d(self._ngrams, document.ngrams)
+        if not len(self._ngrams):
+            raise UserError(f"{OPTION} {' '.join(names)} holds no text of {NGRAM_WORDS} words")
+        self._found = np.zeros(len(self._ngrams), bool)
+
+    def fingerprint(self) -> str:
+        """Which n-grams are looked for."""
+        return hashlib.sha256(self._ngrams.tobytes()).hexdigest()
+
+    def begin(self, folder: Path) -> str:
+        """Go on with what ``folder`` holds, and return the file of n-grams for those who encode."""
+        self._seen = folder / "found.npy"
+        if self._seen.exists():
+            self._found = np.load(self._seen, allow_pickle=False)
+        np.save(folder / "evaluation.npy", self._ngrams)
+        return str(folder / "evaluation.npy")
+
+    def add(self, places: np.ndarray) -> None:
+        """Note the n-grams at these places as seen."""
+        self._found[places] = True
+
+    def save(self) -> None:
+        """Write down what was seen. It may be ahead of the journal: what is encoded again is seen again."""
+        aside = self._seen.with_name("found.new.npy")
+        np.save(aside, self._found)
+        aside.replace(self._seen)
+
+    def write(self, path: Path) -> None:
+        """Write the report."""
+        report = self._report()
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        worst = report["worst"][0] if report["worst"] else None
+        logger.info(
+            "contamination: %d of %d evaluation documents share a run of %d words with the corpus (%d of %d runs)%s",
+            report["num_contaminated"], report["num_documents"], NGRAM_WORDS, report["num_found"], report["num_ngrams"],
+            f"; most in {worst['file']}:{worst['line']}, {worst['found']} of {worst['ngrams']}" if worst else "",
+        )  # fmt: skip
+
+    def _report(self) -> dict[str, Any]:
+        documents = [self._counted(document) for document in _read(self._names)]
+        contaminated = [document for document in documents if document["found"]]
+        return {
+            "format_version": _FORMAT_VERSION,
+            "ngram_words": NGRAM_WORDS,
+            "num_documents": len(documents),
+            "num_too_short": sum(not document["ngrams"] for document in documents),
+            "num_contaminated": len(contaminated),
+            "num_ngrams": sum(document["ngrams"] for document in documents),
+            "num_found": sum(document["found"] for document in documents),
+            "worst": sorted(contaminated, key=lambda one: -one["found"] / one["ngrams"])[:_WORST],
+            "documents": documents,
+        }
+
+    def _counted(self, document: EvaluationDocument) -> dict[str, Any]:
+        places = np.searchsorted(self._ngrams, document.ngrams)
+        found = int(self._found[places].sum())
+        return {"file": document.raw.file, "line": document.raw.line, "ngrams": len(places), "found": found}
+
+
+def _read(names: list[str]) -> Iterator[EvaluationDocument]:
+    for source in find_files(names, OPTION):
+        for raw, _ in source.read(None):
+            record = decode_record(raw, "text")
+            hashes = [hash_ngrams(text) for text in _strings(record)]
+            yield EvaluationDocument(raw, np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes])))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

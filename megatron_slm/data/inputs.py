@@ -1,0 +1,274 @@
+"""What is read: jsonl, text and parquet files, plain, .gz or .zst, folders of them, and Hugging Face data sets."""
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from megatron_slm.data.documents import Fields, RawDocument
+from megatron_slm.errors import UserError, refuse_missing_folder
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+_JSON_LINES = {".jsonl", ".ndjson", ".json"}
+_TEXT = {".txt", ".text", ".md"}
+_TABLES = {".parquet"}
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_BUFFER_BYTES = 1 << 20
+_CHUNK_BYTES, _CHUNK_DOCUMENTS = 1_000_000, 256  # a chunk ends at either
+
+
+class Input(Protocol):
+    """One shard of the input: what is encoded again, or not at all, after a kill."""
+
+    @property
+    def name(self) -> str:
+        """How messages and the journal call it."""
+
+    def stamp(self) -> list[int]:
+        """What changes when its content does: size in bytes and time of change, as far as they are known."""
+
+    def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
+        """Yield the documents, each with the bytes read so far; ``fields`` may spare other columns of a table."""
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents."""
+
+    documents: list[RawDocument]
+    position: int  # bytes of all inputs that are read once these are
+    finished: int | None  # inputs read to their end, where the last of these documents ends one
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file; its suffix says what it holds."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The path as it was given."""
+        return str(self.path)
+
+    def stamp(self) -> list[int]:
+        """Bytes, and nanoseconds of the last change."""
+        status = self.path.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+    def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
+        """Yield the documents, each with the bytes of the file read so far.
+
+        Raises:
+            UserError: the file cannot be read, or is not what its name says.
+        """
+        kind, compression = _kind(self.path)
+        try:
+            with self.path.open("rb") as file, _decompressed(file, compression) as stream:
+                if kind in _TABLES:
+                    yield from _rows(self.path, stream, fields)
+                elif kind in _JSON_LINES:
+                    for number, line in enumerate(stream, 1):
+                        yield RawDocument(self.name, number, line), file.tell()
+                else:
+                    yield RawDocument(self.name, 0, stream.read()), file.tell()
+        except (OSError, EOFError) as error:
+            raise UserError(f"--input {self.path} cannot be read ({error}): fetch or write it again") from error
+
+
+@dataclass(frozen=True)
+class DatasetShard:
+    """One shard of a Hugging Face data set, streamed."""
+
+    dataset: "IterableDataset"
+    title: str
+    index: int
+    shards: int
+
+    @property
+    def name(self) -> str:
+        """The data set's name and the shard's number."""
+        return f"{self.title} shard {self.index + 1} of {self.shards}"
+
+    def stamp(self) -> list[int]:
+        """Nothing is known before it is read."""
+        return []
+
+    def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
+        """Yield the rows, each with the bytes of text so far.
+
+        Raises:
+            UserError: the rows cannot be fetched or parsed.
+        """
+        from datasets.exceptions import DatasetsError
+
+        done = 0
+        try:
+            for number, row in enumerate(self.dataset.shard(self.shards, self.index), 1):
+                record = {key: row[key] for key in _columns(self.title, list(row), fields)} if fields else row
+                done += _size(record)
+                yield RawDocument(self.name, number, record), done
+        except (OSError, DatasetsError, ValueError, TypeError) as error:
+            raise UserError(f"--dataset {self.title} cannot be read ({_first_line(error)})") from error
+
+
+def find_files(names: list[str], option: str = "--input") -> list[Input]:
+    """Return the files named, and for a folder all files below it with a known suffix, in sorted order.
+
+    Raises:
+        UserError: nothing is there, or nothing that can be read.
+    """
+    return [InputFile(path) for name in names for path in _files_at(Path(name), option)]
+
+
+def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
+    """Return the shards of a Hugging Face data set: a hub name, or a local folder.
+
+    Raises:
+        UserError: it is not found, its configuration or split is not, or the hub cannot be reached.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    refuse_missing_folder("--dataset", name)
+    try:
+        dataset = load_dataset(name, config, split=split, streaming=True)
+    except ConnectionError as error:
+        raise UserError(
+            f"--dataset {name} cannot be reached ({_first_line(error)}): check the name and the connection, "
+            "or fetch its files and give them with --input"
+        ) from error
+    except (OSError, DatasetsError, ValueError) as error:
+        raise UserError(
+            f"--dataset {name} with split '{split}' cannot be opened ({_first_line(error)}): check the name, "
+            "--dataset-config and --dataset-split"
+        ) from error
+    title = ":".join(filter(None, (name, config, split)))
+    return [DatasetShard(dataset, title, index, dataset.num_shards) for index in range(dataset.num_shards)]
+
+
+def read_chunks(inputs: Iterable[Input], fields: Fields, finished: int = 0) -> Iterator[Chunk]:
+    """Yield the documents of the inputs, in order, in pieces of about one megabyte.
+
+    An input of some size ends its piece, so that it can be counted as finished.
+
+    Args:
+        finished: inputs that came before these.
+    """
+    documents: list[RawDocument] = []
+    size = done = 0
+    for source in inputs:
+        position = 0
+        for document, position in source.read(fields):
+            documents.append(document)
+            size += _size(document.content)
+            if size >= _CHUNK_BYTES or len(documents) >= _CHUNK_DOCUMENTS:
+                yield Chunk(documents, done + position, None)
+                documents, size = [], 0
+        done += position
+        finished += 1
+        if size >= _CHUNK_BYTES // 8 or not documents:
+            yield Chunk(documents, done, finished)
+            documents, size = [], 0
+    if documents:
+        yield Chunk(documents, done, finished)
+
+
+def _files_at(path: Path, option: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{option} {path} is not a file or folder: give jsonl, text or parquet, plain, .gz or .zst")
+    try:
+        found = sorted(_walk(path))
+    except OSError as error:
+        raise UserError(f"{option} {path} cannot be read ({error})") from error
+    known = [below for below in found if _kind(below)[0] in _JSON_LINES | _TEXT | _TABLES]
+    if not known:
+        suffixes = " ".join(sorted(_JSON_LINES | _TEXT | _TABLES))
+        raise UserError(f"{option} {path} holds no file that is read ({suffixes}, each also .gz or .zst)")
+    if len(known) < len(found):
+        logger.info("%s: %d files of other suffixes are left out", path, len(found) - len(known))
+    return known
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder, onerror=_raise):
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _kind(path: Path) -> tuple[str, str | None]:
+    """The suffix that says what a file holds, and how it is compressed."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
+    kinds = suffixes[:-1] if compression else suffixes[-1:]
+    return (kinds[-1] if kinds else ""), compression
+
+
+@contextlib.contextmanager
+def _decompressed(file: IO[bytes], compression: str | None) -> Iterator[IO[bytes]]:
+    if compression is None:
+        yield file
+        return
+    import pyarrow
+
+    # Unlike zstandard's own reader, it does not take a file that was cut for one that ends.
+    with io.BufferedReader(pyarrow.input_stream(file, compression=compression), _BUFFER_BYTES) as stream:
+        yield stream
+
+
+def _rows(path: Path, stream: IO[bytes], fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
+    """The rows of a parquet file, decoded a few at a time out of one row group after the other."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with _seekable(stream) as seekable, ParquetFile(seekable, pre_buffer=False) as table:
+            columns = _columns(str(path), table.schema_arrow.names, fields) if fields else None
+            number, size, rows = 0, path.stat().st_size, max(1, table.metadata.num_rows)
+            for batch in table.iter_batches(batch_size=_CHUNK_DOCUMENTS, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawDocument(str(path), number, row), size * number // rows
+    except (ArrowException, UnicodeError) as error:
+        raise UserError(f"--input {path} is no sound parquet file ({_first_line(error)}): write it again") from error
+
+
+@contextlib.contextmanager
+def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
+    if stream.seekable():
+        yield stream
+        return
+    with tempfile.TemporaryFile() as unpacked:  # parquet begins at its end
+        while block := stream.read(_BUFFER_BYTES):
+            unpacked.write(block)
+        yield unpacked
+
+
+def _columns(title: str, names: list[str], fields: Fields) -> list[str]:
+    for option, column in (("--json-key", fields.text), ("--by", fields.by or fields.text)):
+        if not {column, column.partition(".")[0]} & set(names):
+            raise UserError(f"{title} has no column {column!r}: choose one of {sorted(names)} with {option}")
+    return [name for name in names if name in fields.columns()]
+
+
+def _size(content: bytes | dict[str, Any]) -> int:
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(len(value) for value in content.values() if isinstance(value, str))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,94 @@
+"""Corpora prepared apart, put together: their tokens one after the other, verified on the way."""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, file_sha256, open_corpus
+from megatron_slm.data.index import Index, read_index, read_lengths
+from megatron_slm.data.journal import JOURNAL, Progress, load_progress, save_progress
+from megatron_slm.data.staged_corpus import StagedCorpus
+from megatron_slm.data.staging import clear, publish, refuse_existing, staging, sync_all, write_description
+from megatron_slm.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_AGAIN = "prepare it again with megatron-slm prepare"
+_BLOCK = 1 << 23  # tokens
+
+
+def merge_corpora(prefixes: list[str], output: str) -> Corpus:
+    """Write the documents of several corpora, in the order given, as the corpus ``output``.
+
+    The result is the corpus that all their inputs would have given at once.
+
+    Raises:
+        UserError: a corpus is missing, has changed, is given twice, or was made with another
+            tokenizer; or something exists at ``output``.
+    """
+    corpora = [open_corpus(str(Path(prefix))) for prefix in prefixes]
+    indices = [read_index(Path(f"{corpus.prefix}.idx"), _AGAIN) for corpus in corpora]
+    _refuse_unlike(corpora, indices)
+    prefix = Path(output)
+    settings = {"--merge": [[corpus.prefix, corpus.sha256[".bin"]] for corpus in corpora]}
+    with staging(prefix) as folder:
+        if not (folder / JOURNAL).exists():
+            refuse_existing(prefix)
+        if load_progress(folder, settings) is None:
+            refuse_existing(prefix)
+            _stage(corpora, indices, clear(folder), prefix.name)
+            save_progress(folder, Progress(settings, complete=True))
+        publish(folder, prefix.parent)
+    merged = open_corpus(str(prefix))
+    logger.info(
+        "%s: %d corpora, %d documents, %d tokens", output, len(corpora), merged.num_documents, merged.num_tokens
+    )
+    return merged
+
+
+def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
+    seen: set[Path] = set()
+    for corpus, index in zip(corpora, indices, strict=True):
+        path = Path(f"{corpus.prefix}.bin").resolve()
+        if path in seen:
+            raise UserError(f"--merge names {corpus.prefix} twice: its documents would count twice; give it once")
+        seen.add(path)
+        if corpus.tokenizer_fingerprint != corpora[0].tokenizer_fingerprint:
+            raise UserError(
+                f"--merge {corpora[0].prefix} and {corpus.prefix} were prepared with different tokenizers: "
+                "prepare one of them again with the tokenizer of the other"
+            )
+        if index.dtype != indices[0].dtype:
+            raise UserError(
+                f"--merge {corpora[0].prefix} holds {indices[0].dtype} and {corpus.prefix} {index.dtype}: {_AGAIN}"
+            )
+
+
+def _stage(corpora: list[Corpus], indices: list[Index], ready: Path, name: str) -> None:
+    staged = StagedCorpus(ready, name, indices[0].dtype)
+    for corpus, index in zip(corpora, indices, strict=True):
+        logger.info("adding %s: %d tokens", corpus.prefix, corpus.num_tokens)
+        _append(staged, corpus, index)
+    tokenizer = corpus_tokenizer_path(corpora[0])
+    skipped = sum(corpus.skipped for corpus in corpora)
+    write_description(staged.finish(tokenizer, corpora[0].tokenizer_fingerprint, skipped))
+    sync_all(ready)
+
+
+def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:
+    nothing = np.zeros(0, np.int32)
+    sha256 = hashlib.sha256()
+    with open(f"{corpus.prefix}.bin", "rb") as stream:
+        while len(tokens := np.fromfile(stream, index.dtype, _BLOCK)):
+            sha256.update(tokens.data)
+            staged.append(tokens, nothing, 0)
+    path = Path(f"{corpus.prefix}.idx")
+    for suffix, actual in ((".bin", sha256.hexdigest()), (".idx", file_sha256(path))):
+        if actual != corpus.sha256[suffix]:
+            raise UserError(f"{corpus.prefix}{suffix} has changed since it was written (its sha256 differs): {_AGAIN}")
+    for lengths in read_lengths(path, index):
+        staged.append(nothing, lengths, 0)
+    staged.counts["bytes"] += corpus.num_bytes
+    staged.add_labels(corpus.sources, corpus.licenses)

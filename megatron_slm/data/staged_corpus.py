@@ -1,0 +1,76 @@
+"""A corpus in the making: tokens and lengths appended to files, so that memory does not grow with them."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.data.corpus import Corpus, file_sha256
+from megatron_slm.data.index import write_index
+from megatron_slm.data.tally import Tally, add_tally
+from megatron_slm.files import sync
+
+
+class StagedCorpus:
+    """Appends to NAME.bin and to a file of lengths; ``counts`` says how far both are.
+
+    Args:
+        ready: the folder of the files to publish; the lengths lie beside it.
+        name: the basename of the prefix.
+        dtype: of the tokens, "uint16" or "int32".
+        counts: what an earlier attempt had committed; what it wrote after that is cut off.
+    """
+
+    def __init__(self, ready: Path, name: str, dtype: str, counts: dict[str, Any] | None = None) -> None:
+        self.prefix = ready / name
+        self.dtype = dtype
+        self.counts = counts or {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}, "licenses": {}}
+        self._bin = ready / f"{name}.bin"
+        self._lengths = ready.parent / f"{name}.lengths"
+        self._cut(self._bin, self.counts["tokens"] * np.dtype(dtype).itemsize)
+        self._cut(self._lengths, self.counts["documents"] * 4)
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
+        """Append documents; tokens and lengths may also come one after the other."""
+        for path, block in ((self._bin, tokens.astype(self.dtype)), (self._lengths, lengths.astype(np.int32))):
+            with path.open("ab") as stream:  # not held open: there may be a thousand corpora
+                stream.write(block.data)
+        self.counts["documents"] += len(lengths)
+        self.counts["tokens"] += len(tokens)
+        self.counts["bytes"] += num_bytes
+
+    def add_labels(self, sources: Tally, licenses: Tally) -> None:
+        """Count what is known of the documents appended."""
+        add_tally(self.counts["sources"], sources)
+        add_tally(self.counts["licenses"], licenses)
+
+    def sync(self) -> None:
+        """Flush what was appended to the disk."""
+        for path in (self._bin, self._lengths):
+            sync(path)
+
+    def finish(self, tokenizer: Path, fingerprint: str, skipped: int) -> Corpus:
+        """Write the index and copy the tokenizer; return the description."""
+        index = Path(f"{self.prefix}.idx")
+        write_index(index, self.dtype, self._lengths)
+        shutil.copytree(tokenizer, f"{self.prefix}.tokenizer", dirs_exist_ok=True)
+        return Corpus(
+            prefix=str(self.prefix),
+            name=self.prefix.name,
+            num_documents=self.counts["documents"],
+            num_tokens=self.counts["tokens"],
+            num_bytes=self.counts["bytes"],
+            tokenizer_fingerprint=fingerprint,
+            sha256={".bin": file_sha256(self._bin), ".idx": file_sha256(index)},
+            sources=self.counts["sources"],
+            licenses=self.counts["licenses"],
+            skipped=skipped,
+        )
+
+    def _cut(self, path: Path, size: int) -> None:
+        path.touch()
+        if path.stat().st_size < size:
+            raise OSError(f"{path} is shorter than when it was left: remove {path.parent} to begin afresh")
+        os.truncate(path, size)

@@ -1,0 +1,131 @@
+"""Where a corpus is made before it is there: a locked folder beside it, moved into place when complete.
+
+.NAME.preparing/progress.json    how far it is; kept, with all else, where a restart can go on
+                tokenizer/       what the corpora will carry
+                ready/           the files as they will be named, moved beside the folder at the end
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_slm.data.corpus import Corpus, describe
+from megatron_slm.data.journal import JOURNAL
+from megatron_slm.errors import UserError
+from megatron_slm.files import sync
+
+logger = logging.getLogger(__name__)
+
+READY, TOKENIZER = "ready", "tokenizer"
+PARTS = (".bin", ".idx", ".tokenizer")  # .json comes last: it makes the others a corpus
+
+
+@contextlib.contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """Yield the folder to work in, locked while this process lives; it goes unless a restart can use it.
+
+    Raises:
+        UserError: another process works on ``output``, or nothing can be written there.
+    """
+    if not output.name:
+        raise UserError(f"--output {output} names no file: give a prefix such as data/corpus")
+    folder = output.with_name(f".{output.name}.preparing")
+    with _writing(output):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            _lock(handle, output)
+            with _kept_if_useful(folder):
+                yield folder
+        finally:
+            os.close(handle)
+
+
+def refuse_existing(output: Path, parts: tuple[str, ...] = PARTS, description: str = ".json") -> None:
+    """Refuse to make a corpus where something is.
+
+    Raises:
+        UserError: a corpus, or a file of one of its names, exists.
+    """
+    if description and Path(f"{output}{description}").exists():
+        raise UserError(f"--output {output} exists ({output}{description}): choose another, or remove it first")
+    for part in (f"{output}{suffix}" for suffix in parts):
+        if Path(part).exists():
+            raise UserError(f"--output {output} would overwrite {part}: choose another, or remove it first")
+
+
+def clear(folder: Path) -> Path:
+    """Empty a staging folder; return its new folder of what will be published."""
+    for leftover in sorted(folder.iterdir()):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+    ready = folder / READY
+    ready.mkdir()
+    return ready
+
+
+def write_description(corpus: Corpus) -> None:
+    """Write PREFIX.json beside the staged parts of ``corpus``."""
+    Path(f"{corpus.prefix}.json").write_text(describe(corpus) + "\n", encoding="utf-8")
+
+
+def sync_all(ready: Path) -> None:
+    """Flush everything that is ready."""
+    for path in [*ready.rglob("*"), ready]:
+        sync(path)
+
+
+def publish(folder: Path, parent: Path) -> None:
+    """Move what is ready into place, descriptions last; after a kill it goes on with what is left.
+
+    Raises:
+        UserError: something has appeared in its place meanwhile.
+    """
+    ready = sorted((folder / READY).iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+    for path in ready:
+        if (parent / path.name).exists():
+            raise UserError(f"--output would overwrite {parent / path.name}: remove it and give the command again")
+    for path in ready:
+        if path.suffix == ".json":
+            sync(parent)  # a corpus is there when its description is
+        os.replace(path, parent / path.name)
+    sync(parent)
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # whoever reads has named its own errors
+        raise UserError(
+            f"--output {output} cannot be written ({error}): make room or choose another place, "
+            "and give the command again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _kept_if_useful(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if (folder / JOURNAL).exists():
+            logger.info("what is finished is kept in %s: the same command goes on from there", folder)
+        else:
+            shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def _lock(handle: int, output: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output {output} is being prepared by another process: wait for it") from None
+    except OSError as error:
+        logger.warning("no locks here (%s): see that nothing else prepares %s", error, output)
