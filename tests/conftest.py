@@ -29,3 +29,14 @@ def ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.summary.writer import event_file_writer
 
     monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=itertools.count(10**9).__next__))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A sentencepiece model of 330 pieces, for the sentences of `tests/texts.py`."""
+    from megatron_slm.data.tokenizer import train_tokenizer
+    from tests.texts import sentence
+
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    train_tokenizer((sentence(i) for i in range(300)), 330, path)
+    return str(path)

@@ -110,10 +110,12 @@ class DatasetShard:
         """
         from datasets.exceptions import DatasetsError
 
+        columns: list[str] = []
         done = 0
         try:
             for number, row in enumerate(self.dataset.shard(self.shards, self.index), 1):
-                record = {key: row[key] for key in _columns(self.title, list(row), fields)} if fields else row
+                columns = columns or (_columns(self.title, list(row), fields) if fields else list(row))
+                record = {key: row[key] for key in columns if key in row}
                 done += _size(record)
                 yield RawDocument(self.name, number, record), done
         except (OSError, DatasetsError, ValueError, TypeError) as error:
@@ -261,7 +263,8 @@ def _columns(title: str, names: list[str], fields: Fields) -> list[str]:
     for option, column in (("--json-key", fields.text), ("--by", fields.by or fields.text)):
         if not {column, column.partition(".")[0]} & set(names):
             raise UserError(f"{title} has no column {column!r}: choose one of {sorted(names)} with {option}")
-    return [name for name in names if name in fields.columns()]
+    needed = fields.columns()
+    return [name for name in names if name in needed]
 
 
 def _size(content: bytes | dict[str, Any]) -> int:

@@ -20,38 +20,14 @@ from megatron_slm.data import encoding
 from megatron_slm.data.corpus import corpus_tokenizer_path, open_tokens
 from megatron_slm.data.documents import Fields, RawDocument, decode_document
 from megatron_slm.data.prepare import prepare_corpus, verify_corpus
-from megatron_slm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
+from tests.texts import contents, sentence, write_jsonl
 
-PROSE = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) is the area under a curve"
-WORDS = PROSE.split()
 RUN = """if True:
     import sys
     from megatron_slm.data.prepare import prepare_corpus
     prepare_corpus(sys.argv[3:], sys.argv[1], tokenizer=sys.argv[2])"""
-
-
-def sentence(number: int, length: int = 40) -> str:
-    return " ".join(WORDS[(number * k + k * k + number) % len(WORDS)] for k in range(length))
-
-
-def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    content = "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def contents(prefix: Path) -> dict[str, bytes]:
-    parts = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
-    parts += sorted(Path(f"{prefix}.tokenizer").iterdir())
-    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in parts}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
-    train_tokenizer((sentence(i) for i in range(300)), 330, path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +146,26 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
     assert sorted(path.name for path in output.parent.iterdir()) == [".web.preparing"]
     assert prepare_corpus([str(small)], str(output), tokenizer=model).num_documents == 50
     assert not staging.exists()
+
+
+def test_a_killed_process_leaves_what_the_next_one_goes_on_with(model, tmp_path):
+    web = tmp_path / "web"
+    web.mkdir()
+    for number in range(12):
+        lines = [json.dumps({"text": sentence(7 * number + i, 400)}) + "\n" for i in range(150)]
+        (web / f"{number:02}.jsonl").write_text("".join(lines))
+    output, journal = tmp_path / "out" / "web", tmp_path / "out" / ".web.preparing" / "progress.json"
+    command = [sys.executable, "-m", "megatron_slm", "prepare", "--input", str(web), "--tokenizer", model]
+    process = subprocess.Popen([*command, "--workers", "2", "--output", str(output)], start_new_session=True)
+    wait_until(lambda: journal.exists() or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = len(json.loads(journal.read_text())["finished"])
+    assert 0 < finished < 12
+    again = subprocess.run([*command, "--workers", "1", "--output", str(output)], capture_output=True, text=True)
+    assert f"going on after {finished} of 12 inputs" in again.stderr
+    subprocess.run([*command, "--workers", "1", "--output", str(tmp_path / "whole")], check=True)
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 def wait_until(condition) -> None:

@@ -1,0 +1,24 @@
+"""Small texts to prepare, and what a corpus consists of."""
+
+import gzip
+import json
+from pathlib import Path
+
+PROSE = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) is the area under a curve"
+WORDS = PROSE.split()
+
+
+def sentence(number: int, length: int = 40) -> str:
+    return " ".join(WORDS[(number * k + k * k + number) % len(WORDS)] for k in range(length))
+
+
+def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+    content = "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def contents(prefix: Path) -> dict[str, bytes]:
+    parts = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
+    parts += sorted(Path(f"{prefix}.tokenizer").iterdir())
+    return {path.name.removeprefix(prefix.name): path.read_bytes() for path in parts}

@@ -1,0 +1,173 @@
+"""Whatever form the documents come in, the corpus is the same, and says where they are from."""
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from megatron_slm.data.attempt import Options
+from megatron_slm.data.corpus import Corpus, open_corpus, open_tokens
+from megatron_slm.data.documents import Fields, RawDocument, decode_document, lookup
+from megatron_slm.data.inputs import find_dataset, find_files, read_chunks
+from megatron_slm.data.prepare import prepare_corpora
+from megatron_slm.data.tally import MAX_LABELS, add_label, counts
+from tests.texts import contents, sentence
+
+RECORDS = [
+    {"text": sentence(i), "meta": {"source": ("wiki", "arXiv")[i % 2]}, "license": "CC0" if i % 3 else "MIT"}
+    for i in range(400)
+]
+
+
+def lines(records: list[dict]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def write_records(path: Path, records: list[dict] = RECORDS) -> Path:
+    """Write records as the suffixes of ``path`` say."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if ".parquet" in path.suffixes:
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(records), sink, row_group_size=150)
+        content = sink.getvalue().to_pybytes()
+    else:
+        content = lines(records)
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+    path.write_bytes(compress(content))
+    return path
+
+
+def prepared(inputs: list[str], output: Path, model: str, **options) -> Corpus:
+    return prepare_corpora(find_files(inputs), str(output), Options(tokenizer=model, **options))[0]
+
+
+@pytest.fixture(scope="module")
+def expected(model, tmp_path_factory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected")
+    prepared([str(write_records(folder / "web.jsonl"))], folder / "web", model)
+    return contents(folder / "web")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".parquet"])
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_every_form_of_file_gives_the_same_corpus(kind, compression, model, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path = write_records(tmp_path / f"web{kind}{compression}")
+    prepared([str(path)], tmp_path / "out", model)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_folder_is_read_in_sorted_order_without_what_is_no_text(model, expected, tmp_path, caplog):
+    web = tmp_path / "web"
+    write_records(web / "b.parquet", RECORDS[100:250])
+    write_records(web / "c" / "deep.jsonl.zst", RECORDS[250:])
+    write_records(web / "a.jsonl", RECORDS[:100])
+    write_records(web / ".hidden.jsonl")
+    (web / "picture.png").write_bytes(b"\x89PNG")
+    with caplog.at_level("INFO", "megatron_slm"):
+        prepared([str(web)], tmp_path / "out", model)
+    assert contents(tmp_path / "out") == expected
+    assert "1 files of other suffixes are left out" in caplog.text
+
+
+def test_a_text_file_is_one_document(model, tmp_path):
+    for name in ("a.txt", "b.md", "c.txt.gz", "d.unknown"):
+        content = f"the text of {name}".encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    corpus = prepared([str(tmp_path / n) for n in ("a.txt", "b.md", "c.txt.gz", "d.unknown")], tmp_path / "out", model)
+    assert corpus.num_documents == 4
+    assert (corpus.sources, corpus.licenses) == ({}, {})
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_local_data_set_is_streamed_shard_by_shard(form, model, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for number, part in enumerate(np.array_split(np.arange(400), 3)):
+        write_records(tmp_path / "set" / f"part-{number}.{form}", [RECORDS[i] for i in part])
+    inputs = find_dataset(str(tmp_path / "set"), None, "train")
+    assert len(inputs) == 3
+    prepare_corpora(inputs, str(tmp_path / "out"), Options(tokenizer=model))
+    assert contents(tmp_path / "out") == expected
+
+
+def test_the_index_is_the_one_that_megatron_writes(model, tmp_path):
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    corpus = prepared([str(write_records(tmp_path / "web.jsonl"))], tmp_path / "out", model)
+    tokens = open_tokens(corpus)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
+    for number in range(len(tokens)):
+        builder.add_document(torch.from_numpy(tokens[number]), [len(tokens[number])])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"theirs{suffix}").read_bytes() == (tmp_path / f"out{suffix}").read_bytes()
+
+
+def test_sources_and_licences_are_counted(model, tmp_path):
+    write_records(tmp_path / "web.jsonl")
+    with open(tmp_path / "web.jsonl", "a") as stream:
+        stream.write(json.dumps({"text": "of no known source", "meta": "none"}) + "\n")
+    corpus = open_corpus(prepared([str(tmp_path / "web.jsonl")], tmp_path / "out", model).prefix)
+    tokens = open_tokens(corpus)
+    wiki = {
+        "documents": 200,
+        "tokens": sum(len(tokens[i]) for i in range(0, 400, 2)),
+        "bytes": sum(len(record["text"].encode()) for record in RECORDS[::2]),
+    }
+    assert list(corpus.sources) == ["wiki", "arXiv"]
+    assert corpus.sources["wiki"] == wiki
+    assert {label: count["documents"] for label, count in corpus.licenses.items()} == {"MIT": 134, "CC0": 266}
+    assert sum(count["documents"] for count in corpus.sources.values()) == corpus.num_documents - 1
+
+
+def test_labels_after_the_first_thousand_are_counted_together():
+    tally = {}
+    for number in range(MAX_LABELS + 7):
+        add_label(tally, str(number), counts(1, 10, 100))
+    add_label(tally, "3", counts(1, 10, 100))
+    assert len(tally) == MAX_LABELS + 1
+    assert tally["other"] == counts(7, 70, 700)
+    assert tally["3"] == counts(2, 20, 200)
+
+
+@pytest.mark.parametrize(
+    ("record", "source", "license"),
+    [
+        ({"source": "a", "meta": {"source": "b"}}, "a", None),
+        ({"meta": {"source": "b", "licence": "MIT"}}, "b", "MIT"),
+        ({"meta": '{"source": "b"}', "license": "CC0", "licence": "MIT"}, None, "CC0"),
+        ({"source": ["a"], "license": None}, None, None),
+        ({"source": 3, "meta.license": "x"}, "3", "x"),
+    ],
+)
+def test_labels_are_found_where_data_sets_keep_them(record, source, license):
+    document = decode_document(RawDocument("f", 1, {"text": "t", **record}), Fields())
+    assert (document.source, document.license) == (source, license)
+
+
+def test_a_dotted_path_leads_into_nested_records():
+    record = {"a": {"b": {"c": 1}}, "a.b": 2}
+    assert [lookup(record, path) for path in ("a.b.c", "a.b", "a.x", "a.b.c.d", "x")] == [1, 2, None, None, None]
+
+
+def test_an_input_of_some_size_ends_its_chunk_and_small_ones_share_one(tmp_path):
+    for name, size in (("a", 40), ("b", 40), ("c", 300_000), ("d", 0), ("e", 2_500_000), ("f", 30)):
+        documents = [{"text": "x" * (size // 2)}] * 2 if size else []
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(documents))
+    chunks = list(read_chunks(find_files([str(tmp_path)]), Fields()))
+    assert [(len(chunk.documents), chunk.finished) for chunk in chunks] == [
+        (4 + 2, 3),
+        (0, 4),
+        (1, None),
+        (1, None),
+        (0, 5),
+        (2, 6),
+    ]
+    assert chunks[-1].position == sum(path.stat().st_size for path in tmp_path.iterdir())

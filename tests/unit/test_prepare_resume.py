@@ -1,0 +1,183 @@
+"""A preparation killed at any instant goes on where its journal stands, and ends in the same bytes."""
+
+import functools
+import itertools
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_slm.data import attempt, inputs, prepare
+from megatron_slm.data.attempt import Options
+from megatron_slm.data.documents import Fields
+from megatron_slm.data.encoding import encode_documents
+from megatron_slm.data.inputs import InputFile, find_files
+from megatron_slm.data.prepare import prepare_corpora
+from megatron_slm.data.staged_corpus import StagedCorpus
+from megatron_slm.errors import UserError
+from tests.texts import sentence
+
+FILES = 5
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing is cleaned up."""
+
+
+@pytest.fixture
+def web(tmp_path) -> Path:
+    folder = tmp_path / "web"
+    folder.mkdir()
+    for number in range(FILES):
+        records = [{"text": sentence(1000 * number + i, 30), "source": ("a", "b")[i % 2]} for i in range(20 * number)]
+        lines = [json.dumps(record) + "\n" for record in records]
+        (folder / f"{number}.jsonl").write_text("".join([*lines[:5], "{bad\n", *lines[5:]]))
+    return folder
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> str:
+    path = tmp_path / "evaluation.jsonl"
+    texts = [sentence(1001, 30), sentence(3002, 30), " ".join(map(str, range(20)))]
+    path.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def here_and_at_every_input(monkeypatch):
+    """Encode in this process, and write the journal after each input, so that an instant can be chosen."""
+    monkeypatch.setattr(attempt, "_COMMIT_SHARE", float("inf"))
+    monkeypatch.setattr(inputs, "_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(
+        prepare, "encode_chunks",
+        lambda chunks, encoding, workers, total: (
+            (encode_documents(encoding, chunk.documents), chunk) for chunk in chunks
+        ),
+    )  # fmt: skip
+
+
+def prepared(web: Path, output: Path, model: str, evaluation: str, **changes) -> None:
+    settings = {"tokenizer": model, "fields": Fields(by="source"), "skip_bad": FILES, "evaluation": (evaluation,)}
+    prepare_corpora(find_files([str(web)]), str(output), Options(**{**settings, **changes}))
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def killed_at(instant: int, monkeypatch, work) -> bool:
+    """Whether ``work`` was killed at its n-th write, flush or rename."""
+    left = iter(range(instant))
+
+    def dying(real):
+        def call(*arguments):
+            if next(left, None) is None:
+                raise KilledError
+            return real(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in ((os, "replace"), (os, "fsync"), (StagedCorpus, "append"), (os, "truncate")):
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        patch.setattr("shutil.rmtree", lambda *arguments: None)
+        try:
+            work()
+        except KilledError:
+            return True
+    return False
+
+
+def test_killed_at_any_instant_it_ends_in_the_same_bytes(web, evaluation, model, tmp_path, monkeypatch):
+    prepared(web, tmp_path / "whole" / "web", model, evaluation)
+    whole = everything(tmp_path / "whole")
+    assert json.loads(whole["web.contamination.json"])["num_contaminated"] == 2
+    assert json.loads(whole["web-a.json"])["skipped"] == FILES
+    for instant in itertools.count(step=3):
+        output = tmp_path / str(instant) / "web"
+        work = functools.partial(prepared, web, output, model, evaluation)
+        if not killed_at(instant, monkeypatch, work):
+            break
+        killed = killed_at(instant // 2, monkeypatch, work)  # again, at another place
+        if killed:
+            work()
+        assert everything(output.parent) == whole, f"instant {instant}"
+    assert instant > 100
+
+
+def test_finished_files_are_not_read_again(web, evaluation, model, tmp_path, monkeypatch):
+    bad = web / "3.jsonl"
+    bad.write_text(bad.read_text() + "{bad\n")
+    with pytest.raises(UserError, match=r"3\.jsonl:62 is not valid JSON .*--skip-bad"):
+        prepared(web, tmp_path / "out" / "web", model, evaluation, skip_bad=4)
+    bad.write_text(bad.read_text().removesuffix("{bad\n"))
+    read = []
+    real = InputFile.read
+    monkeypatch.setattr(InputFile, "read", lambda self, fields: [read.append(self.path.name), real(self, fields)][1])
+    prepared(web, tmp_path / "out" / "web", model, evaluation)
+    assert [name for name in read if name[0].isdigit()] == ["3.jsonl", "4.jsonl"]
+    prepared(web, tmp_path / "whole" / "web", model, evaluation)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+@pytest.fixture
+def left(web, evaluation, model, tmp_path) -> Path:
+    """The output of an attempt that stopped in the last file."""
+    last = web / "4.jsonl"
+    good = last.read_text()
+    last.write_text(good + "{bad\n")
+    with pytest.raises(UserError):
+        prepared(web, tmp_path / "out" / "web", model, evaluation)
+    last.write_text(good)
+    return tmp_path / "out" / "web"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"fields": Fields(by="source", text="body")}, r'--json-key was "text" and is "body"'),
+        ({"fields": Fields()}, r'--by was "source" and is null'),
+        ({"fields": Fields(by="source", source="kind")}, "--source-key was"),
+        ({"evaluation": ()}, "--contamination was"),
+        ({"tokenizer": None, "train_size": 300}, "--train-tokenizer was null and is 300"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_lost(changes, reason, left, web, evaluation, model):
+    before = everything(left.parent)
+    with pytest.raises(UserError, match=rf"holds 4 finished inputs .*{reason}.*remove that folder to begin afresh"):
+        prepared(web, left, model, evaluation, **changes)
+    assert everything(left.parent) == before
+
+
+def test_a_finished_file_that_changed_is_refused(left, web, evaluation, model):
+    (web / "1.jsonl").write_text("{}\n")
+    before = everything(left.parent)
+    with pytest.raises(UserError, match=r"1\.jsonl has changed since it was encoded"):
+        prepared(web, left, model, evaluation)
+    assert everything(left.parent) == before
+
+
+def test_other_files_are_refused(left, web, evaluation, model):
+    (web / "0.jsonl").rename(web / "00.jsonl")
+    with pytest.raises(UserError, match=r"--input was .*0\.jsonl"):
+        prepared(web, left, model, evaluation)
+
+
+def test_workers_and_skip_bad_may_change(left, web, evaluation, model, tmp_path):
+    prepared(web, left, model, evaluation, workers=2, skip_bad=100)
+    prepared(web, tmp_path / "whole" / "web", model, evaluation)
+    assert everything(left.parent) == everything(tmp_path / "whole")
+
+
+def test_a_trained_tokenizer_is_kept_too(web, evaluation, tmp_path, monkeypatch):
+    changes = {"tokenizer": None, "train_size": 330}
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedCorpus, "append", lambda *arguments: (_ for _ in ()).throw(KilledError()))
+        with pytest.raises(KilledError):
+            prepared(web, tmp_path / "out" / "web", "", evaluation, **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "train_tokenizer", None)
+        prepared(web, tmp_path / "out" / "web", "", evaluation, **changes)
+    prepared(web, tmp_path / "whole" / "web", "", evaluation, **changes)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
