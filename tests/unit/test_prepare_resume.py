@@ -57,8 +57,8 @@ def here_and_at_every_input(monkeypatch):
     )  # fmt: skip
 
 
-def prepared(web: Path, output: Path, model: str, evaluation: str, **changes) -> None:
-    settings = {"tokenizer": model, "fields": Fields(by="source"), "skip_bad": FILES, "evaluation": (evaluation,)}
+def prepared(web: Path, output: Path, model: str, questions: str, **changes) -> None:
+    settings = {"tokenizer": model, "fields": Fields(by="source"), "skip_bad": FILES, "evaluation": (questions,)}
     prepare_corpora(find_files([str(web)]), str(output), Options(**{**settings, **changes}))
 
 
