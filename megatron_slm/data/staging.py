@@ -119,6 +119,7 @@ def _kept_if_useful(folder: Path) -> Iterator[None]:
         else:
             shutil.rmtree(folder)
         raise
+    (folder / JOURNAL).unlink(missing_ok=True)  # first, so that it never speaks of what is gone
     shutil.rmtree(folder)
 
 

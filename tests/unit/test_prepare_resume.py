@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,12 @@ def everything(folder: Path) -> dict[str, bytes]:
 def killed_at(instant: int, monkeypatch, work) -> bool:
     """Whether ``work`` was killed at its n-th write, flush or rename."""
     left = iter(range(instant))
+    alive, remove = [True], shutil.rmtree
 
     def dying(real):
         def call(*arguments):
             if next(left, None) is None:
+                alive.clear()
                 raise KilledError
             return real(*arguments)
 
@@ -81,7 +84,7 @@ def killed_at(instant: int, monkeypatch, work) -> bool:
     with monkeypatch.context() as patch:
         for owner, name in ((os, "replace"), (os, "fsync"), (StagedCorpus, "append"), (os, "truncate")):
             patch.setattr(owner, name, dying(getattr(owner, name)))
-        patch.setattr("shutil.rmtree", lambda *arguments: None)
+        patch.setattr("shutil.rmtree", lambda path: remove(path) if alive else None)
         try:
             work()
         except KilledError:
@@ -94,7 +97,7 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(web, evaluation, model,
     whole = everything(tmp_path / "whole")
     assert json.loads(whole["web.contamination.json"])["num_contaminated"] == 2
     assert json.loads(whole["web-a.json"])["skipped"] == FILES
-    for instant in itertools.count(step=3):
+    for instant in itertools.count(step=11):
         output = tmp_path / str(instant) / "web"
         work = functools.partial(prepared, web, output, model, evaluation)
         if not killed_at(instant, monkeypatch, work):
