@@ -1,0 +1,180 @@
+"""What it costs to watch a run: seconds of all monitoring callbacks against the seconds of a step."""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from stages import MODEL, SEQ_LENGTH
+
+from megatron_slm.build import Run, build_run
+from megatron_slm.config import parse_config
+from megatron_slm.dist import World, connect, disconnect
+from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.callbacks.checkpoint import Checkpoints
+from megatron_slm.training.state import RunState
+from megatron_slm.training.step import StepResult
+
+BLOCK = 10
+WAYS = {"not watched": 0, "log_interval 10": 10, "log_interval 1": 1}
+INTERVALS = {"ExcessHistogram": 50, "TokenTable": 500}
+"""Of what has an interval of its own, the defaults."""
+
+
+def main() -> None:
+    options = parse_arguments()
+    if "RANK" not in os.environ:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
+            sys.exit(start_ranks(options.ranks, folder))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    world = connect()
+    run = build_run(parse_config(configuration(Path(options.folder), world.size)), world)
+    measured = measure(run, options.rounds)
+    if world.is_main:
+        report(*measured, world, options.json)
+    disconnect()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"Blocks of {BLOCK} steps take turns: not watched, every tenth step logged, every step logged. The "
+        "ranks meet before the callbacks, so that waiting for a slower rank's step is not counted.",
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; torchrun decides if it runs")
+    parser.add_argument("--rounds", type=int, default=4, help="blocks of each way, after one that is not counted")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def start_ranks(ranks: int, folder: str) -> int:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*torchrun, *sys.argv, "--folder", folder]
+    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
+
+
+def prepare(folder: Path) -> None:
+    """Two corpora of this Python's own sources, and a reference with random weights: what it says costs the same."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_slm.data.prepare import prepare_corpus
+    from megatron_slm.data.tokenizer import load_tokenizer
+
+    library = Path(sysconfig.get_path("stdlib"))
+    tokenizer = None
+    for name in ("asyncio", "email"):
+        texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob(f"{name}/*.py"))]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        source, prefix = str(folder / f"{name}.jsonl"), str(folder / name)
+        prepare_corpus([source], prefix, tokenizer=tokenizer, train_size=None if tokenizer else 2048)
+        tokenizer = tokenizer or str(folder / f"{name}.tokenizer")
+    loaded = load_tokenizer(str(tokenizer))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, vocab_size=len(loaded)))
+    model.save_pretrained(folder / "reference")
+    loaded.save_pretrained(folder / "reference")
+
+
+def configuration(folder: Path, ranks: int) -> dict[str, Any]:
+    """The quickstart's selective run, which never ends; whatever has an interval comes once a block."""
+    return {
+        "run_dir": str(folder / "run"),
+        "model": {"config": MODEL},
+        "reference": {"path": str(folder / "reference")},
+        "data": {"train": [0.5, str(folder / "asyncio"), 0.5, str(folder / "email")], "seq_length": SEQ_LENGTH},
+        "training": {
+            "micro_batch_size": 16 // ranks,
+            "global_batch_size": 16,
+            "train_tokens": "100M",
+            "eval_interval": 10**9,
+            "save_interval": 10**9,
+            "histogram_interval": BLOCK,
+            "token_table_interval": BLOCK,
+        },
+    }
+
+
+class Timed(Callback):
+    """Another callback, and the seconds that each of its step ends took on this rank.
+
+    Before the first of a step, ranks meet; rank 0 has more of them than the others.
+    """
+
+    def __init__(self, inner: Callback, meets: bool) -> None:
+        self.inner = inner
+        self._meets = meets
+        self.seconds: list[float] = []
+
+    def on_train_start(self, state: RunState) -> None:
+        self.inner.on_train_start(state)
+
+    def on_step_start(self, state: RunState) -> None:
+        self.inner.on_step_start(state)
+
+    def on_step_end(self, state: RunState, result: StepResult) -> None:
+        if self._meets:
+            dist.barrier()
+        start = time.perf_counter()
+        self.inner.on_step_end(state, result)
+        self.seconds.append(time.perf_counter() - start)
+
+
+def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
+    """Seconds of each step by way, and of each callback's step ends by way and callback, on this rank."""
+    trainer, state = run.trainer, run.state
+    monitoring = [callback for callback in trainer._callbacks if not isinstance(callback, Checkpoints)]
+    watching = [Timed(callback, meets=index == 0) for index, callback in enumerate(monitoring)]
+    for callback in watching:
+        callback.on_train_start(state)
+    steps: dict[str, list[float]] = defaultdict(list)
+    ends: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+    for index in range(rounds + 1):
+        for way, interval in WAYS.items():
+            trainer._callbacks = watching if interval else []
+            state.plan = dataclasses.replace(state.plan, log_interval=interval or 10**9)
+            for _ in range(BLOCK):
+                start = time.perf_counter()
+                trainer._run_step(state)
+                if index:
+                    steps[way].append(time.perf_counter() - start)
+            for callback in watching:
+                if index:
+                    ends[way][type(callback.inner).__name__] += callback.seconds
+                callback.seconds = []
+    return steps, ends
+
+
+def report(steps: dict[str, list[float]], ends: dict[str, dict[str, list[float]]], world: World, as_json: bool) -> None:
+    """Milliseconds a step, and the share that watching takes at the defaults of the intervals."""
+    step = statistics.median(steps["not watched"])
+    a_step = {
+        way: {name: sum(seconds) / len(seconds) * BLOCK / INTERVALS.get(name, BLOCK) for name, seconds in found.items()}
+        for way, found in ends.items()
+        if found
+    }
+    shares = {way: sum(found.values()) / step for way, found in a_step.items()}
+    if as_json:
+        print(json.dumps({"ranks": world.size, "step_seconds": step, "callback_seconds": a_step, "shares": shares}))
+        return
+    print(f"{world.size} ranks on {world.device.type}, median step not watched: {1e3 * step:.0f} ms")
+    for way, found in a_step.items():
+        print(f"\n{way}: {1e3 * sum(found.values()):.2f} ms a step, {shares[way]:.2%} of it; of that")
+        for name, seconds in found.items():
+            print(f"  {name:18}{1e3 * seconds:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
