@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from stages import MODEL, SEQ_LENGTH
 
 from megatron_slm.build import Run, build_run
 from megatron_slm.config import parse_config
+from megatron_slm.demo.runs import MODEL, SEQ_LENGTH
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.callbacks.checkpoint import Checkpoints

@@ -15,7 +15,7 @@ from megatron_slm.reporting.tokens import Token
 from megatron_slm.training.callbacks.tensorboard import open_event_files
 from megatron_slm.training.callbacks.token_table import TokenTable, first_tokens
 from megatron_slm.training.objective import Choice
-from megatron_slm.training.state import Plan, RunState
+from megatron_slm.training.state import Asked, Plan, RunState
 from megatron_slm.training.statistics import Pool, StepStatistics
 from megatron_slm.training.step import StepResult
 from megatron_slm.types import Batch
@@ -177,7 +177,7 @@ def test_the_table_comes_at_its_interval_and_once_a_step(tmp_path: Path, ticking
             statistics = StepStatistics(2, torch.device("cpu"))
             for other in (0, 1):
                 statistics.add(*pool_of([65 + first + other] * 9, 8))
-            table.on_step_end(state, StepResult(8, 1e-3, Update(True, 1.0), statistics))
+            table.on_step_end(state, StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics))
         writer.close()
     # The one behind TensorBoard's pages; the other, for scripts, keeps texts that a resumed run has written again.
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
