@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import errno
 import logging
 import sys
 import warnings
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from megatron_slm import __version__
 from megatron_slm.errors import UserError
+
+MACHINES_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
+"""Full, read-only or forbidden: whatever part of the program meets them, the person at the machine mends them."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,8 +46,17 @@ def _run(verb: str, arguments: list[str]) -> None:
         # Overrides may stand on both sides of an option.
         command.run(parser.parse_intermixed_args(arguments))
     except UserError as error:
-        sys.stderr.write(f"megatron-slm {verb}: error: {error}\n")
-        sys.exit(2)
+        _refuse(verb, str(error))
+    except OSError as error:
+        if error.errno not in MACHINES_OWN:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        _refuse(verb, f"{error.strerror}{where}: mend that and start again; what was saved before is untouched.")
+
+
+def _refuse(verb: str, sentence: str) -> None:
+    sys.stderr.write(f"megatron-slm {verb}: error: {sentence}\n")
+    sys.exit(2)
 
 
 def _commands() -> Path:

@@ -249,9 +249,18 @@ def _samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, wo
         seed=config.seed,
         order_tokens=config.data.order_tokens or 0,
         total_samples=total,
-        cache=Path(config.data.cache) if config.data.cache else folder.cache,
+        cache=agree(lambda: _cache_folder(config, folder)),
         world=world,
     )
+
+
+def _cache_folder(config: Config, folder: RunFolder) -> Path:
+    path = Path(config.data.cache) if config.data.cache else folder.cache
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache is {path}, which is no folder that can be written: name another.") from error
+    return path
 
 
 def make_backend(config: Config, world: World) -> Backend:

@@ -323,6 +323,7 @@ def _sentence(error: ValidationError) -> str:
             return f"{name}{'.' if name else ''}{setting} is {value[setting]!r}: {message}."
         end = "" if message.endswith((".", "?")) else "."
         return f"{name}: {message}{end}" if name else f"{message}{end}"
+    message = message.replace("valid dictionary", "group such as {key: value}").replace("valid string", "text")
     return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}."
 
 

@@ -45,23 +45,37 @@ def connect(timeout_minutes: float = 30.0) -> World:
         timeout_minutes: how long a collective may wait for a silent rank before the run stops.
 
     Raises:
-        UserError: the launcher's variables contradict each other.
+        UserError: the launcher's variables contradict each other, or no meeting comes about.
     """
     os.environ.update(launcher_variables(os.environ))
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}: start all ranks with one launcher.")
     device = _device(local_rank)
     # DeepSpeed looks for an accelerator when it is imported, and warns where there is none.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        rank=rank,
-        world_size=size,
-        store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    except dist.DistError as error:
+        raise UserError(
+            f"The ranks cannot meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
+            f"{os.environ['MASTER_PORT']} ({' '.join(str(error).split())}): start all {size} ranks with one launcher, "
+            "at a port that is free."
+        ) from error
     return World(rank, size, local_rank, device)
+
+
+def _number(name: str) -> int:
+    try:
+        return int(os.environ[name])
+    except ValueError as error:
+        raise UserError(f"{name} is '{os.environ[name]}', not a number: start the ranks with a launcher.") from error
 
 
 def disconnect() -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
 from megatron_slm.dist import World
@@ -110,7 +110,7 @@ class RunFolder:
         Raises:
             UserError: resuming would change the order of samples, though the settings are the same.
         """
-        known = json.loads(self.environment.read_text()) if self.environment.exists() else {"starts": []}
+        known = self._known_environment()
         if self.has_begun and known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
             raise UserError(
                 f"Resuming {self.path} would change the order of samples: the corpora of data.train are not those "
@@ -122,6 +122,14 @@ class RunFolder:
             described = {"format_version": FORMAT_VERSION, "order_fingerprint": order_fingerprint, "starts": starts}
             write_durably(self.environment, json.dumps(described, indent=2) + "\n")
         self._log_to_files()
+
+    def _known_environment(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.environment.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"starts": []}
+        except ValueError as error:
+            raise UserError(f"{self.environment} cannot be read ({error}): put it back, or remove it.") from error
 
     def _log_to_files(self) -> None:
         """What each rank logs in `log-rankNNNN.txt`, tracebacks too; what rank 0 logs on the terminal as well."""

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import IO
 
+from megatron_slm.errors import UserError
 from megatron_slm.files import write_durably
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.state import RunState
@@ -32,15 +33,26 @@ class JsonLines(Callback):
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after the checkpoint at `step`, a torn last line too."""
+    """Drop what a killed run wrote after the checkpoint at `step`, a torn last line too.
+
+    Raises:
+        UserError: the file holds something else.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n") or _step(line, path) > step:
             break
         kept.append(line)
     write_durably(path, "".join(kept))
+
+
+def _step(line: str, path: Path) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds a line that is no record: put the file back, or move it away.") from error
 
 
 def finite(record: dict[str, float | int | None]) -> dict[str, float | int | None]:
