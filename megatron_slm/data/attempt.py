@@ -12,7 +12,7 @@ import numpy as np
 from megatron_slm.data.contamination_report import REPORT_SUFFIX, ContaminationReport
 from megatron_slm.data.documents import Fields
 from megatron_slm.data.encoding import Encoded
-from megatron_slm.data.journal import Progress, save_progress
+from megatron_slm.data.journal import JOURNAL, Progress, save_progress
 from megatron_slm.data.staged_corpus import StagedCorpus
 from megatron_slm.data.staging import READY, refuse_existing, sync_all, write_description
 from megatron_slm.errors import UserError
@@ -112,6 +112,10 @@ class Attempt:
             value: {"name": corpus.prefix.name, "counts": corpus.counts} for value, corpus in self._corpora.items()
         }
         save_progress(self._folder, self.progress)
+
+    def forget(self) -> None:
+        """Leave nothing to go on with."""
+        (self._folder / JOURNAL).unlink(missing_ok=True)
 
     def finish(self, tokenizer: Path, fingerprint: str) -> None:
         """Complete all that will be published, and note that it is."""

@@ -188,5 +188,6 @@ def _encode(inputs: list[Input], stamps: list[list[Any]], encoding: Encoding, at
         if chunk.finished is not None:
             attempt.commit(stamps[: chunk.finished])
     if not attempt.corpora:
+        attempt.forget()
         raise UserError(f"--input {' '.join(source.name for source in inputs[:3])} holds no text: give files with text")
     attempt.commit_now(stamps)

@@ -1,11 +1,17 @@
 """N-grams of words: the same numbers everywhere, blind to case and punctuation, and no two alike by chance."""
 
+import json
+import re
 import subprocess
 import sys
 
 import pytest
 
+from megatron_slm.data.attempt import Options
 from megatron_slm.data.contamination import hash_ngrams, word_ngrams
+from megatron_slm.data.inputs import find_files
+from megatron_slm.data.prepare import prepare_corpora
+from tests.texts import sentence, write_jsonl
 
 TEXT = "The slope of a line is rise over run, so if x = 3 then y = 12.5 and f(x) is the area under a curve."
 PLAIN = "the slope of a line is rise over run so if x 3 then y 12 5 and f x is the area under a curve"
@@ -56,3 +62,35 @@ def test_numbers_fill_64_bits():
     assert len(numbers) == 20_000 - 12
     for bit in range(64):
         assert 0.45 < sum(number >> bit & 1 for number in numbers) / len(numbers) < 0.55
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_report_counts_what_brute_force_counts(model, tmp_path, workers):
+    corpus = [sentence(i, 60) for i in range(20)]
+    questions = [
+        {"question": sentence(3, 60), "choices": ["none of these", sentence(4, 20)]},
+        {"question": " ".join(WORDS[:12])},
+        {"question": "nothing of it " + sentence(5, 30) + " and nothing more at all"},
+        {"question": " ".join(map(str, range(30)))},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    options = Options(tokenizer=model, evaluation=(str(path),), workers=workers)
+    inputs = find_files([str(write_jsonl(tmp_path / "web.jsonl", corpus))])
+    prepare_corpora(inputs, str(tmp_path / "web"), options)
+    report = json.loads((tmp_path / "web.contamination.json").read_text())
+    there = set().union(*(brute_force(words_of(text), 13) for text in corpus))
+    grams = [
+        set().union(*(brute_force(words_of(text), 13) for text in (one["question"], *one.get("choices", ()))))
+        for one in questions
+    ]
+    assert [(one["line"], one["ngrams"], one["found"]) for one in report["documents"]] == [
+        (number, len(gram), len(gram & there)) for number, gram in enumerate(grams, 1)
+    ]
+    assert (report["num_documents"], report["num_too_short"], report["num_contaminated"]) == (4, 1, 2)
+    assert [one["line"] for one in report["worst"]] == [1, 3]
+    assert report["num_found"] == sum(one["found"] for one in report["documents"]) > 0
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())

@@ -1,0 +1,247 @@
+"""What is given wrongly is answered with a sentence and status 2, and everything that was there stays as it was."""
+
+import gzip
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from megatron_slm.__main__ import main
+from megatron_slm.data.prepare import prepare_corpus
+from tests.texts import sentence, write_jsonl
+from tests.unit.test_prepare_merge_adopt import encoded, megatron_corpus
+
+LINES = b"".join(json.dumps({"text": sentence(i)}).encode() + b"\n" for i in range(100))
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """A tokenizer of 300 pieces."""
+    folder = tmp_path_factory.mktemp("other")
+    path = write_jsonl(folder / "x.jsonl", [sentence(i) for i in range(100)])
+    prepare_corpus([str(path)], str(folder / "x"), train_size=300)
+    return str(folder / "x.tokenizer")
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command in ``folder``; it must say a sentence, end with 2, and leave all as it was."""
+    before = snapshot(folder)
+    with pytest.raises(SystemExit) as end:
+        main(["prepare", *arguments])
+    assert end.value.code == 2
+    assert snapshot(folder) == before
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def parquet(records: list[dict]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(records), sink)
+    return sink.getvalue().to_pybytes()
+
+
+TABLE = parquet([{"text": sentence(i), "meta": {"source": "a"}} for i in range(100)])
+NULL = parquet([{"text": "a"}, {"text": None}])
+FILES = {
+    "cut.jsonl.gz": gzip.compress(LINES)[:-30],
+    "no.jsonl.gz": LINES,
+    "cut.jsonl.zst": zstandard.compress(LINES)[:-30],
+    "no.jsonl.zst": LINES,
+    "cut.parquet": TABLE[:-30],
+    "no.parquet": LINES,
+    "broken.parquet": TABLE[:100] + bytes(400) + TABLE[500:],
+    "table.parquet": TABLE,
+    "null.parquet": NULL,
+    "bad.jsonl": LINES + b"{bad\n[1]\n",
+    "good.jsonl": LINES,
+    "latin.txt": "caf\xe9".encode("latin-1"),
+    "empty.jsonl": b"",
+}
+T = "--tokenizer MODEL --output out/web"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (f"--input cut.jsonl.gz {T}", "--input cut.jsonl.gz cannot be read"),
+        (f"--input no.jsonl.gz {T}", "--input no.jsonl.gz cannot be read"),
+        (f"--input cut.jsonl.zst {T}", "--input cut.jsonl.zst cannot be read"),
+        (f"--input no.jsonl.zst {T}", "--input no.jsonl.zst cannot be read"),
+        (f"--input cut.parquet {T}", "--input cut.parquet is no sound parquet file"),
+        (f"--input no.parquet {T}", "--input no.parquet is no sound parquet file"),
+        (f"--input broken.parquet {T}", "--input broken.parquet"),
+        (f"--input table.parquet --json-key body {T}", "table.parquet has no column 'body': choose one of ['meta'"),
+        (f"--input table.parquet --by kind {T}", "table.parquet has no column 'kind'"),
+        (f"--input table.parquet --by meta.kind {T}", "table.parquet:1 has no single value under 'meta.kind'"),
+        (f"--input null.parquet {T}", "null.parquet:2 has no text under 'text'"),
+        (f"--input good.jsonl --by source {T}", "good.jsonl:1 has no single value under 'source'"),
+        (f"--input latin.txt --by source {T}", "latin.txt is not valid UTF-8"),
+        (f"--input bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
+        (f"--input bad.jsonl --skip-bad 1 {T}", "bad.jsonl:102 is not a JSON object"),
+        (f"--input bad.jsonl --skip-bad -1 {T}", "--skip-bad -1 is no number"),
+        (f"--input empty.jsonl {T}", "empty.jsonl holds no text"),
+        (f"--input nothing {T}", "--input nothing is not a file or folder"),
+        (f"--input out {T}", "--input out holds no file that is read"),
+        (f"--dataset ./gone/set {T}", "--dataset is './gone/set', and nothing is there"),
+        (f"--dataset nobody/nothing {T}", "--dataset nobody/nothing cannot be reached"),
+        (f"--dataset . --dataset-split nope {T}", "--dataset . with split 'nope' cannot be opened"),
+        (f"--input good.jsonl --dataset-split train {T}", "--dataset-split says nothing to --input"),
+        (f"--input good.jsonl --contamination gone.jsonl {T}", "--contamination gone.jsonl is not a file"),
+        (f"--input good.jsonl --contamination bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
+        (f"--input good.jsonl --contamination empty.jsonl {T}", "--contamination empty.jsonl holds no text"),
+        ("--input good.jsonl --tokenizer gone/to/it --output out/web", "the tokenizer is 'gone/to/it'"),
+        ("--input good.jsonl --train-tokenizer 9999999 --output out/web", "--train-tokenizer 9999999 does not fit"),
+        ("--input good.jsonl --tokenizer MODEL --output good.jsonl/web", "good.jsonl/web cannot be written"),
+        ("--input good.jsonl --tokenizer MODEL --output .", "names no file"),
+        ("--input good.jsonl --tokenizer MODEL", "--output is missing"),
+        ("--adopt out/old --tokenizer MODEL", "--adopt out/old needs out/old.idx, which is missing"),
+        ("--adopt out/old --tokenizer MODEL --by source", "--by says nothing to --adopt"),
+        ("--adopt out/old --tokenizer MODEL --output out/new", "--output says nothing to --adopt"),
+        ("--adopt out/old", "--adopt needs --tokenizer"),
+        ("--merge out/a out/b --output out/web", "out/a.json is missing, so out/a is no prepared corpus"),
+        ("--merge out/a out/b", "--merge needs --output"),
+        ("--merge out/a --tokenizer MODEL --output out/web", "--tokenizer says nothing to --merge"),
+        ("--verify --output out/web --workers 2", "--workers says nothing to --verify"),
+    ],
+)
+def test_a_sentence_and_nothing_lost(arguments, sentence, here, model, capsys):
+    for name, content in FILES.items():
+        if name in arguments or (name == "good.jsonl" and "--dataset ." in arguments):
+            (here / name).write_bytes(content)
+    words = arguments.replace("MODEL", model).split()
+    assert sentence in refused(here, capsys, *words)
+
+
+@pytest.fixture(scope="module")
+def made(model, other, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    for name, tokenizer in (("a", model), ("b", model), ("c", other)):
+        path = write_jsonl(folder / f"{name}.jsonl", [sentence(ord(name) + i) for i in range(5)])
+        prepare_corpus([str(path)], str(folder / name), tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture
+def corpora(made, here) -> Path:
+    """Corpora a and b of one tokenizer, and c of another."""
+    shutil.copytree(made, here, dirs_exist_ok=True)
+    return here
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--merge a c --output out/m", "a and c were prepared with different tokenizers"),
+        ("--merge a b ./a --output out/m", "names a twice"),
+        ("--merge a b --output a", "--output a exists (a.json)"),
+        ("--input a.jsonl --tokenizer a.tokenizer --output b", "--output b exists (b.json)"),
+        ("--adopt a --tokenizer a.tokenizer", "--adopt a is a prepared corpus already"),
+    ],
+)
+def test_corpora_are_never_mixed_up_or_overwritten(arguments, sentence, corpora, capsys):
+    assert sentence in refused(corpora, capsys, *arguments.split())
+
+
+def cut_index(prefix: Path) -> None:
+    os.truncate(f"{prefix}.idx", 60)
+
+
+def cut_header(prefix: Path) -> None:
+    os.truncate(f"{prefix}.idx", 20)
+
+
+def longer_tokens(prefix: Path) -> None:
+    with open(f"{prefix}.bin", "ab") as stream:
+        stream.write(b"\0\0")
+
+
+def wrong_pointers(prefix: Path) -> None:
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    content[34 + 4 * 6 + 8] ^= 1
+    Path(f"{prefix}.idx").write_bytes(content)
+
+
+def foreign_tokenizer(prefix: Path) -> None:
+    Path(f"{prefix}.tokenizer").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (cut_index, "old.idx has 60 bytes instead of"),
+        (cut_header, "old.idx is cut short"),
+        (longer_tokens, "old.bin has"),
+        (wrong_pointers, "old.idx does not point to documents that follow each other"),
+        (foreign_tokenizer, "would overwrite old.tokenizer"),
+    ],
+)
+def test_a_damaged_pair_is_not_adopted(damage: Callable[[Path], None], sentence, here, model, capsys):
+    prefix = megatron_corpus(here / "old", encoded(model, [f"text {i}" for i in range(6)]))
+    damage(prefix)
+    assert sentence in refused(here, capsys, "--adopt", "old", "--tokenizer", model)
+
+
+def test_a_tokenizer_that_is_too_small_is_not_adopted(here, model, other, capsys):
+    megatron_corpus(here / "old", [[[5, 320, 1]], [[6, 1]]])
+    said = refused(here, capsys, "--adopt", "old", "--tokenizer", other)
+    assert "holds the id 320, and the largest of --tokenizer" in said
+
+
+def test_several_sequences_a_document_are_not_adopted(here, model, capsys):
+    megatron_corpus(here / "old", [[[5, 6], [7, 1]], [[6, 1]]])
+    assert "old.idx holds 3 sequences in 2 documents" in refused(here, capsys, "--adopt", "old", "--tokenizer", model)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(here, model, capsys):
+    (here / "long.txt").write_text(sentence(3, 200_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        said = refused(here, capsys, "--input", "long.txt", "--tokenizer", model, "--output", "out/web")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "--output out/web cannot be written" in said
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+@pytest.mark.parametrize("place", ["in", "out"])
+def test_folders_that_may_not_be_used_are_named(place, here, model, capsys):
+    (here / "in").mkdir()
+    (here / "in" / "good.jsonl").write_bytes(LINES)
+    (here / place).chmod(0)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["prepare", "--input", "in", "--tokenizer", model, "--output", "out/web"])
+    finally:
+        (here / place).chmod(0o755)
+    assert end.value.code == 2
+    assert f"{place}" in capsys.readouterr().err
+
+
+def test_bad_documents_are_left_out_named_and_counted(here, model, capsys, caplog):
+    (here / "bad.jsonl").write_bytes(LINES + b"{bad\n[1]\n" + LINES)
+    with caplog.at_level("WARNING", "megatron_slm"):
+        main(["prepare", "--input", "bad.jsonl", "--tokenizer", model, "--output", "web", "--skip-bad", "2"])
+    described = json.loads((here / "web.json").read_text())
+    assert (described["skipped"], described["num_documents"]) == (2, 200)
+    assert "left out: bad.jsonl:101 is not valid JSON" in caplog.text
+    assert "left out: bad.jsonl:102 is not a JSON object" in caplog.text

@@ -1,0 +1,160 @@
+"""Compare `megatron-slm prepare` with the tokenizer's own batch speed, and watch its memory as the text grows.
+
+The tokenizer gets its share of the same text in memory, in as many processes, and writes nothing. Both
+take turns. Peak memory is the sum of the resident sets of all processes, shared pages counted in each.
+
+    python tools/bench_prepare.py --data web.jsonl.gz [--megabytes 100] [--rounds 3] [--workers 2]
+"""
+
+import argparse
+import contextlib
+import gzip
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from megatron_slm.data.corpus import open_corpus
+from megatron_slm.data.encoding import load_encoder
+from megatron_slm.data.tokenizer import load_tokenizer, train_tokenizer
+
+BATCH = 256  # documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="jsonl.gz with real text under 'text'")
+    parser.add_argument("--megabytes", type=float, default=100, help="of text, for the comparison of speed")
+    parser.add_argument("--memory-megabytes", type=float, nargs="*", default=[100, 1000], help="of text, for memory")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--vocab", type=int, default=32_000)
+    arguments = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments, Path(folder))
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    with gzip.open(arguments.data, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    train_tokenizer(texts[: len(texts) // 4], arguments.vocab, folder / "tokenizer.model")
+    tokenizer = folder / "tokenizer"
+    load_tokenizer(str(folder / "tokenizer.model")).save_pretrained(tokenizer)
+    print(f"tokenizers {version('tokenizers')}, Python {sys.version.split()[0]}, {arguments.workers} processes")
+    compare(arguments, texts, tokenizer, folder)
+    for megabytes in arguments.memory_megabytes:
+        size = write(varied(texts, megabytes), folder / "long.jsonl")
+        seconds, peak, tokens = prepare(folder / "long.jsonl", tokenizer, folder / "long", arguments.workers)
+        print(
+            f"{size / 1e6:.0f} MB of text: peak memory {peak / 1e6:.0f} MB, {tokens:,} tokens in {seconds:.1f} s, "
+            f"{tokens / seconds:,.0f} tokens/s",
+            flush=True,
+        )
+
+
+def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, folder: Path) -> None:
+    """Speed of both, in turn, on the same text."""
+    some = list(varied(texts, arguments.megabytes))
+    write(iter(some), folder / "web.jsonl")
+    write(iter(some[:1]), folder / "one.jsonl")
+    ratios = []
+    for number in range(arguments.rounds):
+        alone, tokens = tokenizer_alone(some, tokenizer, arguments.workers)
+        start_up, _, _ = prepare(folder / "one.jsonl", tokenizer, folder / "one", arguments.workers)
+        whole, _, prepared = prepare(folder / "web.jsonl", tokenizer, folder / "web", arguments.workers)
+        assert prepared == tokens + len(some)  # end tokens
+        ratios.append((alone / whole, alone / (whole - start_up)))
+        print(
+            f"round {number + 1}: tokenizer alone {tokens / alone:,.0f} tokens/s, prepare {tokens / whole:,.0f} "
+            f"({tokens / (whole - start_up):,.0f} beyond its start of {start_up:.1f} s); ratio {ratios[-1][0]:.2f} "
+            f"({ratios[-1][1]:.2f})",
+            flush=True,
+        )
+    whole_ratio, ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
+    print(f"median ratio of {arguments.rounds}: {whole_ratio:.2f}; beyond the start: {ratio:.2f}", flush=True)
+
+
+def varied(texts: list[str], megabytes: float) -> Iterator[str]:
+    """Documents up to a size; when all have come, they come again, turned about a place of their own."""
+    size = turn = 0
+    while True:
+        for number, text in enumerate(texts):
+            place = (turn * 7919 + number) % (len(text) + 1) if turn else 0
+            yield text[place:] + text[:place]
+            size += len(text.encode())
+            if size >= megabytes * 1e6:
+                return
+        turn += 1
+
+
+def write(texts: Iterator[str], path: Path) -> int:
+    """Write jsonl; return the bytes of its text."""
+    size = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for text in texts:
+            stream.write(json.dumps({"text": text}) + "\n")
+            size += len(text.encode())
+    return size
+
+
+def prepare(path: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, int, int]:
+    """Run the command; return its seconds, the peak of all its processes in bytes, and its tokens."""
+    verb = ["prepare", "--input", str(path), "--tokenizer", str(tokenizer), "--output", str(output)]
+    start = time.perf_counter()
+    process = psutil.Popen(
+        [sys.executable, "-m", "megatron_slm", *verb, "--workers", str(workers)], stderr=subprocess.DEVNULL
+    )
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            peak = max(peak, sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))
+        time.sleep(0.1)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise SystemExit("prepare failed")
+    tokens = open_corpus(str(output)).num_tokens
+    subprocess.run(["rm", "-r", *map(str, output.parent.glob(f"{output.name}.[!j]*")), f"{output}.json"], check=True)
+    return seconds, peak, tokens
+
+
+def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[float, int]:
+    """Seconds and tokens of `encode_batch` on equal shares that each process holds."""
+    context = multiprocessing.get_context("fork")
+    barrier, queue = context.Barrier(workers + 1), context.Queue()
+    processes = [
+        context.Process(target=encode_share, args=(texts[rank::workers], tokenizer, barrier, queue))
+        for rank in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    start = time.perf_counter()
+    tokens = sum(queue.get() for _ in processes)
+    seconds = time.perf_counter() - start
+    for process in processes:
+        process.join()
+    return seconds, tokens
+
+
+def encode_share(texts: list[str], tokenizer: Path, barrier: object, queue: object) -> None:
+    encoder = load_encoder(str(tokenizer / "tokenizer.json"))
+    barrier.wait()
+    tokens = 0
+    for start in range(0, len(texts), BATCH):
+        encoded = encoder.encode_batch(texts[start : start + BATCH], add_special_tokens=False)
+        tokens += sum(len(one) for one in encoded)
+    queue.put(tokens)
+
+
+if __name__ == "__main__":
+    main()
