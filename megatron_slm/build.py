@@ -43,6 +43,8 @@ from megatron_slm.training.callbacks.evaluation import Evaluation
 from megatron_slm.training.callbacks.histogram import ExcessHistogram
 from megatron_slm.training.callbacks.jsonl import JsonLines
 from megatron_slm.training.callbacks.metrics import StepMetrics
+from megatron_slm.training.callbacks.profiler import Profiler
+from megatron_slm.training.callbacks.reference_check import ReferenceCheck
 from megatron_slm.training.callbacks.spikes import Spikes
 from megatron_slm.training.callbacks.tensorboard import TensorBoard, open_event_files
 from megatron_slm.training.callbacks.throughput import Throughput
@@ -53,6 +55,7 @@ from megatron_slm.training.flops import peak_flops, token_flops
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.requests import Requests
+from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
 from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
@@ -81,19 +84,22 @@ class Run:
     folder: RunFolder
 
 
-def build_run(config: Config, world: World, callbacks: Sequence[Callback] = ()) -> Run:
+def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), rollback: int | None = None) -> Run:
     """Everything of a run, resumed where its folder stands; every rank calls it.
 
     Args:
         config: of the run.
         world: this process among all.
         callbacks: of the caller's own, beside those that the configuration names.
+        rollback: step of the checkpoint to go on from; what came after it is moved aside.
 
     Raises:
         UserError: the same on all ranks, for anything that the user can mend.
     """
     folder = RunFolder(config.run_dir, world)
     config = agree(lambda: folder.settle(config))
+    if rollback is not None:
+        agree(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
     corpora = agree(lambda: open_corpora(config))
     config, plan = agree(lambda: resolve(config, corpora, world))
     objective = agree(lambda: make_objective(config, world))
@@ -115,6 +121,8 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = ()) 
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
+    if rollback is not None:
+        roll_back(folder.path, store, rollback, world)
     if (progress := store.restore(engine)) is not None:
         agree(lambda: state.restore(progress))
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
@@ -122,7 +130,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = ()) 
     peak = peak_flops(world.device)
     speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
-    callbacks = _callbacks(config, corpora, folder, engine, speed, store, own, world, state.step)
+    callbacks = _callbacks(config, corpora, folder, engine, reference, speed, store, own, world, state.step)
     rate = partial(_learning_rate, config, plan)
     trainer = Trainer(loader, step, rate, callbacks, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
@@ -331,6 +339,7 @@ def _callbacks(
     corpora: Corpora,
     folder: RunFolder,
     engine: TrainingEngine,
+    reference: Reference,
     speed: Throughput,
     store: CheckpointStore,
     own: Sequence[Callback],
@@ -354,6 +363,7 @@ def _callbacks(
             interval = config.training.token_table_interval or config.training.eval_interval
             writers.append(TokenTable(interval, events, corpora.tokenizer, sources))
     return [
+        *_checks(config, folder, engine, reference, streams, world),
         StepMetrics(sources, config.objective == "slm", config.selection.quantiles),
         *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
         speed,
@@ -363,6 +373,27 @@ def _callbacks(
         *(writers if world.is_main else []),
         Checkpoints(store, engine),
     ]
+
+
+def _checks(
+    config: Config,
+    folder: RunFolder,
+    engine: TrainingEngine,
+    reference: Reference,
+    streams: dict[str, EvaluationStream],
+    world: World,
+) -> list[Callback]:
+    """What looks at the run without a part in its records."""
+    checks: list[Callback] = []
+    if config.training.profile_steps is not None:
+        checks.append(Profiler(folder.profile, *config.training.profile_steps, world))
+    settings = config.reference
+    if settings is not None and isinstance(reference, LiveReference) and settings.check_windows:
+        limit = settings.check_windows
+        students = Evaluator(engine.module, streams, config.training.micro_batch_size, world, limit)
+        references = Evaluator(reference.engine, streams, settings.micro_batch_size, world, limit)
+        checks.append(ReferenceCheck(students, references, settings.path))
+    return checks
 
 
 def _learning_rate(config: Config, plan: Plan, tokens: int) -> float:

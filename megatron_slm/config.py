@@ -78,6 +78,8 @@ MAY_CHANGE_ON_RESUME = (
     "training.histogram_interval",
     "training.token_table_interval",
     "training.spike_sigma",
+    "training.profile_steps",
+    "reference.check_windows",
     "training.micro_batch_size",
     "training.activation_checkpointing",
     "training.timeout_minutes",

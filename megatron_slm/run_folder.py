@@ -39,6 +39,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.spikes = self.path / "spikes.jsonl"
+        self.profile = self.path / "profile"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"

@@ -50,7 +50,11 @@ class TrainingEngine(Protocol):
         """Clip and update once, after the last backward; an update with a non-finite gradient is skipped."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state of all ranks to a folder that does not exist yet."""
+        """Write weights and optimizer state of all ranks to an empty folder.
+
+        Raises:
+            OSError, RuntimeError: this rank could not write; only after the last collective, so that no rank waits.
+        """
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on as many ranks."""

@@ -4,8 +4,8 @@ import copy
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,12 @@ class DeepSpeedEngine:
         return Update(applied, norm)
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        failures: list[Exception] = []
+        engine = self._engine
+        with _kept(failures, engine.checkpoint_engine, "save"), _kept(failures, engine, "_copy_recovery_script"):
+            engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if failures:
+            raise failures[0]
 
     def load(self, folder: Path) -> None:
         self._refuse_other_world_size(folder)
@@ -175,6 +180,24 @@ class DeepSpeedEngine:
                 f"The checkpoint {folder} was written by {saved} ranks and this run has {self._world.size}: "
                 f"ZeRO stage {self._stage} resumes at the same number only; start {saved} ranks."
             )
+
+
+@contextmanager
+def _kept(failures: list[Exception], owner: Any, name: str) -> Iterator[None]:
+    """Keep what a method that writes raises, so that this rank still comes to the barriers that follow it."""
+    write = getattr(owner, name)
+
+    def try_to_write(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    setattr(owner, name, try_to_write)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
 
 
 def partition(module: nn.Module, config: dict[str, Any], device: torch.device) -> None:

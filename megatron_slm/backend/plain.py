@@ -67,11 +67,8 @@ class PlainEngine:
 
     def save(self, folder: Path) -> None:
         if self._world.is_main:
-            folder.mkdir(parents=True)
             state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
             torch.save(state, folder / "plain.pt")
-        if self._world.size > 1:
-            dist.barrier()
 
     def load(self, folder: Path) -> None:
         state = torch.load(folder / "plain.pt", map_location=self._world.device, weights_only=True)

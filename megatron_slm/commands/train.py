@@ -27,6 +27,10 @@ _EPILOG = """examples:
   torchrun --nproc-per-node 8 -m megatron_slm train run.yaml training.lr=2.0e-4
   deepspeed --num_gpus 8 --module megatron_slm train run.yaml
   srun python -m megatron_slm train run.yaml
+  megatron-slm train run.yaml --rollback 1500 'data.skip_samples=[[6160, 6168]]'
+
+signals: SIGUSR1 saves a checkpoint when the step ends; SIGUSR2 or SIGTERM saves and stops with exit status 0. One
+rank is enough. A torchrun that gets SIGTERM passes it on and kills after 30 s: docs/long-runs.md.
 """
 
 
@@ -42,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="check all that can be checked without training, estimate memory and disk, and write nothing",
     )
     parser.add_argument(
+        "--rollback",
+        metavar="N",
+        type=int,
+        help="go on from the checkpoint of step N; later ones and their records are moved to RUN_DIR/rolled-back",
+    )
+    parser.add_argument(
         "--ranks", metavar="N", type=int, help="for --dry-run: ranks of the run to check; default: as launched"
     )
 
@@ -54,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.dry_run:
             _agreed(lambda: _dry_run(config, arguments.ranks))
         else:
-            _train(config, ())
+            _train(config, (), _rollback(arguments.rollback))
     except AgreedError:
         if not _is_main():
             sys.exit(2)
@@ -82,7 +92,13 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
     return _train(config, callbacks)
 
 
-def _train(config: Config, callbacks: "Sequence[Callback]") -> "RunState":
+def _rollback(step: int | None) -> int | None:
+    """Once: a launcher that starts a failed run again gives it the same command line."""
+    restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return None if any(count != "0" for count in restarts) else step
+
+
+def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None = None) -> "RunState":
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.build import build_run
@@ -92,7 +108,7 @@ def _train(config: Config, callbacks: "Sequence[Callback]") -> "RunState":
     if not (world.is_main and sys.stderr.isatty()):
         disable_progress_bar()
     try:
-        run = build_run(config, world, callbacks)
+        run = build_run(config, world, callbacks, rollback)
         run.trainer.fit(run.state)
         # Rank 0 may host the store: it must not leave while another rank still talks to it.
         gather_objects(None)

@@ -32,7 +32,7 @@ class LiveReference:
     """
 
     def __init__(self, engine: nn.Module, micro_batch_size: int) -> None:
-        self._engine = engine
+        self.engine = engine
         self._micro_batch_size = micro_batch_size
 
     @torch.no_grad()
@@ -41,7 +41,7 @@ class LiveReference:
         total = len(everything.tokens_BT)
         starts = range(0, total, self._micro_batch_size)
         parts = [
-            score_batch(self._engine, everything.rows(start, min(start + self._micro_batch_size, total)), want)
+            score_batch(self.engine, everything.rows(start, min(start + self._micro_batch_size, total)), want)
             for start in starts
         ]
         sizes = [len(batch.tokens_BT) for batch in batches]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,23 @@ class CheckpointStore:
         """Save all ranks' state; every rank calls it. A kill at any instant leaves the one before.
 
         Raises:
-            UserError: it cannot be written; the checkpoint before is untouched.
+            AgreedError: it cannot be written on some rank; what was written of it is removed, the one before untouched.
         """
         name = checkpoint_name(progress["step"])
         aside = self._folder / f".writing-{name}"
-        self._write_together(lambda: self._clear() if self._world.is_main else None)
         try:
-            engine.save(aside)
-        except (OSError, RuntimeError) as error:  # Not agreed on: the backend's own collectives are under way.
-            raise _cannot_write(error) from error
-        self._write_together(lambda: self._write_state(aside, progress))
-        files = self._sums(aside, flush=True)
-        manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "files": files}
-        self._write_together(lambda: self._publish(aside, name, manifest) if self._world.is_main else None)
+            agree(lambda: self._make_room(aside, engine) if self._world.is_main else None)
+            agree(lambda: engine.save(aside))
+            agree(lambda: self._write_state(aside, progress))
+            files = self._sums(aside, flush=True)
+            manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "files": files}
+            agree(lambda: self._publish(aside, name, manifest) if self._world.is_main else None)
+        except (OSError, RuntimeError, UserError) as error:
+            agree(self._clear if self._world.is_main else lambda: None)
+            raise AgreedError(
+                f"The checkpoint of step {progress['step']} cannot be written ({error}): make room in {self._folder}; "
+                "the one before is untouched."
+            ) from error
         if self._world.is_main:
             self._prune()
 
@@ -103,11 +107,7 @@ class CheckpointStore:
 
     def _damaged(self, checkpoint: Path) -> str | None:
         """The first file that is missing or not as it was written, on any rank's share of the reading."""
-        try:
-            manifest = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError, TypeError):
-            manifest = None
-        expected = gather_objects(manifest)[0]
+        expected = gather_objects(_read_manifest(checkpoint))[0]
         if expected is None:
             return MANIFEST
         found = self._sums(checkpoint, only=expected.keys())
@@ -121,13 +121,22 @@ class CheckpointStore:
         sums = agree(lambda: {name: _sum(folder / name, flush) for name in mine})
         return {name: value for part in gather_objects(sums) for name, value in part.items()}
 
+    def _make_room(self, aside: Path, engine: TrainingEngine) -> None:
+        """An empty folder to write to, on a disk with room for as much as the newest checkpoint took."""
+        self._clear()
+        aside.mkdir(parents=True)
+        newest = list_checkpoints(self._folder)[-1:]
+        files = _read_manifest(newest[0]) if newest else None
+        need = sum(size for size, _ in files.values()) if files else _estimate(engine)
+        free = shutil.disk_usage(self._folder).free
+        if free < need:
+            raise UserError(f"{free / 1e9:.2f} GB are free and it takes {need / 1e9:.2f} GB")
+
     def _clear(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         for left in self._folder.glob(".writing-*"):
             shutil.rmtree(left)
 
     def _write_state(self, aside: Path, progress: dict[str, Any]) -> None:
-        aside.mkdir(exist_ok=True)
         torch.save(_random_state(), aside / f"rng_rank{self._world.rank:04d}.pt")
         if self._world.is_main:
             write_durably(aside / "progress.json", json.dumps(progress))
@@ -151,20 +160,19 @@ class CheckpointStore:
             except OSError as error:
                 logging.getLogger(__name__).warning("checkpoint %s cannot be removed: %s", old.name, error)
 
-    def _write_together(self, work: Callable[[], None]) -> None:
-        """What cannot be written on one rank fails on all."""
 
-        def told() -> None:
-            try:
-                work()
-            except (OSError, RuntimeError) as error:
-                raise _cannot_write(error) from error
-
-        agree(told)
+def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
+    """Size and SHA-256 of every file of a checkpoint; None where that is not known."""
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _cannot_write(error: Exception) -> UserError:
-    return UserError(f"The checkpoint cannot be written ({error}): make room and resume; the one before is untouched.")
+def _estimate(engine: TrainingEngine) -> int:
+    """Bytes of a checkpoint, before there is one: weights in the run's precision and in float32, and Adam's moments."""
+    parameters = list(engine.module.parameters())
+    return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 12) for p in parameters)
 
 
 def checkpoint_name(step: int) -> str:

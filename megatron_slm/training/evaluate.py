@@ -11,43 +11,61 @@ from megatron_slm.models.causal_lm import score_batch
 
 
 class Evaluator:
-    """Runs the student over every evaluation set.
+    """Runs a model over every evaluation set.
 
     Args:
-        module: the student, as its engine runs it.
+        module: the student, or the reference, as its engine runs it.
         streams: evaluation sets by name.
         micro_batch_size: windows at a time; on all ranks the same shape, so that the numbers are too.
         world: this process among all.
+        limit: windows of each set, from its beginning, over all ranks; None for all of them.
     """
 
     def __init__(
-        self, module: nn.Module, streams: dict[str, EvaluationStream], micro_batch_size: int, world: World
+        self,
+        module: nn.Module,
+        streams: dict[str, EvaluationStream],
+        micro_batch_size: int,
+        world: World,
+        limit: int | None = None,
     ) -> None:
         self._module = module
         self._streams = streams
         self._micro_batch_size = micro_batch_size
         self._world = world
+        self._limit = limit
 
     def evaluate(self) -> dict[str, float | int | None]:
         """`eval/NAME/loss` in nats a scored token and `eval/NAME/bits_per_byte`; every rank calls it."""
         record: dict[str, float | int | None] = {}
-        self._module.eval()
-        for name, stream in self._streams.items():
-            loss, count = self._sums(stream)
+        for name, (loss, count) in self._all_sums().items():
             record[f"eval/{name}/loss"] = loss / count if count else None
-            record[f"eval/{name}/bits_per_byte"] = loss / math.log(2) / stream.num_bytes
-        self._module.train()
+            record[f"eval/{name}/bits_per_byte"] = loss / math.log(2) / self._streams[name].num_bytes
         return record
+
+    def losses(self) -> dict[str, float]:
+        """Loss by set, in nats a scored token; without the sets in which nothing is scored. Every rank calls it."""
+        return {name: loss / count for name, (loss, count) in self._all_sums().items() if count}
+
+    def _all_sums(self) -> dict[str, tuple[float, float]]:
+        was_training = self._module.training
+        self._module.eval()
+        sums = {name: self._sums(stream) for name, stream in self._streams.items()}
+        self._module.train(was_training)
+        return sums
 
     @torch.no_grad()
     def _sums(self, stream: EvaluationStream) -> tuple[float, float]:
         """Summed loss and scored tokens over all ranks. Window w belongs to batch w // b, batch i to rank i mod W."""
         b, world = self._micro_batch_size, self._world
-        rounds = math.ceil(len(stream) / (b * world.size))
+        windows = min(len(stream), self._limit or len(stream))
+        rounds = math.ceil(windows / (b * world.size))
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         for turn in range(rounds):
             first = (turn * world.size + world.rank) * b
-            batch = stream.batch(list(range(first, first + b))).to(world.device)
+            # One beyond the limit is as one beyond the end: padding, so that all ranks run equally often.
+            mine = [window if window < windows else len(stream) for window in range(first, first + b)]
+            batch = stream.batch(mine).to(world.device)
             loss_BT = score_batch(self._module, batch)["loss"]
             sums += torch.stack([loss_BT[batch.valid_BT].sum(dtype=torch.float64), batch.valid_BT.sum().double()])
         loss, count = all_reduce_sum(sums).tolist()

@@ -30,6 +30,7 @@ class TrainingSettings:
     backend                   deepspeed, or plain: PyTorch alone, every rank holds everything [; ours]
     max_skipped_updates       stop after so many in a row that were not applied [updates; ours]
     spike_sigma               a loss so many standard deviations above its average is a spike; 0 for none [; ours]
+    profile_steps             first and last step to profile, such as [10, 12] [steps; ours]
     timeout_minutes           how long a rank may be silent before the others give up [minutes; Megatron]
     """
 
@@ -57,6 +58,7 @@ class TrainingSettings:
     backend: Literal["deepspeed", "plain"] = "deepspeed"
     max_skipped_updates: int = 10
     spike_sigma: float | None = 6.0
+    profile_steps: tuple[int, int] | None = None
     timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
@@ -87,5 +89,7 @@ class TrainingSettings:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 0 or more, and below 1")
+        if self.profile_steps is not None and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError("profile_steps must be [first, last] with 1 <= first <= last")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must not be above lr ({self.lr})")

@@ -21,12 +21,13 @@ model.path model.config model.trust_remote_code model.attn_implementation model.
 reference.path reference.micro_batch_size reference.shard reference.trust_remote_code
 selection.score selection.ratio selection.scope selection.pool selection.backward selection.quantiles
 data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache data.skip_samples
+reference.check_windows training.spike_sigma training.profile_steps
 training.micro_batch_size training.global_batch_size training.train_tokens training.train_epochs
 training.lr training.min_lr training.warmup_tokens training.schedule training.weight_decay training.clip_grad
 training.adam_beta1 training.adam_beta2 training.adam_eps training.precision training.activation_checkpointing
 training.log_interval training.eval_interval training.save_interval training.keep_checkpoints
 training.histogram_interval training.token_table_interval
-training.backend training.max_skipped_updates training.spike_sigma training.timeout_minutes
+training.backend training.max_skipped_updates training.timeout_minutes
 """
 
 

@@ -113,6 +113,10 @@ SETTINGS = {
     "ranges longer than the run": ("data.skip_samples=[[0, 9999]]", "leaves out 9999 samples, more than the 160"),
     "a spike below the average": ("training.spike_sigma=-1", "training.spike_sigma is -1"),
     "a spike in words": ("training.spike_sigma=high", "training.spike_sigma is 'high'"),
+    "a profile of no step": ("training.profile_steps=[0, 3]", "training.profile_steps is [0, 3]"),
+    "a profile that ends before it begins": ("training.profile_steps=[5, 3]", "with 1 <= first <= last"),
+    "a profile of one number": ("training.profile_steps=5", "training.profile_steps is 5"),
+    "a check of fewer than no windows": ("reference.check_windows=-1", "reference.check_windows is -1"),
     "an override without a value": ("training.lr", "must look like a.b=c"),
 }
 
@@ -256,6 +260,18 @@ def test_a_run_folder_refuses_another_configuration(
     folder, tree = finished
     before = snapshot(folder / "run")
     assert expected in refused("train", str(write_config(folder / "run.yaml", tree)), override)
+    assert snapshot(folder / "run") == before
+
+
+def test_going_back_to_a_checkpoint_that_is_not_there_names_those_that_are(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, tree = finished
+    before = snapshot(folder / "run")
+    config = str(write_config(folder / "run.yaml", tree))
+    assert "--rollback is 7, and" in refused("train", config, "--rollback", "7")
+    assert "has checkpoints of 2." in refused("train", config, "--rollback", "7")
+    assert "has checkpoints of no step." in refused("train", config, f"run_dir={tmp_path}/fresh", "--rollback", "2")
     assert snapshot(folder / "run") == before
 
 

@@ -1,14 +1,21 @@
 """What is asked of a run that is under way, and what becomes of it."""
 
+import errno
+import gzip
+import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_slm.dist import World
+from megatron_slm.errors import UserError
 from megatron_slm.training import requests
+from tests.end_to_end.test_resume import train_half
 from tests.gloo import RankError, run_ranks
 from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records, train_in_process, write_config
 
@@ -67,3 +74,111 @@ def test_a_second_sigterm_ends_the_process_unless_it_is_an_echo_of_the_first() -
     assert run_ranks(ask_twice, 1, 60.0) == ["Asked(save=False, stop=True)"]
     with pytest.raises(RankError, match="died with exit code -15"):
         run_ranks(ask_twice, 1, 0.0)
+
+
+def train_on_a_full_disk(world: World, tree: dict[str, Any], when: str, full: list[int]) -> str | dict[str, Any]:
+    """Train while the checkpoints of the steps in `full` meet a full disk: on one rank in the middle, or at once."""
+    folder = Path(tree["run_dir"]) / "checkpoints"
+    save, usage = torch.save, shutil.disk_usage
+
+    def is_full() -> bool:
+        return any((folder / f".writing-step_{step:08d}").exists() for step in full)
+
+    def save_if_there_is_room(*args: Any, **kwargs: Any) -> None:
+        if when == f"rank {world.rank}" and is_full():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args, **kwargs)
+
+    torch.save = save_if_there_is_room
+    shutil.disk_usage = lambda path: usage(path)._replace(free=1000 if when == "at once" and is_full() else 10**12)
+    try:
+        return train_in_process(world, tree)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("when", "backend", "stage"),
+    [("rank 1", "deepspeed", 3), ("rank 0", "deepspeed", 1), ("rank 0", "plain", 0), ("at once", "deepspeed", 0)],
+)
+def test_a_checkpoint_that_meets_a_full_disk_does_not_end_the_run(
+    corpora: Path, tmp_path: Path, when: str, backend: str, stage: int
+) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=stage, backend=backend, save_interval=6)
+    for progress in run_ranks(train_on_a_full_disk, 2, tree, when, [6, 12]):
+        assert progress["step"] == 20 and progress["failed_saves"] == 2
+    assert checkpoints(tmp_path / "run") == [18, 20]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
+    assert [record["failed_saves"] for record in records(tmp_path / "run")] == [0] * 6 + [1] * 6 + [2] * 8
+    log = (tmp_path / "run" / "log-rank0000.txt").read_text()
+    assert "The checkpoint of step 6 cannot be written" in log
+    assert ("0.00 GB are free" if when == "at once" else "No space left on device") in log
+
+
+@pytest.mark.parametrize("when", ["rank 1", "at once"])
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_leaves_the_one_before(
+    corpora: Path, tmp_path: Path, when: str
+) -> None:
+    tree = config_tree(corpora, tmp_path / "run", stage=2)
+    for sentence in run_ranks(train_on_a_full_disk, 2, tree, when, [20]):
+        assert "The checkpoint of step 20 cannot be written" in sentence and "make room" in sentence
+    assert checkpoints(tmp_path / "run") == [10]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000010"
+    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 20
+
+
+def train_rolled_back(world: World, tree: dict[str, Any], step: int) -> dict[str, Any]:
+    from megatron_slm.build import build_run
+    from megatron_slm.config import parse_config
+
+    run = build_run(parse_config(tree), world, rollback=step)
+    run.trainer.fit(run.state)
+    return run.state.progress()
+
+
+def test_a_run_that_goes_back_and_skips_is_one_that_never_saw_those_samples(corpora: Path, tmp_path: Path) -> None:
+    """12 samples more than the order's 160 are read: the last ones are of its second cycle."""
+    back, straight = (config_tree(corpora, tmp_path / name, stage=0, micro_batch_size=4) for name in ("a", "b"))
+    run_ranks(train_in_process, 1, back)
+    first = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    run_ranks(train_half, 1, straight)
+    for tree in (back, straight):
+        tree["data"]["skip_samples"] = [[96, 104], [88, 92], [0, 8]]
+    (progress,), (other,) = run_ranks(train_rolled_back, 1, back, 10), run_ranks(train_in_process, 1, straight)
+    assert progress == other and progress["consumed_samples"] == 160 and progress["next_sample"] == 172
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+    aside = tmp_path / "a" / "rolled-back" / "0001"
+    assert (aside / "metrics.jsonl").read_text() == "".join(first[10:])
+    assert (aside / "step_00000020" / "manifest.json").exists()
+    del back["data"]["skip_samples"]
+    back["training"]["train_tokens"] = 21 * 8 * 32
+    assert run_ranks(train_in_process, 1, back)[0]["next_sample"] == 180
+
+
+def test_a_run_shows_its_time_and_doubts_a_reference_that_is_the_student(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run", train_tokens=4 * 8 * 32, profile_steps=[2, 3])
+    tree["model"] = {"path": str(corpora / "reference")}
+    run_ranks(train_in_process, 2, tree)
+    for rank in range(2):
+        with gzip.open(tmp_path / "run" / "profile" / f"steps-2-3-rank{rank:04d}.json.gz") as file:
+            assert any(event.get("name") == "aten::mm" for event in json.load(file)["traceEvents"])
+    log = (tmp_path / "run" / "log-rank0000.txt").read_text()
+    assert "profile of steps 2 to 3" in log and "Self CPU %" in log
+    assert "reference check: held_out: loss of the reference" in log
+    assert "The reference is no better than the student on any evaluation set" in log
+
+
+class Losses:
+    def __init__(self, **losses: float) -> None:
+        self.losses = lambda: losses
+
+
+def test_a_reference_that_is_better_somewhere_is_not_doubted(caplog: pytest.LogCaptureFixture) -> None:
+    from megatron_slm.training.callbacks.reference_check import ReferenceCheck
+    from megatron_slm.training.state import Plan, RunState
+
+    student, state = Losses(math=3.0, web=2.0), RunState(Plan(10, 4, 32, 1, 1, 1))
+    for reference, doubts in ((Losses(math=2.5, web=4.0), 0), (Losses(math=3.0, web=4.0), 1)):
+        caplog.clear()
+        ReferenceCheck(student, reference, "models/reference").on_train_start(state)
+        assert sum("models/reference (reference.path)" in record.message for record in caplog.records) == doubts

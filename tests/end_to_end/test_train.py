@@ -104,11 +104,13 @@ def evaluate(world: World, corpora: str) -> dict[str, Any]:
     backend = make_backend(world, case)
     engine = backend.frozen_engine(make_student(backend, case)[0], shard=True)
     stream = EvaluationStream(open_corpus(f"{corpora}/held_out"), 32, eod=1, reset_attention=False)
-    return Evaluator(engine, {"held_out": stream}, 4, world).evaluate()
+    beginning = Evaluator(engine, {"held_out": stream}, 4, world, limit=5)
+    return Evaluator(engine, {"held_out": stream}, 4, world).evaluate() | beginning.losses()
 
 
 def test_evaluation_is_the_same_at_one_two_and_three_ranks(corpora: Path) -> None:
     one = run_ranks(evaluate, 1, str(corpora))[0]
+    assert one["held_out"] != one["eval/held_out/loss"]
     for ranks in (2, 3):
         for found in run_ranks(evaluate, ranks, str(corpora)):
             assert found == pytest.approx(one, rel=1e-12)

@@ -31,6 +31,7 @@ class StepMetrics(Callback):
             "lr": result.learning_rate,
             "grad_norm": result.update.grad_norm,
             "skipped_updates": state.skipped_updates,
+            "failed_saves": state.failed_saves,
         }
         if self._selective:
             state.record |= self._selection(state, result, sums)

@@ -1,0 +1,75 @@
+"""Going back to an earlier checkpoint. What came after it is moved aside, never deleted.
+
+RUN_DIR/rolled-back/0001/metrics.jsonl, spikes.jsonl    the records after the checkpoint
+RUN_DIR/rolled-back/0001/step_00000500/                 the checkpoints after it
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from megatron_slm.dist import World, agree
+from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.files import sync, write_durably
+from megatron_slm.training.checkpoints import CheckpointStore, checkpoint_name, list_checkpoints
+
+
+def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
+    """Say what there is to go back to.
+
+    Raises:
+        UserError: there is no checkpoint of this step.
+    """
+    steps = [path.name.removeprefix("step_").lstrip("0") for path in list_checkpoints(checkpoints)]
+    if str(step) not in steps:
+        raise UserError(f"--rollback is {step}, and {checkpoints} has checkpoints of {', '.join(steps) or 'no step'}.")
+
+
+def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) -> None:
+    """Make the checkpoint of `step` the newest; every rank calls it.
+
+    A kill at any instant loses nothing, and asking again finishes the work: the records are copied first, the
+    checkpoints are moved from the newest on, and what is left is always the beginning of a run.
+
+    Raises:
+        AgreedError: the checkpoint is damaged, or something cannot be moved.
+    """
+    if store.newest(step) is None:
+        raise AgreedError(f"--rollback is {step}, and that checkpoint is gone.")
+    agree(lambda: _move_aside(run_dir, step) if world.is_main else None)
+
+
+def _move_aside(run_dir: Path, step: int) -> None:
+    later = sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.name > checkpoint_name(step))
+    records = {name: _records_after(run_dir / name, step) for name in ("metrics.jsonl", "spikes.jsonl")}
+    if not later and not any(records.values()):
+        return
+    try:
+        aside = _next_folder(run_dir / "rolled-back")
+        for name, text in records.items():
+            write_durably(aside / name, text)
+        for checkpoint in reversed(later):
+            shutil.move(checkpoint, aside / checkpoint.name)
+            sync(aside)
+        write_durably(run_dir / "checkpoints" / "latest", checkpoint_name(step))
+    except OSError as error:
+        raise UserError(
+            f"--rollback is {step}, and {run_dir} cannot be changed ({error}): mend that, and ask again."
+        ) from error
+    logging.getLogger(__name__).info("rolled back to step %d: what came after it is in %s", step, aside)
+
+
+def _records_after(path: Path, step: int) -> str:
+    """The lines of later steps, and all that follows the first of them, as they stand."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line.endswith("\n") and json.loads(line)["step"] <= step for line in lines]
+    return "".join(lines[kept.index(False) :]) if False in kept else ""
+
+
+def _next_folder(parent: Path) -> Path:
+    taken = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()]
+    folder = parent / f"{max(taken, default=0) + 1:04d}"
+    folder.mkdir(parents=True)
+    sync(parent)
+    return folder

@@ -1,0 +1,107 @@
+"""Going back loses nothing, whenever it is cut off."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_slm.dist import World
+from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.training import rollback
+from megatron_slm.training.checkpoints import MANIFEST, CheckpointStore, _sum, checkpoint_name, list_checkpoints
+from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+STEPS = (5, 10, 15, 20)
+LINES = [json.dumps({"step": step}) + "\n" for step in range(1, 21)]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of 20 steps with a checkpoint every 5, and a later one that was never published."""
+    for step in (*STEPS, 25):
+        folder = tmp_path / "checkpoints" / checkpoint_name(step)
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(f"of {step}")
+        (folder / MANIFEST).write_text(json.dumps({"files": {"weights": _sum(folder / "weights", flush=False)}}))
+    (tmp_path / "checkpoints" / "latest").write_text(checkpoint_name(20))
+    (tmp_path / "metrics.jsonl").write_text("".join(LINES) + '{"step": 21, "lo')
+    (tmp_path / "spikes.jsonl").write_text(LINES[7] + LINES[12])
+    return tmp_path
+
+
+def go_back(run_dir: Path, step: int) -> None:
+    roll_back(run_dir, CheckpointStore(run_dir / "checkpoints", ALONE), step, ALONE)
+
+
+def standing(run_dir: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(run_dir / "checkpoints")]
+
+
+def weights(run_dir: Path) -> list[str]:
+    """Of all checkpoints, wherever they are."""
+    return sorted(path.read_text() for path in run_dir.rglob("weights"))
+
+
+def test_what_came_after_is_moved_aside_with_its_records(run_dir: Path) -> None:
+    before = weights(run_dir)
+    go_back(run_dir, 10)
+    aside = run_dir / "rolled-back" / "0001"
+    assert standing(run_dir) == [5, 10] and (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(10)
+    assert {path.name for path in aside.glob("step_*")} == {checkpoint_name(step) for step in (15, 20, 25)}
+    assert (aside / "metrics.jsonl").read_text() == "".join(LINES[10:]) + '{"step": 21, "lo'
+    assert (aside / "spikes.jsonl").read_text() == LINES[12]
+    assert weights(run_dir) == before
+    (run_dir / "metrics.jsonl").write_text("".join(LINES[:10]))
+    (run_dir / "spikes.jsonl").unlink()
+    go_back(run_dir, 10)
+    assert [path.name for path in (run_dir / "rolled-back").iterdir()] == ["0001"]
+    go_back(run_dir, 5)
+    assert standing(run_dir) == [5] and (run_dir / "rolled-back" / "0002" / checkpoint_name(10)).exists()
+    assert weights(run_dir) == before
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_kill_at_any_moment_loses_nothing_and_asking_again_finishes(
+    run_dir: Path, moment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of records, three checkpoints, and `latest`: killed before each is touched."""
+    before, left = weights(run_dir), [moment]
+
+    def dies(work: Any) -> Any:
+        def then(*args: Any) -> None:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            work(*args)
+
+        return then
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollback, "write_durably", dies(rollback.write_durably))
+        patch.setattr(shutil, "move", dies(shutil.move))
+        with pytest.raises(KeyboardInterrupt):
+            go_back(run_dir, 10)
+    assert weights(run_dir) == before
+    assert (run_dir / "metrics.jsonl").read_text().startswith("".join(LINES))
+    newest = CheckpointStore(run_dir / "checkpoints", ALONE).newest()
+    assert newest is not None and int(newest.name[5:]) == {4: 15, 5: 10}.get(moment, 20)
+    go_back(run_dir, 10)
+    assert standing(run_dir) == [5, 10] and weights(run_dir) == before
+    assert (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(10)
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(run_dir: Path) -> None:
+    (run_dir / "checkpoints" / checkpoint_name(10) / "weights").write_text("else")
+    with pytest.raises(AgreedError, match=r"No checkpoint in .* is whole"):
+        go_back(run_dir, 10)
+    assert standing(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
+
+
+def test_what_there_is_to_go_back_to_is_listed(run_dir: Path) -> None:
+    refuse_missing_checkpoint(run_dir / "checkpoints", 15)
+    with pytest.raises(UserError, match=r"--rollback is 25, and .* has checkpoints of 5, 10, 15, 20\."):
+        refuse_missing_checkpoint(run_dir / "checkpoints", 25)
