@@ -130,7 +130,7 @@ class CheckpointStore:
         need = sum(size for size, _ in files.values()) if files else _estimate(engine)
         free = shutil.disk_usage(self._folder).free
         if free < need:
-            raise UserError(f"{free / 1e9:.2f} GB are free and it takes {need / 1e9:.2f} GB")
+            raise UserError(f"{free / 1e6:,.1f} MB are free and it takes {need / 1e6:,.1f} MB")
 
     def _clear(self) -> None:
         for left in self._folder.glob(".writing-*"):

@@ -48,7 +48,8 @@ def _move_aside(run_dir: Path, step: int) -> None:
     try:
         aside = _next_folder(run_dir / "rolled-back")
         for name, text in records.items():
-            write_durably(aside / name, text)
+            if text:
+                write_durably(aside / name, text)
         for checkpoint in reversed(later):
             shutil.move(checkpoint, aside / checkpoint.name)
             sync(aside)
