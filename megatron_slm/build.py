@@ -24,7 +24,7 @@ from megatron_slm.data.settings import blend, train_share
 from megatron_slm.data.stream import EvaluationStream
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_slm.dist import World, agree
-from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import (
     CausalLM,
     build_student,
@@ -244,19 +244,12 @@ def require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
 
 
 def _samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, world: World) -> Samples:
-    total = plan.total_steps * plan.global_batch_size
-    skipped = sum(last - first for first, last in config.data.skip_samples)
-    if skipped > total:
-        raise AgreedError(
-            f"data.skip_samples leaves out {skipped} samples, more than the {total} that the run trains on: they are "
-            "ordinals of samples, as spikes.jsonl names them."
-        )
     return build_samples(
         config.data,
         corpora.train,
         seed=config.seed,
         order_tokens=config.data.order_tokens or 0,
-        total_samples=total,
+        total_samples=plan.total_steps * plan.global_batch_size,
         cache=agree(lambda: _cache_folder(config, folder)),
         world=world,
     )
@@ -388,8 +381,7 @@ def _checks(
     if config.training.profile_steps is not None:
         checks.append(Profiler(folder.profile, *config.training.profile_steps, world))
     settings = config.reference
-    if settings is not None and isinstance(reference, LiveReference) and settings.check_windows:
-        limit = settings.check_windows
+    if settings is not None and isinstance(reference, LiveReference) and (limit := settings.check_windows):
         students = Evaluator(engine.module, streams, config.training.micro_batch_size, world, limit)
         references = Evaluator(reference.engine, streams, settings.micro_batch_size, world, limit)
         checks.append(ReferenceCheck(students, references, settings.path))

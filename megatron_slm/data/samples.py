@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.settings import DataSettings, blend
 from megatron_slm.dist import World
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError
 
 ORDER_FORMAT = 1
 """Raised when the same settings would give another order than before."""
@@ -126,9 +126,10 @@ def build_samples(
         world: this process among all.
 
     Raises:
-        UserError: the split leaves a corpus without a document.
+        AgreedError: the split leaves a corpus without a document, or more is left out than trained on.
     """
     _refuse_empty_split(settings, corpora)
+    _refuse_to_skip_more(settings.skip_samples, total_samples)
     cycle_length = math.ceil(order_tokens / settings.seq_length)
     identity = {
         "format": ORDER_FORMAT,
@@ -159,10 +160,19 @@ def _refuse_empty_split(settings: DataSettings, corpora: list[Corpus]) -> None:
     share = parse_and_normalize_split(settings.split or WHOLE)[0]
     for corpus in corpora:
         if round(share * corpus.num_documents) < 1:
-            raise UserError(
+            raise AgreedError(
                 f"data.split is '{settings.split}', which leaves none of the {corpus.num_documents} documents of "
                 f"{corpus.prefix} for training: give the first part a larger share."
             )
+
+
+def _refuse_to_skip_more(skip: list[tuple[int, int]], total_samples: int) -> None:
+    skipped = sum(last - first for first, last in skip)
+    if skipped > total_samples:
+        raise AgreedError(
+            f"data.skip_samples leaves out {skipped} samples, more than the {total_samples} that the run trains on: "
+            "they are ordinals of samples, as spikes.jsonl names them."
+        )
 
 
 def _weights(settings: DataSettings, corpora: list[Corpus]) -> list[float]:
