@@ -12,6 +12,8 @@ import gzip
 import json
 import multiprocessing
 import os
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -54,10 +57,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     compare(arguments, texts, tokenizer, folder)
     for megabytes in arguments.memory_megabytes:
         size = write(varied(texts, megabytes), folder / "long.jsonl")
-        seconds, peak, tokens = prepare(folder / "long.jsonl", tokenizer, folder / "long", arguments.workers)
+        run = prepare(folder / "long.jsonl", tokenizer, folder / "long", arguments.workers)
         print(
-            f"{size / 1e6:.0f} MB of text: peak memory {peak / 1e6:.0f} MB, {tokens:,} tokens in {seconds:.1f} s, "
-            f"{tokens / seconds:,.0f} tokens/s",
+            f"{size / 1e6:.0f} MB of text: peak memory {run.peak / 1e6:.0f} MB, {run.tokens:,} tokens in "
+            f"{run.seconds:.1f} s ({run.cpu:.1f} CPU s)",
             flush=True,
         )
 
@@ -69,19 +72,25 @@ def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, fo
     write(iter(some[:1]), folder / "one.jsonl")
     ratios = []
     for number in range(arguments.rounds):
-        alone, tokens = tokenizer_alone(some, tokenizer, arguments.workers)
-        start_up, _, _ = prepare(folder / "one.jsonl", tokenizer, folder / "one", arguments.workers)
-        whole, _, prepared = prepare(folder / "web.jsonl", tokenizer, folder / "web", arguments.workers)
-        assert prepared == tokens + len(some)  # end tokens
-        ratios.append((alone / whole, alone / (whole - start_up)))
+        alone, alone_cpu, tokens = tokenizer_alone(some, tokenizer, arguments.workers)
+        start = prepare(folder / "one.jsonl", tokenizer, folder / "one", arguments.workers)
+        whole = prepare(folder / "web.jsonl", tokenizer, folder / "web", arguments.workers)
+        assert whole.tokens == tokens + len(some)  # end tokens
+        ratios.append(
+            (alone / whole.seconds, alone / (whole.seconds - start.seconds), alone_cpu / (whole.cpu - start.cpu))
+        )
         print(
-            f"round {number + 1}: tokenizer alone {tokens / alone:,.0f} tokens/s, prepare {tokens / whole:,.0f} "
-            f"({tokens / (whole - start_up):,.0f} beyond its start of {start_up:.1f} s); ratio {ratios[-1][0]:.2f} "
-            f"({ratios[-1][1]:.2f})",
+            f"round {number + 1}: tokenizer alone {tokens / alone:,.0f} tokens/s ({alone_cpu:.1f} CPU s), "
+            f"prepare {tokens / whole.seconds:,.0f} ({whole.cpu:.1f} CPU s), of which its start takes "
+            f"{start.seconds:.1f} s ({start.cpu:.1f} CPU s)",
             flush=True,
         )
-    whole_ratio, ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
-    print(f"median ratio of {arguments.rounds}: {whole_ratio:.2f}; beyond the start: {ratio:.2f}", flush=True)
+    whole_ratio, ratio, cpu_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
+    print(
+        f"prepare's speed over the tokenizer's, median of {arguments.rounds}: {whole_ratio:.2f}; "
+        f"without its start {ratio:.2f}; by CPU seconds, without its start {cpu_ratio:.2f}",
+        flush=True,
+    )
 
 
 def varied(texts: list[str], megabytes: float) -> Iterator[str]:
@@ -107,10 +116,19 @@ def write(texts: Iterator[str], path: Path) -> int:
     return size
 
 
-def prepare(path: Path, tokenizer: Path, output: Path, workers: int) -> tuple[float, int, int]:
-    """Run the command; return its seconds, the peak of all its processes in bytes, and its tokens."""
+class Run(NamedTuple):
+    """What one run of the command took: CPU seconds and peak bytes of all its processes."""
+
+    seconds: float
+    cpu: float
+    peak: int
+    tokens: int
+
+
+def prepare(path: Path, tokenizer: Path, output: Path, workers: int) -> Run:
+    """Run the command, and remove what it made."""
     verb = ["prepare", "--input", str(path), "--tokenizer", str(tokenizer), "--output", str(output)]
-    start = time.perf_counter()
+    start, before = time.perf_counter(), children_cpu()
     process = psutil.Popen(
         [sys.executable, "-m", "megatron_slm", *verb, "--workers", str(workers)], stderr=subprocess.DEVNULL
     )
@@ -119,16 +137,23 @@ def prepare(path: Path, tokenizer: Path, output: Path, workers: int) -> tuple[fl
         with contextlib.suppress(psutil.NoSuchProcess):
             peak = max(peak, sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))
         time.sleep(0.1)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, children_cpu() - before
     if process.returncode:
         raise SystemExit("prepare failed")
     tokens = open_corpus(str(output)).num_tokens
-    subprocess.run(["rm", "-r", *map(str, output.parent.glob(f"{output.name}.[!j]*")), f"{output}.json"], check=True)
-    return seconds, peak, tokens
+    for suffix in (".bin", ".idx", ".json"):
+        Path(f"{output}{suffix}").unlink()
+    shutil.rmtree(f"{output}.tokenizer")
+    return Run(seconds, cpu, peak, tokens)
 
 
-def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[float, int]:
-    """Seconds and tokens of `encode_batch` on equal shares that each process holds."""
+def children_cpu() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[float, float, int]:
+    """Seconds, CPU seconds and tokens of `encode_batch` on equal shares that each process holds."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(workers + 1), context.Queue()
     processes = [
@@ -139,21 +164,22 @@ def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[fl
         process.start()
     barrier.wait()
     start = time.perf_counter()
-    tokens = sum(queue.get() for _ in processes)
+    cpu, tokens = (sum(column) for column in zip(*(queue.get() for _ in processes), strict=True))
     seconds = time.perf_counter() - start
     for process in processes:
         process.join()
-    return seconds, tokens
+    return seconds, cpu, tokens
 
 
 def encode_share(texts: list[str], tokenizer: Path, barrier: object, queue: object) -> None:
     encoder = load_encoder(str(tokenizer / "tokenizer.json"))
     barrier.wait()
+    start_cpu = time.process_time()
     tokens = 0
     for start in range(0, len(texts), BATCH):
         encoded = encoder.encode_batch(texts[start : start + BATCH], add_special_tokens=False)
         tokens += sum(len(one) for one in encoded)
-    queue.put(tokens)
+    queue.put((time.process_time() - start_cpu, tokens))
 
 
 if __name__ == "__main__":
