@@ -8,11 +8,11 @@ from megatron_slm.demo.runs import Folders, Lengths, configuration
 from megatron_slm.demo.stages import Stage, export_stage, training_stage
 
 _TITLES = {
-    "base": "train a base model on general text",
-    "reference": "train the reference on curated mathematics",
-    "clm": "train on all tokens (CLM)",
-    "slm": "train on selected tokens (SLM)",
-    "clm_curated": "train on all tokens with the curated text mixed in",
+    "base": "train the base",
+    "reference": "train the reference",
+    "clm": "train CLM",
+    "slm": "train SLM",
+    "clm_curated": "train CLM with curated text",
 }
 _STEP_SECONDS = {"slm": 0.6}
 _START_SECONDS = 14.0
@@ -39,7 +39,7 @@ def _texts(folders: Folders, lengths: Lengths) -> Stage:
     installed = sorted(f"{found.name} {found.version}" for found in metadata.distributions())
     return Stage(
         name="corpora",
-        title="collect and prepare the texts",
+        title="prepare the texts",
         command=("-m", "megatron_slm.demo.corpora", str(folders.corpora), *map(str, sizes)),
         outputs=(folders.corpora,),
         recipe=[platform.python_version(), sizes, installed],

@@ -23,7 +23,7 @@ class Progress:
         self._title = ""
         self._started = self._logged = time.monotonic()
         self._bar = tqdm(
-            total=sum(expected), disable=None, bar_format="{desc}: {percentage:.0f} %|{bar}| {elapsed} passed{postfix}"
+            total=sum(expected), disable=None, bar_format="{desc}: {percentage:.0f} %|{bar}| {elapsed}{postfix}"
         )
 
     def begin(self, number: int, title: str) -> None:
