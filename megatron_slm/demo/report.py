@@ -51,7 +51,7 @@ def _page(found: dict[str, Passages]) -> str:
     ]
     introduction = (
         "<p>Excess loss is the loss of the base model minus that of the reference, which was trained further on "
-        f"curated mathematics. Of both held-out sets together the {RATIO:.0%} of the tokens with the highest excess "
+        f"curated mathematics. Of the tokens of both held-out sets together, the {RATIO:.0%} of highest excess "
         f"loss are selected: {escape_html(shares)}. Tokens in grey are not scored. A pointer that rests on a token "
         f"shows its losses.</p>\n<section>{legend_html()}</section>"
     )
