@@ -43,7 +43,7 @@ def test_a_jump_is_told_with_its_samples_and_a_falling_loss_is_not(tmp_path: Pat
 
 def test_one_spike_does_not_hide_the_next_and_a_lasting_level_is_accepted() -> None:
     losses = (2 + NOISE).tolist()
-    losses[100] = losses[102] = 50.0
+    losses[100], losses[102] = 50.0, 5.0
     assert run(losses[:110], None, fresh())[-1] == 2
     higher = losses[:90] + [loss + 3 for loss in losses[110:400]]
     counts = run(higher, None, fresh())
