@@ -140,7 +140,7 @@ def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, di
     for callback in watching:
         callback.on_train_start(state)
     steps: dict[str, list[float]] = defaultdict(list)
-    ends: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way in WAYS}
+    ends: dict[str, dict[str, list[float]]] = {way: defaultdict(list) for way, interval in WAYS.items() if interval}
     for index in range(rounds + 1):
         for way, interval in WAYS.items():
             trainer._callbacks = watching if interval else []
@@ -151,19 +151,24 @@ def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, di
                 if index:
                     steps[way].append(time.perf_counter() - start)
             for callback in watching:
-                if index:
+                if index and interval:
                     ends[way][type(callback.inner).__name__] += callback.seconds
                 callback.seconds = []
     return steps, ends
+
+
+def seconds_a_step(name: str, seconds: list[float], log_interval: int) -> float:
+    """The median of a callback's busy step ends, spread over its interval."""
+    measured, default = (BLOCK, INTERVALS[name]) if name in INTERVALS else (log_interval, log_interval)
+    return statistics.median(sorted(seconds)[-(len(seconds) // measured) :]) / default
 
 
 def report(steps: dict[str, list[float]], ends: dict[str, dict[str, list[float]]], world: World, as_json: bool) -> None:
     """Milliseconds a step, and the share that watching takes at the defaults of the intervals."""
     step = statistics.median(steps["not watched"])
     a_step = {
-        way: {name: sum(seconds) / len(seconds) * BLOCK / INTERVALS.get(name, BLOCK) for name, seconds in found.items()}
+        way: {name: seconds_a_step(name, seconds, WAYS[way]) for name, seconds in found.items()}
         for way, found in ends.items()
-        if found
     }
     shares = {way: sum(found.values()) / step for way, found in a_step.items()}
     if as_json:

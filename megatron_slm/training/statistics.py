@@ -83,20 +83,24 @@ class StepStatistics:
         return torch.stack([self._sums["loss"], self._sums["valid"]])
 
     def reduce(self) -> dict[str, float]:
-        """The sums over all ranks; every rank calls it."""
-        totals = all_reduce_sum(torch.stack(list(self._sums.values()))).tolist()
-        return dict(zip(self._sums, totals, strict=True))
+        """The sums over all ranks, those of source s as `valid/s` and `selected/s`; every rank calls it."""
+        sources = range(self._by_source_2S.shape[1])
+        names = [*self._sums, *(f"{kind}/{source}" for kind in ("valid", "selected") for source in sources)]
+        sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
+        return dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
 
-    def reduce_by_source(self) -> list[float | None]:
-        """Selected share of each source's valid tokens over all ranks; None where it had none."""
-        valid_S, selected_S = all_reduce_sum(self._by_source_2S).tolist()
-        return [selected / valid if valid else None for valid, selected in zip(valid_S, selected_S, strict=True)]
+    def excess_quantiles(self, quantiles: tuple[float, ...], num_valid: int) -> list[float]:
+        """Exact quantiles of the step's excess loss over all ranks; empty without a reference.
 
-    def excess_quantiles(self, quantiles: tuple[float, ...]) -> list[float]:
-        """Exact quantiles of the step's excess loss over all ranks; empty without a reference."""
+        Args:
+            quantiles: in (0, 1).
+            num_valid: tokens of all ranks.
+        """
         if not self.has_reference or not quantiles:
             return []
-        return score_quantiles(*self._all_excess(), quantiles).tolist()
+        excess_N, valid_N = self._all_excess()
+        count = torch.tensor(num_valid, device=valid_N.device)
+        return score_quantiles(excess_N, valid_N, quantiles, num_valid=count).tolist()
 
     def excess_histogram(self) -> Histogram:
         """Of the step's valid tokens over all ranks, by one all-reduce; every rank calls it. Needs a reference."""

@@ -39,8 +39,7 @@ class StepMetrics(Callback):
     def _selection(self, state: RunState, result: StepResult, sums: dict[str, float]) -> dict[str, float | None]:
         unselected = sums["valid"] - sums["selected"]
         statistics = result.statistics
-        quantiles = statistics.excess_quantiles(self._quantiles)
-        shares = statistics.reduce_by_source()
+        quantiles = statistics.excess_quantiles(self._quantiles, round(sums["valid"]))
         return {
             "consumed_selected_tokens": state.consumed_selected_tokens,
             "loss/selected": ratio(sums["selected_loss"], sums["selected"]),
@@ -48,7 +47,10 @@ class StepMetrics(Callback):
             "loss/reference": ratio(sums["reference_loss"], sums["valid"]) if statistics.has_reference else None,
             "selection/threshold": ratio(sums["threshold"], sums["thresholds"]),
             "selection/ratio": ratio(sums["selected"], sums["valid"]),
-            **{f"selection/ratio/{name}": share for name, share in zip(self._sources, shares, strict=True)},
+            **{
+                f"selection/ratio/{name}": ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
+                for source, name in enumerate(self._sources)
+            },
             **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=False)},
         }
 
