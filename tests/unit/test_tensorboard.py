@@ -13,6 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from megatron_slm.backend import Update
 from megatron_slm.errors import UserError
 from megatron_slm.training.callbacks.histogram import ExcessHistogram
+from megatron_slm.training.callbacks.metrics import StepMetrics
 from megatron_slm.training.callbacks.tensorboard import TensorBoard, layout, open_event_files, preformatted
 from megatron_slm.training.objective import Choice
 from megatron_slm.training.state import Asked, Plan, RunState
@@ -140,3 +141,16 @@ def test_a_missing_tensorboard_is_a_sentence(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"TensorBoard cannot be imported .* pip install tensorboard\.$"):
         open_event_files(tmp_path, 0)
+
+
+def test_the_share_of_a_source_is_of_its_own_tokens() -> None:
+    """Excess loss from 1 to 8.5, above 4 selected: the last of source 0, all of source 1."""
+    result = result_of_step(1)
+    state = RunState(Plan(100, 1, 8, 1, 100, 100), step=1, record={})
+    StepMetrics(["web", "books"], True, (0.5,)).on_step_end(state, result)
+    shown = {name: value for name, value in state.record.items() if name.startswith(("selection", "excess"))}
+    expected = {"": 9 / 16, "/web": 1 / 8, "/books": 1.0}
+    assert shown == {f"selection/ratio{name}": share for name, share in expected.items()} | {
+        "selection/threshold": 3.0,
+        "excess/q50": 5.0,
+    }
