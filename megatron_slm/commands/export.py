@@ -41,7 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
-    from megatron_slm.build import PRECISIONS, make_backend, open_corpora, student_config
+    from megatron_slm.build.corpora import open_corpora
+    from megatron_slm.build.models import PRECISIONS, make_backend, student_config
     from megatron_slm.dist import connect, disconnect
     from megatron_slm.models.export import fill_model, write_folder
     from megatron_slm.run_folder import RunFolder
