@@ -56,6 +56,18 @@ def test_overlapping_held_out_documents_are_dropped_and_counted(texts: Path) -> 
     assert counts["curated"]["documents"] == len(documents(texts, "curated"))
 
 
+def test_a_held_out_document_that_quotes_a_training_text_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"word{n}" for n in range(40)]
+    training = {name: [" ".join(words)] for name in (*GENERAL, "curated")}
+    quotes, own = " ".join(["so", *words[5:18]]), " ".join(["so", *words[5:17]])  # 13 words in a row, and 12
+    monkeypatch.setattr("megatron_slm.demo.texts._training", lambda *_: training)
+    monkeypatch.setattr("megatron_slm.demo.texts._held_out", lambda *_: {name: [quotes, own] for name in HELD_OUT})
+    counts = write_texts(tmp_path, SIZES)
+    assert all(documents(tmp_path, name) == [own] and counts[name]["dropped"] == 1 for name in HELD_OUT)
+
+
 def test_a_seventh_of_the_general_text_is_mathematics(texts: Path) -> None:
     sizes = {name: (texts / f"{name}.jsonl").stat().st_size for name in GENERAL}
     assert 0.12 < sizes["mathematics"] / sum(sizes.values()) < 0.18
@@ -158,6 +170,15 @@ def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
 def test_other_inputs_run_a_stage_and_all_after_it_again(tmp_path: Path) -> None:
     for recipe in ("", "other packages"):
         two_stages(tmp_path, recipe).run(StopRequest())
+    assert (tmp_path / "ran").read_text() == "first second first second "
+
+
+def test_other_inputs_are_not_forgotten_by_a_stop_in_between(tmp_path: Path) -> None:
+    """The first stage is made anew and the second is not: it was finished on what the first one made before."""
+    two_stages(tmp_path).run(StopRequest())
+    changed = stage(tmp_path, "first", append(tmp_path, "first"), "other packages")
+    Stages(tmp_path / "stages", [changed], 1).run(StopRequest())
+    two_stages(tmp_path, "other packages").run(StopRequest())
     assert (tmp_path / "ran").read_text() == "first second first second "
 
 
