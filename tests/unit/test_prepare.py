@@ -148,7 +148,7 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
     assert not staging.exists()
 
 
-def test_a_killed_process_leaves_what_the_next_one_goes_on_with(model, tmp_path):
+def test_a_killed_process_leaves_what_the_next_one_goes_on_with(model, tmp_path, caplog):
     web = tmp_path / "web"
     web.mkdir()
     for number in range(12):
@@ -162,9 +162,10 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(model, tmp_path)
     process.wait()
     finished = len(json.loads(journal.read_text())["finished"])
     assert 0 < finished < 12
-    again = subprocess.run([*command, "--workers", "1", "--output", str(output)], capture_output=True, text=True)
-    assert f"going on after {finished} of 12 inputs" in again.stderr
-    subprocess.run([*command, "--workers", "1", "--output", str(tmp_path / "whole")], check=True)
+    with caplog.at_level("INFO", "megatron_slm"):
+        prepare_corpus([str(web)], str(output), tokenizer=model)
+    assert f"going on after {finished} of 12 inputs" in caplog.text
+    prepare_corpus([str(web)], str(tmp_path / "whole"), tokenizer=model)
     assert contents(output) == contents(tmp_path / "whole")
 
 

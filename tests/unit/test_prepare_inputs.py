@@ -104,7 +104,7 @@ def test_the_index_is_the_one_that_megatron_writes(model, tmp_path):
     tokens = open_tokens(corpus)
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for number in range(len(tokens)):
-        builder.add_document(torch.from_numpy(tokens[number]), [len(tokens[number])])
+        builder.add_document(torch.from_numpy(tokens[number].copy()), [len(tokens[number])])
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"theirs{suffix}").read_bytes() == (tmp_path / f"out{suffix}").read_bytes()

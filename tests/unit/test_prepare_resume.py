@@ -20,6 +20,7 @@ from megatron_slm.errors import UserError
 from tests.texts import sentence
 
 FILES = 5
+ONCE = " ".join(f"only{i}" for i in range(15))  # in the second file and nowhere else
 
 
 class KilledError(BaseException):
@@ -33,6 +34,8 @@ def web(tmp_path) -> Path:
     for number in range(FILES):
         records = [{"text": sentence(1000 * number + i, 30), "source": ("a", "b")[i % 2]} for i in range(20 * number)]
         lines = [json.dumps(record) + "\n" for record in records]
+        if number == 1:
+            lines[7] = json.dumps({"text": ONCE, "source": "a"}) + "\n"
         (folder / f"{number}.jsonl").write_text("".join([*lines[:5], "{bad\n", *lines[5:]]))
     return folder
 
@@ -40,7 +43,7 @@ def web(tmp_path) -> Path:
 @pytest.fixture
 def evaluation(tmp_path) -> str:
     path = tmp_path / "evaluation.jsonl"
-    texts = [sentence(1001, 30), sentence(3002, 30), " ".join(map(str, range(20)))]
+    texts = [ONCE, sentence(3002, 30), " ".join(map(str, range(20)))]
     path.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     return str(path)
 
