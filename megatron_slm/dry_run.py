@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from megatron_slm.build.corpora import Corpora, open_corpora, require_tokenizer
-from megatron_slm.build.models import PRECISIONS, student_config
-from megatron_slm.build.plan import resolve
-from megatron_slm.build.run import make_objective
+from megatron_slm.composition.corpora import Corpora, open_corpora, require_tokenizer
+from megatron_slm.composition.models import PRECISIONS, student_config
+from megatron_slm.composition.plan import resolve
+from megatron_slm.composition.run import make_objective
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.dist import World

@@ -87,7 +87,7 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 
 def train_in_process(world: World, tree: dict[str, Any]) -> dict[str, Any]:
     """What `megatron-slm train` does on a rank that has joined its group; returns the progress."""
-    from megatron_slm.build.run import build_run
+    from megatron_slm.composition.run import build_run
     from megatron_slm.config import parse_config
 
     run = build_run(parse_config(tree), world)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_slm.build.run import Run, build_run
+from megatron_slm.composition.run import Run, build_run
 from megatron_slm.config import parse_config
 from megatron_slm.demo.runs import MODEL, SEQ_LENGTH
 from megatron_slm.dist import World, connect, disconnect

@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
-    from megatron_slm.build.corpora import open_corpora
-    from megatron_slm.build.models import PRECISIONS, make_backend, student_config
+    from megatron_slm.composition.corpora import open_corpora
+    from megatron_slm.composition.models import PRECISIONS, make_backend, student_config
     from megatron_slm.dist import connect, disconnect
     from megatron_slm.models.export import fill_model, write_folder
     from megatron_slm.run_folder import RunFolder

@@ -101,7 +101,7 @@ def _rollback(step: int | None) -> int | None:
 def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None = None) -> "RunState":
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_slm.build.run import build_run
+    from megatron_slm.composition.run import build_run
     from megatron_slm.dist import connect, disconnect, gather_objects
 
     world = connect(config.training.timeout_minutes)

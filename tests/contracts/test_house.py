@@ -26,10 +26,10 @@ MAY_IMPORT = {
     "reporting": set(),
     "config": {"errors", "data", "models", "signals", "selection", "training"},
     "run_folder": {"config", "dist", "errors", "files", "training"},
-    "build": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
+    "composition": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
     "demo": LEAVES | {"data", "models", "selection", "reporting"},
-    "dry_run": LEAVES | {"config", "run_folder", "build", "data", "models", "training"},
-    "commands": LEAVES | {"config", "run_folder", "build", "dry_run", "data", "models", "training", "demo"},
+    "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "training"},
+    "commands": LEAVES | {"config", "run_folder", "composition", "dry_run", "data", "models", "training", "demo"},
     "__main__": {"errors", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }
@@ -76,9 +76,9 @@ def test_deepspeed_is_imported_in_one_file() -> None:
 
 def test_only_commands_and_the_dry_run_import_the_composition_root() -> None:
     importers = {
-        part(path) for path in sources() if any(name.startswith("megatron_slm.build") for name in imports(path))
+        part(path) for path in sources() if any(name.startswith("megatron_slm.composition") for name in imports(path))
     }
-    assert importers == {"build", "commands", "dry_run"}
+    assert importers == {"commands", "composition", "dry_run"}
 
 
 def test_settings_import_nothing_heavy() -> None:

@@ -128,7 +128,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_leaves_the_on
 
 
 def train_rolled_back(world: World, tree: dict[str, Any], step: int) -> dict[str, Any]:
-    from megatron_slm.build.run import build_run
+    from megatron_slm.composition.run import build_run
     from megatron_slm.config import parse_config
 
     run = build_run(parse_config(tree), world, rollback=step)

@@ -1,0 +1,110 @@
+"""What is told of every step, in the order in which it is told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_slm.backend import TrainingEngine
+from megatron_slm.composition.corpora import Corpora
+from megatron_slm.config import Config, dump_config
+from megatron_slm.data.corpus import unique_names
+from megatron_slm.data.stream import EvaluationStream
+from megatron_slm.dist import World, agree
+from megatron_slm.run_folder import RunFolder
+from megatron_slm.signals.live import LiveReference, Reference
+from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.callbacks.checkpoint import Checkpoints
+from megatron_slm.training.callbacks.console import Console
+from megatron_slm.training.callbacks.evaluation import Evaluation
+from megatron_slm.training.callbacks.histogram import ExcessHistogram
+from megatron_slm.training.callbacks.jsonl import JsonLines
+from megatron_slm.training.callbacks.metrics import StepMetrics
+from megatron_slm.training.callbacks.profiler import Profiler
+from megatron_slm.training.callbacks.reference_check import ReferenceCheck
+from megatron_slm.training.callbacks.spikes import Spikes
+from megatron_slm.training.callbacks.tensorboard import TensorBoard, open_event_files
+from megatron_slm.training.callbacks.throughput import Throughput
+from megatron_slm.training.callbacks.token_table import TokenTable
+from megatron_slm.training.checkpoints import CheckpointStore
+from megatron_slm.training.evaluate import Evaluator
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What callbacks are made of: the parts of the run, and who writes where."""
+
+    config: Config
+    corpora: Corpora
+    folder: RunFolder
+    engine: TrainingEngine
+    reference: Reference
+    store: CheckpointStore
+    speed: Throughput
+    world: World
+
+
+def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Callback]:
+    """In the order in which they fill, read and save a step's record; the user's own fill it last.
+
+    Args:
+        parts: of the run.
+        own: callbacks of the user's.
+        step: from which the run goes on.
+
+    Raises:
+        AgreedError: TensorBoard's folder cannot be written.
+    """
+    config, folder, world = parts.config, parts.folder, parts.world
+    selective, sigma = config.objective == "slm", config.training.spike_sigma
+    sources = unique_names([corpus.prefix for corpus in parts.corpora.train])
+    streams = _streams(parts)
+    events = agree(lambda: open_event_files(folder.tensorboard, step) if world.is_main else None)
+    return [
+        *_checks(parts, streams),
+        StepMetrics(sources, selective, config.selection.quantiles),
+        *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
+        parts.speed,
+        Evaluation(_evaluator(parts, streams)),
+        ExcessHistogram(config.training.histogram_interval, events),
+        *own,
+        *([] if events is None else _writers(parts, events, sources)),
+        Checkpoints(parts.store, parts.engine),
+    ]
+
+
+def _streams(parts: Parts) -> dict[str, EvaluationStream]:
+    eod, data = parts.corpora.tokenizer.eos_token_id, parts.config.data
+    return {
+        name: EvaluationStream(corpus, data.seq_length, eod, data.reset_attention)
+        for name, corpus in parts.corpora.valid.items()
+    }
+
+
+def _evaluator(parts: Parts, streams: dict[str, EvaluationStream], windows: int | None = None) -> Evaluator:
+    return Evaluator(parts.engine.module, streams, parts.config.training.micro_batch_size, parts.world, windows)
+
+
+def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback]:
+    """What looks at the run without a part in its records."""
+    checks: list[Callback] = []
+    training, settings, reference = parts.config.training, parts.config.reference, parts.reference
+    if training.profile_steps is not None:
+        checks.append(Profiler(parts.folder.profile, *training.profile_steps, parts.world))
+    if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
+        references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
+        checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, settings.path))
+    return checks
+
+
+def _writers(parts: Parts, events: "SummaryWriter", sources: list[str]) -> list[Callback]:
+    """What rank 0 alone does."""
+    config, training = parts.config, parts.config.training
+    writers: list[Callback] = [Console(), JsonLines(parts.folder.metrics)]
+    writers.append(TensorBoard(events, dump_config(config), list(parts.corpora.valid)))
+    if config.objective == "slm":
+        interval = training.token_table_interval or training.eval_interval
+        writers.append(TokenTable(interval, events, parts.corpora.tokenizer, sources))
+    return writers

@@ -1,0 +1,75 @@
+"""The corpora of a run, their one tokenizer, and the order of samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus
+from megatron_slm.data.samples import Samples, build_samples
+from megatron_slm.data.settings import blend
+from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_slm.dist import World, agree
+from megatron_slm.errors import UserError
+from megatron_slm.run_folder import RunFolder
+from megatron_slm.training.state import Plan
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The training corpora in the order of the blend, the evaluation sets by name, and their one tokenizer."""
+
+    train: list[Corpus]
+    valid: dict[str, Corpus]
+    fingerprint: str
+    tokenizer: Any
+
+
+def open_corpora(config: Config) -> Corpora:
+    """All corpora of the run, which must share a tokenizer."""
+    prefixes, _ = blend(config.data.train)
+    train = [open_corpus(prefix) for prefix in prefixes]
+    valid = {name: open_corpus(prefix) for name, prefix in config.data.valid.items()}
+    for corpus in (*train, *valid.values()):
+        if corpus.tokenizer_fingerprint != train[0].tokenizer_fingerprint:
+            raise UserError(
+                f"The corpora {train[0].prefix} and {corpus.prefix} were prepared with different tokenizers: "
+                "prepare one of them again with the other's PREFIX.tokenizer."
+            )
+    tokenizer = load_tokenizer(str(corpus_tokenizer_path(train[0])))
+    return Corpora(train, valid, train[0].tokenizer_fingerprint, tokenizer)
+
+
+def require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
+    """Losses of two models compare token by token only if their tokens are the same."""
+    try:
+        found = tokenizer_fingerprint(load_tokenizer(path))
+    except UserError as error:
+        raise UserError(f"{setting}.path is '{path}', which has no tokenizer that can be read: {error}") from error
+    if found != fingerprint:
+        raise UserError(
+            f"{setting}.path is '{path}', whose tokenizer is not that of data.train: "
+            "prepare the corpora with this tokenizer, or use a model that has the corpora's."
+        )
+
+
+def make_samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, world: World) -> Samples:
+    """The order of samples; every rank calls it."""
+    return build_samples(
+        config.data,
+        corpora.train,
+        seed=config.seed,
+        order_tokens=config.data.order_tokens or 0,
+        total_samples=plan.total_steps * plan.global_batch_size,
+        cache=agree(lambda: _cache_folder(config, folder)),
+        world=world,
+    )
+
+
+def _cache_folder(config: Config, folder: RunFolder) -> Path:
+    path = Path(config.data.cache) if config.data.cache else folder.cache
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache is {path}, which is no folder that can be written: name another.") from error
+    return path

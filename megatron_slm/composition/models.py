@@ -1,0 +1,101 @@
+"""Student and reference, and where their weights live."""
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
+from megatron_slm.composition.corpora import Corpora, require_tokenizer
+from megatron_slm.config import Config
+from megatron_slm.data.loader import accumulation_steps
+from megatron_slm.dist import World, agree
+from megatron_slm.models.causal_lm import (
+    CausalLM,
+    build_student,
+    initialize_weights,
+    load_pretrained,
+    model_config,
+)
+from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
+from megatron_slm.signals.live import LiveReference, NoReference, Reference
+from megatron_slm.training.flops import token_flops
+from megatron_slm.training.optimizer import adamw
+
+PRECISIONS: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
+    """The student's Hugging Face configuration, with the corpora's vocabulary and without dropout under SLM."""
+    tokenizer = corpora.tokenizer
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special_ids = {name: getattr(tokenizer, name) for name in names}
+    if config.model.path is not None:
+        require_tokenizer(config.model.path, "model", corpora.fingerprint)
+    hf_config = model_config(config.model, len(tokenizer), special_ids)
+    check_length(hf_config, "model", config.data.seq_length)
+    if config.objective == "slm":
+        check_dropout_settings(hf_config)
+    return hf_config
+
+
+def make_backend(config: Config, world: World) -> Backend:
+    """Where the run's weights live. DeepSpeed changes torch for the whole process, so it is imported on demand."""
+    if config.training.backend == "plain":
+        from megatron_slm.backend.plain import PlainBackend
+
+        return PlainBackend(world)
+    from megatron_slm.backend.deepspeed import DeepSpeedBackend
+
+    return DeepSpeedBackend(world, config.deepspeed, PRECISIONS[config.training.precision])
+
+
+def make_student(
+    config: Config, hf_config: PretrainedConfig, backend: Backend, world: World
+) -> tuple[CausalLM, TrainingEngine]:
+    """The student's module and its engine."""
+    training = config.training
+    precision = PRECISIONS[training.precision]
+    if config.model.path is None:
+        lm = backend.construct(lambda: build_student(config.model, hf_config, precision, world.device))
+        initialize_weights(lm, config.seed, backend.gathered)
+    else:
+        # Read whole to host memory and partitioned one parameter at a time: reading
+        # under ZeRO-3 needs as much in sum, and more on rank 0 (tools/bench_load_memory.py).
+        lm = agree(lambda: build_student(config.model, hf_config, precision, world.device))
+    if config.objective == "slm":
+        check_dropout(lm)
+    lm.config.use_cache = False
+    if training.activation_checkpointing == "full":
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    module = CausalLM(lm)
+    accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
+    settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
+    engine = backend.training_engine(module, adamw(module, training, world.device), settings)
+    _check_answers(config, engine.module, lm)
+    return module, engine
+
+
+def make_reference(config: Config, corpora: Corpora, backend: Backend) -> tuple[Reference, float]:
+    """Where reference signals come from, and their FLOPs a token."""
+    settings = config.reference
+    if settings is None or config.objective == "clm":
+        return NoReference(), 0.0
+    agree(lambda: require_tokenizer(settings.path, "reference", corpora.fingerprint))
+    lm = agree(
+        lambda: load_pretrained(
+            settings.path, "reference", settings.trust_remote_code, dtype=PRECISIONS[config.training.precision]
+        )
+    )
+    check_length(lm.config, "reference", config.data.seq_length)
+    module = CausalLM(lm)
+    flops = token_flops(module, lm.config, config.data.seq_length).forward
+    engine = backend.frozen_engine(module, shard=settings.shard)
+    _check_answers(config, engine, lm)
+    return LiveReference(engine, settings.micro_batch_size), flops
+
+
+def _check_answers(config: Config, module: nn.Module, lm: PreTrainedModel) -> None:
+    """Ask a model, as its engine runs it, whether its losses are what the step takes them for."""
+    check_head(lm)
+    if config.data.reset_attention:
+        check_packing(module, lm)

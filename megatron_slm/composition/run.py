@@ -1,0 +1,128 @@
+"""A whole run. Read `build_run` from top to bottom: each line makes one part from those above it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from megatron_slm.composition.callbacks import Parts, make_callbacks
+from megatron_slm.composition.corpora import make_samples, open_corpora
+from megatron_slm.composition.models import make_backend, make_reference, make_student, student_config
+from megatron_slm.composition.plan import resolve
+from megatron_slm.config import Config, dump_config
+from megatron_slm.data.loader import StepLoader, accumulation_steps
+from megatron_slm.dist import World, agree
+from megatron_slm.errors import UserError
+from megatron_slm.run_folder import RunFolder
+from megatron_slm.selection.scoring import find_score
+from megatron_slm.training.callbacks.callback import Callback, make_callback
+from megatron_slm.training.callbacks.throughput import Throughput
+from megatron_slm.training.checkpoints import CheckpointStore
+from megatron_slm.training.flops import peak_flops, token_flops
+from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
+from megatron_slm.training.requests import Requests
+from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
+from megatron_slm.training.schedule import learning_rate
+from megatron_slm.training.state import Plan, RunState
+from megatron_slm.training.step import TrainingStep
+from megatron_slm.training.trainer import Trainer
+from megatron_slm.types import SIGNALS
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command drives: `run.trainer.fit(run.state)`."""
+
+    trainer: Trainer
+    state: RunState
+    folder: RunFolder
+
+
+def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), rollback: int | None = None) -> Run:
+    """Everything of a run, resumed where its folder stands; every rank calls it.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+        callbacks: of the caller's own, beside those that the configuration names.
+        rollback: step of the checkpoint to go on from; what came after it is moved aside.
+
+    Raises:
+        UserError: the same on all ranks, for anything that the user can mend.
+    """
+    folder = RunFolder(config.run_dir, world)
+    config = agree(lambda: folder.settle(config))
+    if rollback is not None:
+        agree(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
+    corpora = agree(lambda: open_corpora(config))
+    config, plan = agree(lambda: resolve(config, corpora, world))
+    objective = agree(lambda: make_objective(config, world))
+    own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
+    hf_config = agree(lambda: student_config(config, corpora))
+    samples = make_samples(config, corpora, plan, folder, world)
+    agree(lambda: folder.begin(config, samples.fingerprint))
+    loader = StepLoader(
+        samples,
+        config.training.micro_batch_size,
+        plan.global_batch_size,
+        config.data.reset_attention,
+        world,
+        config.data.skip_samples,
+    )
+    backend = make_backend(config, world)
+    student, engine = make_student(config, hf_config, backend, world)
+    reference, reference_flops = make_reference(config, corpora, backend)
+    step = TrainingStep(engine, reference, objective, seed=config.seed, num_sources=len(corpora.train), world=world)
+    state = RunState(plan, samples.fingerprint)
+    torch.manual_seed(config.seed + world.rank)
+    store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
+    if rollback is not None:
+        roll_back(folder.path, store, rollback, world)
+    if (progress := store.restore(engine)) is not None:
+        agree(lambda: state.restore(progress))
+    samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
+    student_flops = token_flops(student, hf_config, config.data.seq_length).training
+    peak = peak_flops(world.device)
+    speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
+    parts = Parts(config, corpora, folder, engine, reference, store, speed, world)
+    rate = partial(_learning_rate, config, plan)
+    told = make_callbacks(parts, own, state.step)
+    trainer = Trainer(loader, step, rate, told, config.training.max_skipped_updates, Requests())
+    return Run(trainer, state, folder)
+
+
+def make_objective(config: Config, world: World) -> Objective:
+    """Which tokens count, after checking that the batch can be dealt and that there is what the score needs."""
+    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.size)
+    if config.objective == "clm":
+        return CausalLanguageModeling()
+    settings = config.selection
+    try:
+        score = find_score(settings.score)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    unknown = [name for name in score.needs if name not in SIGNALS]
+    if unknown:
+        raise UserError(
+            f"selection.score is '{settings.score}', which needs '{unknown[0]}', a signal that does not exist: "
+            f"name one of {', '.join(SIGNALS)} in its @score(needs=(...))."
+        )
+    if config.reference is None and any(name.startswith("reference.") for name in score.needs):
+        raise UserError(
+            f"selection.score is '{settings.score}', which needs a reference model: set reference.path to a "
+            "Hugging Face folder, or use selection.score=student_loss, selection.score=random, or objective=clm."
+        )
+    return SelectiveLanguageModeling(score, settings.ratio, settings.scope, settings.pool == "step")
+
+
+def _learning_rate(config: Config, plan: Plan, tokens: int) -> float:
+    training = config.training
+    return learning_rate(
+        tokens,
+        train_tokens=plan.total_steps * plan.tokens_per_step,
+        warmup_tokens=training.warmup_tokens,
+        lr=training.lr,
+        min_lr=training.min_lr,
+        schedule=training.schedule,
+    )
