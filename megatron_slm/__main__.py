@@ -4,13 +4,15 @@ import argparse
 import ast
 import errno
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
 
 from megatron_slm import __version__
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.launcher import is_main_process, tell_launcher
 
 MACHINES_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
 """Full, read-only or forbidden: whatever part of the program meets them, the person at the machine mends them."""
@@ -46,7 +48,8 @@ def _run(verb: str, arguments: list[str]) -> None:
         # Overrides may stand on both sides of an option.
         command.run(parser.parse_intermixed_args(arguments))
     except UserError as error:
-        _refuse(verb, str(error))
+        # What all ranks agree on, rank 0 alone says; what one rank alone has met, that rank says.
+        _refuse(verb, str(error), aloud=is_main_process(os.environ) or not isinstance(error, AgreedError))
     except OSError as error:
         if error.errno not in MACHINES_OWN:
             raise
@@ -54,8 +57,10 @@ def _run(verb: str, arguments: list[str]) -> None:
         _refuse(verb, f"{error.strerror}{where}: mend that and start again; what was saved before is untouched.")
 
 
-def _refuse(verb: str, sentence: str) -> None:
-    sys.stderr.write(f"megatron-slm {verb}: error: {sentence}\n")
+def _refuse(verb: str, sentence: str, aloud: bool = True) -> None:
+    if aloud:
+        sys.stderr.write(f"megatron-slm {verb}: error: {sentence}\n")
+    tell_launcher(sentence)
     sys.exit(2)
 
 

@@ -2,10 +2,7 @@
 
 import datetime
 import os
-import re
-import socket
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.launcher import launcher_variables
 
 T = TypeVar("T")
 
@@ -82,54 +80,6 @@ def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torchrun, whichever launcher started this process.
-
-    DeepSpeed and torch both read them from the environment. A job script may itself run inside
-    an allocation, so SLURM's variables count only in a step started by srun.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        return {name: environment.get(name, default) for name, default in defaults.items()}
-    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit():
-        return _slurm_variables(environment)
-    return {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-    }
-
-
-def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    hosts = environment.get("SLURM_STEP_NODELIST", "")
-    address = first_host(hosts) if hosts else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR", address),
-        # Jobs and steps that share a host must not meet at one port.
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + (job + 7919 * step) % 20000)),
-    }
-
-
-def first_host(hosts: str) -> str:
-    """The first of Slurm's list of hosts, where rank 0 runs: `gpu[007-009,12],login` is `gpu007` and others."""
-    name, bracket, ranges = hosts.partition("[")
-    if not bracket or "," in name:
-        return name.partition(",")[0]
-    return name + re.split("[-,\\]]", ranges)[0]
-
-
-def _free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _device(local_rank: int) -> torch.device:

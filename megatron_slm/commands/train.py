@@ -16,6 +16,7 @@ from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.launcher import is_main_process
 
 if TYPE_CHECKING:
     from megatron_slm.training.callbacks.callback import Callback
@@ -57,18 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """What all ranks agree on, rank 0 alone says; what one rank alone has met, that rank says."""
-    try:
-        # Read before anything heavy is imported: a typo answers at once.
-        config = _agreed(lambda: _read(arguments))
-        if arguments.dry_run:
-            _agreed(lambda: _dry_run(config, arguments.ranks))
-        else:
-            _train(config, (), _rollback(arguments.rollback))
-    except AgreedError:
-        if not _is_main():
-            sys.exit(2)
-        raise
+    """Train, or look whether it could be done."""
+    # Read before anything heavy is imported: a typo answers at once.
+    config = _agreed(lambda: _read(arguments))
+    if arguments.dry_run:
+        _agreed(lambda: _dry_run(config, arguments.ranks))
+    else:
+        _train(config, (), _rollback(arguments.rollback))
 
 
 def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callback]" = ()) -> "RunState":
@@ -138,7 +134,7 @@ def _dry_run(config: Config, ranks: int | None) -> None:
     from megatron_slm.dry_run import dry_run
 
     report = dry_run(config, ranks or int(os.environ.get("WORLD_SIZE", "1")))
-    if _is_main():
+    if is_main_process(os.environ):
         sys.stdout.write(report)
 
 
@@ -148,7 +144,3 @@ def _agreed(work: Callable[[], Any]) -> Any:
         return work()
     except UserError as error:
         raise AgreedError(str(error)) from error
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -333,4 +333,6 @@ def test_two_ranks_say_it_once(corpora: Path, tmp_path: Path) -> None:
     ended = megatron_slm("train", str(write_config(tmp_path / "run.yaml", tree)), ranks=2)
     assert ended.returncode != 0
     assert ended.stderr.count("megatron-slm train: error: reference.path is '/nowhere/model'") == 1
+    # torchrun's own summary comes last: it has the sentence too.
+    assert "reference.path is '/nowhere/model'" in ended.stderr.partition("Root Cause")[2]
     assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == tree

@@ -13,8 +13,9 @@ from megatron_slm.data.corpus import open_corpus, unique_names
 from megatron_slm.data.loader import StepLoader, accumulation_steps, runs_beside
 from megatron_slm.data.samples import Samples, build_samples, cycle_seed
 from megatron_slm.data.settings import DataSettings
-from megatron_slm.dist import World, first_host, launcher_variables
+from megatron_slm.dist import World
 from megatron_slm.errors import UserError
+from megatron_slm.launcher import first_host, launcher_variables
 from tests.gloo import RankError, run_ranks
 
 T = 32
