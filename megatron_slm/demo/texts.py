@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ MATHEMATICS = ("mpmath", "sympy")
 
 _OWN = "megatron_slm"
 _SKIPPED = {"test", "tests", "testing", "idlelib", "site-packages", "dist-packages"}
+_INSTALLED = ("site-packages", "dist-packages")
 _LICENCES = ("licen", "copying", "notice", "metadata")
 _GENERAL_HELD_OUT = 0.05  # of the files
 _LONGEST_DOCUMENT, _LONGEST_HELD_OUT = 16_000, 3_000  # characters of general text: many files, a little of each
@@ -191,7 +193,9 @@ def _general_files() -> dict[str, list[SourceFile]]:
 
 def _installed_files() -> Iterator[SourceFile]:
     """What the installed packages recorded, without the mathematics, tests, and this package."""
-    for distribution in metadata.distributions():
+    # Other entries come and go while a program runs: setuptools adds the packages that it carries.
+    installed = [entry for entry in sys.path if Path(entry).name in _INSTALLED]
+    for distribution in metadata.distributions(path=installed):
         if distribution.name in (*MATHEMATICS, _OWN):
             continue
         for file in distribution.files or ():

@@ -22,7 +22,7 @@ from megatron_slm.demo.processes import StoppedError, StopRequest
 from megatron_slm.demo.results import overtaking, results_table, selected_table
 from megatron_slm.demo.runs import COMPARED, FULL, QUICK, Folders, configuration
 from megatron_slm.demo.stages import Stage, Stages
-from megatron_slm.demo.texts import GENERAL, HELD_OUT, Sizes, write_texts
+from megatron_slm.demo.texts import GENERAL, HELD_OUT, Sizes, _installed_files, write_texts
 from megatron_slm.errors import UserError
 
 SIZES = Sizes(general=300_000, curated=60_000, held_out=8_000)
@@ -66,6 +66,17 @@ def test_a_held_out_document_that_quotes_a_training_text_is_dropped(
     monkeypatch.setattr("megatron_slm.demo.texts._held_out", lambda *_: {name: [quotes, own] for name in HELD_OUT})
     counts = write_texts(tmp_path, SIZES)
     assert all(documents(tmp_path, name) == [own] and counts[name]["dropped"] == 1 for name in HELD_OUT)
+
+
+def test_packages_that_another_package_carries_are_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    carried = tmp_path / "carrier" / "_vendor"
+    (carried / "odd-1.dist-info").mkdir(parents=True)
+    (carried / "odd-1.dist-info" / "METADATA").write_text("Name: odd\nVersion: 1\n")
+    (carried / "odd-1.dist-info" / "RECORD").write_text("odd.py,,\n")
+    before = [file.name for file in _installed_files()]
+    monkeypatch.syspath_prepend(str(carried))
+    assert [file.name for file in _installed_files()] == before
+    assert before and "odd.py" not in before
 
 
 def test_a_seventh_of_the_general_text_is_mathematics(texts: Path) -> None:
