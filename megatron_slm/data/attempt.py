@@ -16,6 +16,7 @@ from megatron_slm.data.journal import JOURNAL, Progress, save_progress
 from megatron_slm.data.staged_corpus import StagedCorpus
 from megatron_slm.data.staging import READY, refuse_existing, sync_all, write_description
 from megatron_slm.errors import UserError
+from megatron_slm.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Attempt:
         """Note it whatever it costs."""
         for value in self._dirty:
             self._corpora[value].sync()
+        sync(self._folder / READY)  # the names of new files too
         self._dirty.clear()
         if self._report:
             self._report.save()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from megatron_slm.data.contamination import NGRAM_WORDS, hash_ngrams
 from megatron_slm.data.documents import RawDocument, decode_record
 from megatron_slm.data.inputs import find_files
 from megatron_slm.errors import UserError
+from megatron_slm.files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,7 @@ class ContaminationReport:
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
-        self._ngrams = np.zeros(0, np.uint64)
-        for document in _read(names):
-            self._ngrams = np.union1d(self._ngrams, document.ngrams)
+        self._ngrams = np.unique(_joined(document.ngrams for document in _read(names)))
         if not len(self._ngrams):
             raise UserError(f"{OPTION} {' '.join(names)} holds no text of {NGRAM_WORDS} words")
         self._found = np.zeros(len(self._ngrams), bool)
@@ -68,6 +67,7 @@ class ContaminationReport:
         """Write down what was seen. It may be ahead of the journal: what is encoded again is seen again."""
         aside = self._seen.with_name("found.new.npy")
         np.save(aside, self._found)
+        sync(aside)  # what the journal counts as encoded is not looked at again
         aside.replace(self._seen)
 
     def write(self, path: Path) -> None:
@@ -106,8 +106,11 @@ def _read(names: list[str]) -> Iterator[EvaluationDocument]:
     for source in find_files(names, OPTION):
         for raw, _ in source.read(None):
             record = decode_record(raw, "text")
-            hashes = [hash_ngrams(text) for text in _strings(record)]
-            yield EvaluationDocument(raw, np.unique(np.concatenate([np.zeros(0, np.uint64), *hashes])))
+            yield EvaluationDocument(raw, np.unique(_joined(map(hash_ngrams, _strings(record)))))
+
+
+def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_slm.data.corpus import Corpus, file_sha256
 from megatron_slm.data.index import write_index
 from megatron_slm.data.tally import Tally, add_tally
+from megatron_slm.errors import UserError
 from megatron_slm.files import sync
 
 
@@ -28,7 +29,8 @@ class StagedCorpus:
         self.dtype = dtype
         self.counts = counts or {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}, "licenses": {}}
         self._bin = ready / f"{name}.bin"
-        self._lengths = ready.parent / f"{name}.lengths"
+        self._folder = ready.parent
+        self._lengths = self._folder / f"{name}.lengths"
         self._cut(self._bin, self.counts["tokens"] * np.dtype(dtype).itemsize)
         self._cut(self._lengths, self.counts["documents"] * 4)
 
@@ -72,5 +74,5 @@ class StagedCorpus:
     def _cut(self, path: Path, size: int) -> None:
         path.touch()
         if path.stat().st_size < size:
-            raise OSError(f"{path} is shorter than when it was left: remove {path.parent} to begin afresh")
+            raise UserError(f"{path} is shorter than when it was left: remove {self._folder} to begin afresh")
         os.truncate(path, size)
