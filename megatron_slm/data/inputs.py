@@ -50,9 +50,10 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file; its suffix says what it holds."""
+    """A file; its suffix says what it holds. ``option`` is the one that named it."""
 
     path: Path
+    option: str = "--input"
 
     @property
     def name(self) -> str:
@@ -60,8 +61,15 @@ class InputFile:
         return str(self.path)
 
     def stamp(self) -> list[int]:
-        """Bytes, and nanoseconds of the last change."""
-        status = self.path.stat()
+        """Bytes, and nanoseconds of the last change.
+
+        Raises:
+            UserError: there is no such file, as where a link leads nowhere.
+        """
+        try:
+            status = self.path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
         return [status.st_size, status.st_mtime_ns]
 
     def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
@@ -74,14 +82,35 @@ class InputFile:
         try:
             with self.path.open("rb") as file, _decompressed(file, compression) as stream:
                 if kind in _TABLES:
-                    yield from _rows(self.path, stream, fields)
+                    yield from self._rows(stream, fields)
                 elif kind in _JSON_LINES:
                     for number, line in enumerate(stream, 1):
                         yield RawDocument(self.name, number, line), file.tell()
                 else:
                     yield RawDocument(self.name, 0, stream.read()), file.tell()
         except (OSError, EOFError) as error:
-            raise UserError(f"--input {self.path} cannot be read ({error}): fetch or write it again") from error
+            raise self._unreadable(error) from error
+
+    def _rows(self, stream: IO[bytes], fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
+        """The rows of a parquet file, decoded a few at a time out of one row group after the other."""
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with _seekable(stream) as seekable, ParquetFile(seekable, pre_buffer=False) as table:
+                columns = _columns(self.name, table.schema_arrow.names, fields) if fields else None
+                number, size, rows = 0, self.path.stat().st_size, max(1, table.metadata.num_rows)
+                for batch in table.iter_batches(batch_size=_CHUNK_DOCUMENTS, columns=columns, use_threads=False):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield RawDocument(self.name, number, row), size * number // rows
+        except (ArrowException, UnicodeError) as error:
+            raise UserError(
+                f"{self.option} {self.path} is no sound parquet file ({_first_line(error)}): write it again"
+            ) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"{self.option} {self.path} cannot be read ({error}): fetch or write it again")
 
 
 @dataclass(frozen=True)
@@ -108,8 +137,6 @@ class DatasetShard:
         Raises:
             UserError: the rows cannot be fetched or parsed.
         """
-        from datasets.exceptions import DatasetsError
-
         columns: list[str] = []
         done = 0
         try:
@@ -118,7 +145,9 @@ class DatasetShard:
                 record = {key: row[key] for key in columns if key in row}
                 done += _size(record)
                 yield RawDocument(self.name, number, record), done
-        except (OSError, DatasetsError, ValueError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of the format's own reader: cut .gz files, damaged tables
             raise UserError(f"--dataset {self.title} cannot be read ({_first_line(error)})") from error
 
 
@@ -128,7 +157,7 @@ def find_files(names: list[str], option: str = "--input") -> list[Input]:
     Raises:
         UserError: nothing is there, or nothing that can be read.
     """
-    return [InputFile(path) for name in names for path in _files_at(Path(name), option)]
+    return [InputFile(path, option) for name in names for path in _files_at(Path(name), option)]
 
 
 def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
@@ -138,7 +167,6 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
         UserError: it is not found, its configuration or split is not, or the hub cannot be reached.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     refuse_missing_folder("--dataset", name)
     try:
@@ -148,7 +176,7 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
             f"--dataset {name} cannot be reached ({_first_line(error)}): check the name and the connection, "
             "or fetch its files and give them with --input"
         ) from error
-    except (OSError, DatasetsError, ValueError) as error:
+    except Exception as error:  # of the format's own reader, or that a script would have to run
         raise UserError(
             f"--dataset {name} with split '{split}' cannot be opened ({_first_line(error)}): check the name, "
             "--dataset-config and --dataset-split"
@@ -203,7 +231,11 @@ def _files_at(path: Path, option: str) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for root, _, names in os.walk(folder, onerror=_raise):
+    """Files below a folder. What is hidden is none of the user's texts: work in progress, a tool's copies."""
+    for root, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for link in (path for path in (Path(root, name) for name in folders) if path.is_symlink()):
+            logger.warning("%s is a link to a folder and is not followed: name it too, if it is to be read", link)
         yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
@@ -229,23 +261,6 @@ def _decompressed(file: IO[bytes], compression: str | None) -> Iterator[IO[bytes
     # Unlike zstandard's own reader, it does not take a file that was cut for one that ends.
     with io.BufferedReader(pyarrow.input_stream(file, compression=compression), _BUFFER_BYTES) as stream:
         yield stream
-
-
-def _rows(path: Path, stream: IO[bytes], fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
-    """The rows of a parquet file, decoded a few at a time out of one row group after the other."""
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with _seekable(stream) as seekable, ParquetFile(seekable, pre_buffer=False) as table:
-            columns = _columns(str(path), table.schema_arrow.names, fields) if fields else None
-            number, size, rows = 0, path.stat().st_size, max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=_CHUNK_DOCUMENTS, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawDocument(str(path), number, row), size * number // rows
-    except (ArrowException, UnicodeError) as error:
-        raise UserError(f"--input {path} is no sound parquet file ({_first_line(error)}): write it again") from error
 
 
 @contextlib.contextmanager

@@ -106,6 +106,7 @@ T = "--tokenizer MODEL --output out/web"
         (f"--dataset . --dataset-split nope {T}", "--dataset . with split 'nope' cannot be opened"),
         (f"--input good.jsonl --dataset-split train {T}", "--dataset-split says nothing to --input"),
         (f"--input good.jsonl --contamination gone.jsonl {T}", "--contamination gone.jsonl is not a file"),
+        (f"--input good.jsonl --contamination cut.jsonl.gz {T}", "--contamination cut.jsonl.gz cannot be read"),
         (f"--input good.jsonl --contamination bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
         (f"--input good.jsonl --contamination empty.jsonl {T}", "--contamination empty.jsonl holds no text"),
         ("--input good.jsonl --tokenizer gone/to/it --output out/web", "the tokenizer is 'gone/to/it'"),
@@ -129,6 +130,31 @@ def test_a_sentence_and_nothing_lost(arguments, sentence, here, model, capsys):
             (here / name).write_bytes(content)
     words = arguments.replace("MODEL", model).split()
     assert sentence in refused(here, capsys, *words)
+
+
+def test_a_link_that_leads_nowhere_is_named(here, model, capsys):
+    (here / "web").mkdir()
+    (here / "web" / "a.jsonl").symlink_to("gone.jsonl")
+    said = refused(here, capsys, "--input", "web", "--tokenizer", model, "--output", "out/web")
+    assert "--input web/a.jsonl cannot be read" in said
+
+
+def test_a_data_set_that_its_reader_cannot_read_is_named(here, model, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(here / "cache"))
+    for name, file, content in (("script", "script.py", b""), ("cut", "a.jsonl.gz", FILES["cut.jsonl.gz"])):
+        (here / name).mkdir()
+        (here / name / file).write_bytes(content)
+        said = refused(here, capsys, "--dataset", f"./{name}", "--tokenizer", model, "--output", "out/web")
+        assert f"--dataset ./{name} with split 'train' cannot be opened" in said
+
+
+def test_a_tokenizer_of_another_form_is_named(here, model, capsys):
+    (here / "t").mkdir()
+    (here / "t" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    (here / "t" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (here / "good.jsonl").write_bytes(LINES)
+    said = refused(here, capsys, "--input", "good.jsonl", "--tokenizer", "t", "--output", "out/web")
+    assert "tokenizer t cannot be loaded" in said
 
 
 @pytest.fixture(scope="module")

@@ -69,11 +69,15 @@ def test_a_folder_is_read_in_sorted_order_without_what_is_no_text(model, expecte
     write_records(web / "c" / "deep.jsonl.zst", RECORDS[250:])
     write_records(web / "a.jsonl", RECORDS[:100])
     write_records(web / ".hidden.jsonl")
+    write_records(web / ".web.preparing" / "tokenizer.json")
+    write_records(tmp_path / "elsewhere" / "e.jsonl")
+    (web / "link").symlink_to(tmp_path / "elsewhere")
     (web / "picture.png").write_bytes(b"\x89PNG")
     with caplog.at_level("INFO", "megatron_slm"):
         prepared([str(web)], tmp_path / "out", model)
     assert contents(tmp_path / "out") == expected
     assert "1 files of other suffixes are left out" in caplog.text
+    assert f"{web / 'link'} is a link to a folder and is not followed" in caplog.text
 
 
 def test_a_text_file_is_one_document(model, tmp_path):
