@@ -14,8 +14,17 @@ from megatron_slm import __version__
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import is_main_process, tell_launcher
 
-MACHINES_OWN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE)
-"""Full, read-only or forbidden: whatever part of the program meets them, the person at the machine mends them."""
+MACHINES_OWN = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+"""Full, read-only, forbidden, or no possible name: whatever part of the program meets them, a person mends them."""
 
 
 def main(arguments: list[str] | None = None) -> None:

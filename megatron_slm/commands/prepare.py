@@ -149,6 +149,9 @@ def _check(arguments: argparse.Namespace) -> None:
         for name, value in vars(arguments).items()
         if value is not None and value is not False
     }
+    for name in ("output", "tokenizer", "by", "dataset", "json_key", "source_key"):
+        if getattr(arguments, name) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     mode = next(iter(given & _MODES), None)
     if mode:
         for option in sorted(given - {mode} - _ALLOWED[mode]):

@@ -147,7 +147,7 @@ def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     refuse_missing_folder("the tokenizer", path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers has no error of its own for files that it cannot use
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"tokenizer {path} cannot be loaded: give a Hugging Face folder, a hub name, "

@@ -35,7 +35,10 @@ def encode_chunks(
         results = _in_order(pending, 2 * workers + 2)
         yield from reported(((result, result[1].position) for result in results), total_bytes, "bytes")
     except BrokenProcessPool as error:
-        raise UserError(f"a worker was killed, probably out of memory: use fewer than --workers {workers}") from error
+        raise UserError(
+            f"a worker was killed: if memory ran out, use fewer than --workers {workers}; a script of your own must "
+            "prepare under `if __name__ == '__main__':`, for workers import it"
+        ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -294,6 +294,8 @@ def test_verify_finds_another_tokenizer(model, word_level, tmp_path):
         (["--output", "x", "--input", "a.txt"], "no tokenizer is given"),
         (["--output", "x", "--input", "a.txt", "--tokenizer", "t", "--workers", "0"], "--workers 0"),
         (["--output", "x", "--input", "a.txt", "--train-tokenizer", "0"], "--train-tokenizer 0"),
+        (["--output", "x", "--input", "a.txt", "--tokenizer", ""], "--tokenizer is empty"),
+        (["--output", "x", "--input", "a.txt", "--tokenizer", "t", "--by", ""], "--by is empty"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments, reason):
