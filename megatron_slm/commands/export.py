@@ -46,14 +46,20 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
     from megatron_slm.dist import connect, disconnect
     from megatron_slm.models.export import fill_model, write_folder
     from megatron_slm.run_folder import RunFolder
-    from megatron_slm.training.checkpoints import CheckpointStore
+    from megatron_slm.training.checkpoints import CheckpointStore, saved_steps
 
     world = connect()
     try:
-        store = CheckpointStore(RunFolder(config.run_dir, world).checkpoints, world)
-        checkpoint = store.newest(step)
+        folder = RunFolder(config.run_dir, world).checkpoints
+        steps = saved_steps(folder)
+        if not steps:
+            raise UserError(f"RUN_DIR is {config.run_dir}, which has no checkpoint: train it first.")
+        checkpoint = CheckpointStore(folder, world).newest(step)
         if checkpoint is None:
-            raise UserError(f"{config.run_dir} has no checkpoint{f' of step {step}' if step else ''}: train it first.")
+            there = ", ".join(map(str, steps))
+            raise UserError(
+                f"--checkpoint is {step}, and {config.run_dir} has checkpoints of {there}: name one of them."
+            )
         corpora = open_corpora(config)
         weights = make_backend(config, world).consolidate(checkpoint)
         model = fill_model(student_config(config, corpora), weights, PRECISIONS[dtype], config.model.trust_remote_code)

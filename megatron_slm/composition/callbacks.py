@@ -27,6 +27,7 @@ from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.callbacks.token_table import TokenTable
 from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.evaluate import Evaluator
+from megatron_slm.training.records import cut_back
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,13 +56,13 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
         step: from which the run goes on.
 
     Raises:
-        AgreedError: TensorBoard's folder cannot be written.
+        AgreedError: the records are garbled, or TensorBoard's folder cannot be written.
     """
     config, folder, world = parts.config, parts.folder, parts.world
     selective, sigma = config.objective == "slm", config.training.spike_sigma
     sources = unique_names([corpus.prefix for corpus in parts.corpora.train])
     streams = _streams(parts)
-    events = agree(lambda: open_event_files(folder.tensorboard, step) if world.is_main else None)
+    events = agree(lambda: _open_records(folder, step) if world.is_main else None)
     return [
         *_checks(parts, streams),
         StepMetrics(sources, selective, config.selection.quantiles),
@@ -73,6 +74,13 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
         *([] if events is None else _writers(parts, events, sources)),
         Checkpoints(parts.store, parts.engine),
     ]
+
+
+def _open_records(folder: RunFolder, step: int) -> "SummaryWriter":
+    """What a killed run recorded after its checkpoint goes, before any callback adds to it."""
+    for path in (folder.metrics, folder.spikes):
+        cut_back(path, step)
+    return open_event_files(folder.tensorboard, step)
 
 
 def _streams(parts: Parts) -> dict[str, EvaluationStream]:

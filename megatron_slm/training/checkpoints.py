@@ -90,7 +90,7 @@ class CheckpointStore:
             step: that of this step alone.
 
         Raises:
-            UserError: there are checkpoints, but none is whole.
+            AgreedError: there are checkpoints, but none is whole.
         """
         # Rank 0 looks and all follow: a shared file system may show ranks different moments.
         names = gather_objects([path.name for path in list_checkpoints(self._folder)])[0]
@@ -100,7 +100,9 @@ class CheckpointStore:
             damaged = self._damaged(self._folder / name)
             if damaged is None:
                 return self._folder / name
-            logging.getLogger(__name__).warning("checkpoint %s is damaged (%s): trying the one before", name, damaged)
+            logging.getLogger(__name__).warning("checkpoint %s is damaged (%s)", name, damaged)
+        if names and step is not None:
+            raise AgreedError(f"The checkpoint of step {step} in {self._folder} is not whole: restore or name another.")
         if names:
             raise AgreedError(f"No checkpoint in {self._folder} is whole: restore one, or start in another run_dir.")
         return None
@@ -187,6 +189,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     name = latest.read_text().strip() if latest.exists() else ""
     names = [path.name for path in published]
     return published[: names.index(name) + 1] if name in names else published
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints."""
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(folder)]
 
 
 def _sum(path: Path, flush: bool) -> list[Any]:

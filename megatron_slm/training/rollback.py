@@ -4,7 +4,6 @@ RUN_DIR/rolled-back/0001/metrics.jsonl, spikes.jsonl    the records after the ch
 RUN_DIR/rolled-back/0001/step_00000500/                 the checkpoints after it
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.files import sync, write_durably
-from megatron_slm.training.checkpoints import CheckpointStore, checkpoint_name, list_checkpoints
+from megatron_slm.training.checkpoints import CheckpointStore, checkpoint_name, saved_steps
+from megatron_slm.training.records import split_records
 
 
 def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
@@ -21,9 +21,10 @@ def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
     Raises:
         UserError: there is no checkpoint of this step.
     """
-    steps = [path.name.removeprefix("step_").lstrip("0") for path in list_checkpoints(checkpoints)]
-    if str(step) not in steps:
-        raise UserError(f"--rollback is {step}, and {checkpoints} has checkpoints of {', '.join(steps) or 'no step'}.")
+    steps = saved_steps(checkpoints)
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "no step"
+        raise UserError(f"--rollback is {step}, and {checkpoints} has checkpoints of {there}.")
 
 
 def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) -> None:
@@ -33,7 +34,7 @@ def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) ->
     checkpoints are moved from the newest on, and what is left is always the beginning of a run.
 
     Raises:
-        AgreedError: the checkpoint is damaged, or something cannot be moved.
+        AgreedError: the checkpoint is damaged, the records are garbled, or something cannot be moved.
     """
     if store.newest(step) is None:
         raise AgreedError(f"--rollback is {step}, and that checkpoint is gone.")
@@ -42,7 +43,7 @@ def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) ->
 
 def _move_aside(run_dir: Path, step: int) -> None:
     later = sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.name > checkpoint_name(step))
-    records = {name: _records_after(run_dir / name, step) for name in ("metrics.jsonl", "spikes.jsonl")}
+    records = {name: split_records(run_dir / name, step)[1] for name in ("metrics.jsonl", "spikes.jsonl")}
     if not later and not any(records.values()):
         return
     try:
@@ -59,13 +60,6 @@ def _move_aside(run_dir: Path, step: int) -> None:
             f"--rollback is {step}, and {run_dir} cannot be changed ({error}): mend that, and ask again."
         ) from error
     logging.getLogger(__name__).info("rolled back to step %d: what came after it is in %s", step, aside)
-
-
-def _records_after(path: Path, step: int) -> str:
-    """The lines of later steps, and all that follows the first of them, as they stand."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line.endswith("\n") and json.loads(line)["step"] <= step for line in lines]
-    return "".join(lines[kept.index(False) :]) if False in kept else ""
 
 
 def _next_folder(parent: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_slm.dist import World
+from megatron_slm.errors import AgreedError
 from tests.end_to_end.test_bad_input import command_line, refused, sentence_of, snapshot
 from tests.gloo import RankError, run_ranks
 from tests.runs import config_tree, megatron_slm, records, train_in_process, write_config
@@ -163,6 +164,24 @@ def test_a_damaged_run_folder_is_named_and_left_as_it_is(
     config = write_config(tmp_path / "run.yaml", finished[1] | {"run_dir": str(tmp_path / "run")})
     assert expected in refused("train", str(config))
     assert before.items() <= snapshot(tmp_path / "run").items()
+
+
+def sentence_on_a_rank(world: World, tree: dict[str, Any]) -> str:
+    with pytest.raises(AgreedError) as caught:
+        train_in_process(world, tree)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "spikes.jsonl"])
+def test_garbled_records_that_rank_0_finds_stop_every_rank(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # of one rank
+    garble(name)(tmp_path / "run")
+    tree = finished[1] | {"run_dir": str(tmp_path / "run")}
+    said = run_ranks(sentence_on_a_rank, 2, tree)
+    assert said[0] == said[1] and f"{name} holds a line that is no record" in said[0]
 
 
 def train_on_a_full_disk(world: World, tree: dict[str, Any], config: str) -> tuple[int, str]:

@@ -21,9 +21,10 @@ from megatron_slm.config import (
 )
 from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.training.callbacks.console import describe, quantity
-from megatron_slm.training.callbacks.jsonl import cut_back, finite
+from megatron_slm.training.callbacks.jsonl import finite
 from megatron_slm.training.flops import token_flops
 from megatron_slm.training.optimizer import decay_groups
+from megatron_slm.training.records import cut_back
 from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 

@@ -96,7 +96,15 @@ def test_a_kill_at_any_moment_loses_nothing_and_asking_again_finishes(
 
 def test_a_damaged_checkpoint_is_not_gone_back_to(run_dir: Path) -> None:
     (run_dir / "checkpoints" / checkpoint_name(10) / "weights").write_text("else")
-    with pytest.raises(AgreedError, match=r"No checkpoint in .* is whole"):
+    with pytest.raises(AgreedError, match=r"The checkpoint of step 10 in .* is not whole"):
+        go_back(run_dir, 10)
+    assert standing(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
+
+
+@pytest.mark.parametrize("line", ["garbage\n", "[1]\n", "{}\n"])
+def test_records_that_are_none_are_named_and_nothing_is_moved(run_dir: Path, line: str) -> None:
+    (run_dir / "metrics.jsonl").write_text(LINES[0] + line)
+    with pytest.raises(AgreedError, match=r"metrics\.jsonl holds a line that is no record"):
         go_back(run_dir, 10)
     assert standing(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_slm.training.callbacks.spikes import WARM_UP, WINDOW, LossAverage, Spikes
+from megatron_slm.training.records import cut_back
 from megatron_slm.training.state import Plan, RunState
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, 400)
@@ -17,6 +18,8 @@ NOISE = np.random.default_rng(0).normal(0, 0.1, 400)
 def run(losses: list[float], path: Path | None, state: RunState, sigma: float = 6.0) -> list[int]:
     """Counted spikes after each step; the state goes on from where it stands."""
     spikes, counts = Spikes(path, sigma), []
+    if path is not None:
+        cut_back(path, state.step)  # as every start of a run does
     spikes.on_train_start(state)
     for loss in losses:
         state.advance(state.next_sample + 8, selected_tokens=1, applied=True)

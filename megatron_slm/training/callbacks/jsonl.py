@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import IO
 
-from megatron_slm.errors import UserError
-from megatron_slm.files import write_durably
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
@@ -19,7 +17,6 @@ class JsonLines(Callback):
         self._file: IO[str] | None = None
 
     def on_train_start(self, state: RunState) -> None:
-        cut_back(self._path, state.step)
         self._file = self._path.open("a", encoding="utf-8")
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
@@ -30,29 +27,6 @@ class JsonLines(Callback):
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after the checkpoint at `step`, a torn last line too.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or _step(line, path) > step:
-            break
-        kept.append(line)
-    write_durably(path, "".join(kept))
-
-
-def _step(line: str, path: Path) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds a line that is no record: put the file back, or move it away.") from error
 
 
 def finite(record: dict[str, float | int | None]) -> dict[str, float | int | None]:

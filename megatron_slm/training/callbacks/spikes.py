@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_slm.training.callbacks.callback import Callback
-from megatron_slm.training.callbacks.jsonl import cut_back
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 
@@ -57,8 +56,6 @@ class Spikes(Callback):
 
     def on_train_start(self, state: RunState) -> None:
         self._average = LossAverage(**state.carried.get("spikes", {}))
-        if self._path is not None:
-            cut_back(self._path, state.step)
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         average, loss = self._average, result.loss
