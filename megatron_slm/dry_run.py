@@ -16,6 +16,7 @@ from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.run import make_objective
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
+from megatron_slm.data.samples import check_order
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import pretrained_config
@@ -24,6 +25,7 @@ from megatron_slm.run_folder import RunFolder
 from megatron_slm.training.callbacks.callback import make_callback
 from megatron_slm.training.callbacks.console import quantity
 from megatron_slm.training.memory import ModelSize, RankMemory, model_size, rank_memory
+from megatron_slm.training.rollback import refuse_missing_checkpoint
 from megatron_slm.training.state import Plan
 
 T = TypeVar("T")
@@ -49,8 +51,8 @@ class Findings:
         self.lines.append(f"{subject:10} {text}")
 
 
-def dry_run(config: Config, ranks: int) -> str:
-    """The report on a run of so many ranks.
+def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
+    """The report on a run of so many ranks, which goes back to the checkpoint of step `rollback` if one is given.
 
     Raises:
         UserError: with all mistakes that were found, a sentence each.
@@ -60,6 +62,8 @@ def dry_run(config: Config, ranks: int) -> str:
     folder = RunFolder(config.run_dir, world)
     config = found.take(lambda: folder.compare(config)) or config
     found.say("run", f"{config.run_dir}, {'goes on where it stands' if folder.has_begun else 'new'}")
+    if rollback is not None:
+        found.take(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
     found.take(lambda: _refuse_other_weights("model", config.model.path))
     found.take(lambda: _refuse_other_weights("reference", config.reference.path if config.reference else None))
     for name in config.callbacks:
@@ -80,10 +84,24 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
     resolved = found.take(lambda: resolve(config, corpora, world))
     hf_config = found.take(lambda: student_config(config, corpora))
     reference = found.take(lambda: _reference_config(config, corpora))
+    if resolved is not None:
+        total_samples = resolved[1].total_steps * resolved[1].global_batch_size
+        found.take(lambda: check_order(config.data, corpora.train, total_samples))
     if found.mistakes or resolved is None or hf_config is None:
         return
     config, plan = resolved
     _say_plan(config, plan, corpora, world, found)
+    try:
+        _say_sizes(config, hf_config, reference, world, found)
+    except Exception as error:  # models are foreign code, and not all of it runs without memory
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        found.say("memory", f"neither it nor the disk can be estimated for this model ({reason})")
+
+
+def _say_sizes(
+    config: Config, hf_config: PretrainedConfig, reference: PretrainedConfig | None, world: World, found: Findings
+) -> None:
+    """Models, memory and disk."""
     precision = PRECISIONS[config.training.precision]
     length, settings = config.data.seq_length, config.reference
     size = model_size(hf_config, config.training.micro_batch_size, length, precision)

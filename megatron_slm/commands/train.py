@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     # Read before anything heavy is imported: a typo answers at once.
     config = _agreed(lambda: _read(arguments))
     if arguments.dry_run:
-        _agreed(lambda: _dry_run(config, arguments.ranks))
+        _agreed(lambda: _dry_run(config, arguments.ranks, arguments.rollback))
     else:
         _train(config, (), _rollback(arguments.rollback))
 
@@ -130,10 +130,10 @@ def _refuse_missing_corpora(config: Config) -> None:
         open_corpus(prefix)
 
 
-def _dry_run(config: Config, ranks: int | None) -> None:
+def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:
     from megatron_slm.dry_run import dry_run
 
-    report = dry_run(config, ranks or int(os.environ.get("WORLD_SIZE", "1")))
+    report = dry_run(config, ranks or int(os.environ.get("WORLD_SIZE", "1")), rollback)
     if is_main_process(os.environ):
         sys.stdout.write(report)
 

@@ -128,8 +128,7 @@ def build_samples(
     Raises:
         AgreedError: the split leaves a corpus without a document, or more is left out than trained on.
     """
-    _refuse_empty_split(settings, corpora)
-    _refuse_to_skip_more(settings.skip_samples, total_samples)
+    check_order(settings, corpora, total_samples)
     cycle_length = math.ceil(order_tokens / settings.seq_length)
     identity = {
         "format": ORDER_FORMAT,
@@ -155,6 +154,16 @@ def cycle_seed(seed: int, cycle: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{cycle}".encode()).digest()[:4], "big")
 
 
+def check_order(settings: DataSettings, corpora: list[Corpus], total_samples: int) -> None:
+    """Look for what would leave nothing to train on; the arguments are those of `build_samples`.
+
+    Raises:
+        AgreedError: the split leaves a corpus without a document, or more is left out than trained on.
+    """
+    _refuse_empty_split(settings, corpora)
+    _refuse_to_skip_more(settings.skip_samples, total_samples)
+
+
 def _refuse_empty_split(settings: DataSettings, corpora: list[Corpus]) -> None:
     """Counted as megatron-core does, which would look for a first sample for ever."""
     share = parse_and_normalize_split(settings.split or WHOLE)[0]
@@ -167,7 +176,10 @@ def _refuse_empty_split(settings: DataSettings, corpora: list[Corpus]) -> None:
 
 
 def _refuse_to_skip_more(skip: list[tuple[int, int]], total_samples: int) -> None:
-    skipped = sum(last - first for first, last in skip)
+    skipped = end = 0
+    for first, last in sorted(skip):  # ranges may overlap
+        skipped += max(0, last - max(first, end))
+        end = max(end, last)
     if skipped > total_samples:
         raise AgreedError(
             f"data.skip_samples leaves out {skipped} samples, more than the {total_samples} that the run trains on: "

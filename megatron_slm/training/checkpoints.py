@@ -102,7 +102,9 @@ class CheckpointStore:
                 return self._folder / name
             logging.getLogger(__name__).warning("checkpoint %s is damaged (%s)", name, damaged)
         if names and step is not None:
-            raise AgreedError(f"The checkpoint of step {step} in {self._folder} is not whole: restore or name another.")
+            raise AgreedError(
+                f"The checkpoint of step {step} in {self._folder} is not whole: restore it, or name another."
+            )
         if names:
             raise AgreedError(f"No checkpoint in {self._folder} is whole: restore one, or start in another run_dir.")
         return None

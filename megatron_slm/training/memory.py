@@ -74,7 +74,7 @@ def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> P
     smaller = copy.deepcopy(config)
     smaller.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
-        smaller.layer_types = config.layer_types[:layers]
+        smaller.layer_types = (config.layer_types * layers)[:layers]
     return AutoModelForCausalLM.from_config(smaller, dtype=precision)
 
 

@@ -36,13 +36,30 @@ def test_a_dry_run_tells_the_plan_for_any_number_of_ranks_and_writes_nothing(cor
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
 
 
+ORDER = ("--rollback is 5", "data.skip_samples leaves out 9000 samples")
+
+
 def test_a_dry_run_finds_every_mistake_at_once(corpora: Path, tmp_path: Path) -> None:
     mistakes = ("reference.path=/nowhere/model", "callbacks=[nowhere:Found]", "--ranks", "3", "data.seq_length=128")
+    mistakes += ("--rollback", "5", "data.skip_samples=[[0, 9000], [0, 10]]")
     status, heard, _ = dry_run(corpora, tmp_path / "run", *mistakes)
     assert status == 2 and "Traceback" not in heard
-    for expected in ("reference.path is", "callbacks names 'nowhere:Found'", "times 3 ranks", "has 64 positions"):
+    for expected in (
+        "reference.path is",
+        "callbacks names 'nowhere:Found'",
+        "times 3 ranks",
+        "has 64 positions",
+        *ORDER,
+    ):
         assert expected in heard
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_code_needs_real_memory_is_no_mistake(corpora: Path, tmp_path: Path) -> None:
+    mamba = ("model.config={model_type: mamba, hidden_size: 32, num_hidden_layers: 2}", "objective=clm")
+    status, heard, said = dry_run(corpora, tmp_path / "run", *mamba)
+    assert status == 0, heard
+    assert "neither it nor the disk can be estimated" in said and "plan" in said
 
 
 def test_a_dry_run_sees_what_a_resume_would_refuse(corpora: Path, tmp_path: Path) -> None:

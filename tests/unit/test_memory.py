@@ -47,6 +47,12 @@ def test_a_model_is_sized_as_it_really_is(name: str) -> None:
     assert model_size(make(name, 6), 3, 40, torch.bfloat16).layer_bytes < size.layer_bytes
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_one_layer_is_sized_too(name: str) -> None:
+    one, two = (model_size(make(name, layers), 1, 8, torch.float32) for layers in (1, 2))
+    assert one.layers == 1 and one.layer_bytes == two.layer_bytes and one.parameters < two.parameters
+
+
 def test_stages_partition_what_their_name_says() -> None:
     def at(stage: int) -> dict[str, int]:
         zero = {"stage": stage, "reduce_bucket_size": 10, "stage3_max_live_parameters": 20}
