@@ -1,4 +1,4 @@
-"""A process beside this one, its output in a file, that never outlives it."""
+"""A process beside this one, its output in a file, that ends with it, unless this one is killed outright."""
 
 import contextlib
 import os

@@ -51,6 +51,11 @@ class Stage:
             return min(elapsed / self.seconds, 0.95)
         return (last_record(self.metrics) or {"step": 0})["step"] / self.steps
 
+    @property
+    def is_whole(self) -> bool:
+        """A run that a signal stopped at an earlier step ends well too."""
+        return self.metrics is None or self.share(0.0) >= 1
+
 
 class Stages:
     """Args:
@@ -101,7 +106,8 @@ class Stages:
         started = time.monotonic()
         poll = partial(_poll, stage, started, progress)
         status = run_process([sys.executable, *stage.command], log, stop, poll, self._environment)
-        if status != 0:
+        stop.check()  # it may have reached the command too
+        if status != 0 or not stage.is_whole:
             raise UserError(
                 f"Stage {number + 1}, {stage.title}, ended with status {status}: {_complaint(log)} "
                 f"(log: {log}). Mend that, and start again with the same command: it goes on there."

@@ -220,6 +220,29 @@ def test_half_made_outputs_are_removed_but_a_half_trained_run_goes_on(tmp_path: 
     assert (tmp_path / "stages" / "run.log").read_text().count("left True") == 1
 
 
+def test_a_run_that_a_signal_stopped_early_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    program = f"import json, os; os.mkdir({str(metrics.parent)!r}); open({str(metrics)!r}, 'a').write(json.dumps({{'step': 1}}) + '\\n'); print('stopped')"
+    made = Stages(tmp_path / "stages", [stage(tmp_path, "run", program, metrics=metrics, steps=2)], 1)
+    with pytest.raises(UserError, match=r"ended with status 0: stopped"):
+        made.run(StopRequest())
+    assert not made.is_finished(0)
+
+
+def test_a_stop_that_comes_while_a_stage_ends_is_not_lost(tmp_path: Path) -> None:
+    request = StopRequest()
+
+    class Late(StopRequest):
+        def check(self) -> None:
+            if (tmp_path / "one").exists():
+                request(15, None)
+            request.check()
+
+    ending = Stages(tmp_path / "stages", [stage(tmp_path, "one", append(tmp_path, "one") + "; 1/0")], 1)
+    with pytest.raises(StoppedError):
+        ending.run(Late())
+
+
 def test_a_stop_ends_what_was_started_in_other_sessions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts its ranks; and one of them does not listen."""
     monkeypatch.setattr("megatron_slm.demo.processes.GRACE_SECONDS", 1.0)
