@@ -315,6 +315,10 @@ def _sentence(error: ValidationError) -> str:
     """The first thing that pydantic found, as a sentence."""
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]") and part not in ("str", "int"))
+    is_short = first["type"] == "missing" and isinstance(first["loc"][-1], int)
+    if is_short or (first["type"] in ("tuple_type", "too_long")):
+        name = name.rpartition(".")[0] if is_short else name
+        return f"{name} is {first['input']!r}: give a list of numbers such as [10, 12]."
     if first["type"] in ("missing", "missing_argument"):
         return f"{name} is missing: add it to the configuration."
     message = first["msg"].removeprefix("Value error, ")
