@@ -222,7 +222,10 @@ def test_half_made_outputs_are_removed_but_a_half_trained_run_goes_on(tmp_path: 
 
 def test_a_run_that_a_signal_stopped_early_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
-    program = f"import json, os; os.mkdir({str(metrics.parent)!r}); open({str(metrics)!r}, 'a').write(json.dumps({{'step': 1}}) + '\\n'); print('stopped')"
+    program = (
+        f"import os; os.mkdir({str(metrics.parent)!r});"
+        f"open({str(metrics)!r}, 'a').write('{{\"step\": 1}}\\n'); print('stopped')"
+    )
     made = Stages(tmp_path / "stages", [stage(tmp_path, "run", program, metrics=metrics, steps=2)], 1)
     with pytest.raises(UserError, match=r"ended with status 0: stopped"):
         made.run(StopRequest())

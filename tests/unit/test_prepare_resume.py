@@ -164,6 +164,30 @@ def test_a_finished_file_that_changed_is_refused(left, web, evaluation, model):
     assert everything(left.parent) == before
 
 
+def test_a_corpus_that_the_changed_rest_no_longer_fills_is_not_published(left, web, evaluation, model, tmp_path):
+    for name in ("ready/web-stray.bin", "web-stray.lengths"):
+        (left.parent / ".web.preparing" / name).write_bytes(b"begun after the journal was written")
+    prepared(web, left, model, evaluation)
+    prepared(web, tmp_path / "whole" / "web", model, evaluation)
+    assert everything(left.parent) == everything(tmp_path / "whole")
+
+
+def test_a_kill_while_the_finished_work_is_cleared_away_harms_nothing(web, evaluation, model, tmp_path, monkeypatch):
+    remove = shutil.rmtree
+
+    def killed_half_way(path: Path) -> None:
+        remove(path / "ready")
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("shutil.rmtree", killed_half_way)
+        prepared(web, tmp_path / "out" / "web", model, evaluation)
+    with pytest.raises(UserError, match="would overwrite"):
+        prepared(web, tmp_path / "out" / "web", model, evaluation)
+    prepared(web, tmp_path / "whole" / "web", model, evaluation)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
 def test_other_files_are_refused(left, web, evaluation, model):
     (web / "0.jsonl").rename(web / "00.jsonl")
     with pytest.raises(UserError, match=r"--input was .*0\.jsonl"):

@@ -55,6 +55,7 @@ def test_one_spike_does_not_hide_the_next_and_a_lasting_level_is_accepted() -> N
 
 def test_nothing_is_a_spike_while_the_average_warms_up() -> None:
     losses = (2 + NOISE[:WARM_UP]).tolist()
+    assert run([*losses, 50.0], None, fresh())[-1] == 1
     losses[WARM_UP - 1] = 50.0
     assert run(losses, None, fresh())[-1] == 0
 
