@@ -1,6 +1,7 @@
 """`train --dry-run`: everything is looked at, for any number of ranks, and nothing is written."""
 
 import io
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,15 @@ def test_a_dry_run_tells_the_plan_for_any_number_of_ranks_and_writes_nothing(cor
     assert lines["step"] == "8 samples = 4 ranks x 2 x 1 micro-steps, 32 tokens each"
     assert "split over the ranks" in lines["reference"] and "weights" in lines["memory"]
     assert lines["run"].endswith("run, new")
+    assert "WARNING" not in said
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
+
+
+def test_weights_that_are_pickles_are_seen_before_they_are_loaded(corpora: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpora / "reference", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    answer = dry_run(corpora, tmp_path / "run", f"reference.path={tmp_path / 'pickled'}")
+    assert "which holds no *.safetensors" in sentence_of("train", *answer[:2])
 
 
 ORDER = ("--rollback is 5", "data.skip_samples leaves out 9000 samples")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from megatron_slm.data.contamination import word_ngrams
 from megatron_slm.demo.chain import demo_stages
 from megatron_slm.demo.machine import check_folder, check_python, check_space, hold_folder
 from megatron_slm.demo.passages import held_out_passages
-from megatron_slm.demo.processes import StoppedError, StopRequest
+from megatron_slm.demo.processes import StoppedError, StopRequest, stop_on_signals
 from megatron_slm.demo.results import overtaking, results_table, selected_table
 from megatron_slm.demo.runs import COMPARED, FULL, QUICK, Folders, configuration
 from megatron_slm.demo.stages import Stage, Stages
@@ -218,6 +219,16 @@ def test_half_made_outputs_are_removed_but_a_half_trained_run_goes_on(tmp_path: 
                 made.run(StopRequest())
     assert "left True" not in (tmp_path / "stages" / "text.log").read_text()
     assert (tmp_path / "stages" / "run.log").read_text().count("left True") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_a_request_to_end_and_a_closed_terminal_are_heard(number: int) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as request:
+        os.kill(os.getpid(), number)
+        with pytest.raises(StoppedError) as stopped:
+            request.check()
+    assert stopped.value.status == 128 + number and signal.getsignal(number) == before
 
 
 def test_a_run_that_a_signal_stopped_early_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -230,6 +231,12 @@ def test_a_tokenizer_that_is_too_small_is_not_adopted(here, model, other, capsys
     megatron_corpus(here / "old", [[[5, 320, 1]], [[6, 1]]])
     said = refused(here, capsys, "--adopt", "old", "--tokenizer", other)
     assert "holds the id 320, and the largest of --tokenizer" in said
+
+
+def test_an_id_below_0_is_not_adopted(here, model, capsys):
+    megatron_corpus(here / "old", [[[5, 1]], [[-6, 1]]], np.int32)
+    said = refused(here, capsys, "--adopt", "old", "--tokenizer", model)
+    assert "holds the id -6, and the largest" in said
 
 
 def test_several_sequences_a_document_are_not_adopted(here, model, capsys):

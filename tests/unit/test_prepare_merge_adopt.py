@@ -59,12 +59,15 @@ def test_merged_shards_are_what_all_their_files_give_at_once(shards, tmp_path):
     assert corpus.sources["all"]["documents"] == 60
 
 
-def test_a_shard_that_changed_is_found_and_nothing_is_merged(model, tmp_path):
+@pytest.mark.parametrize(("suffix", "place"), [(".bin", 0), (".idx", 34)])
+def test_a_shard_that_changed_is_found_and_nothing_is_merged(suffix, place, model, tmp_path):
+    """In its tokens, or in the lengths that follow the header of 34 bytes."""
     for name in "ab":
         prepare_corpus([str(write_jsonl(tmp_path / "x.jsonl", [sentence(3)]))], str(tmp_path / name), tokenizer=model)
-    with open(tmp_path / "b.bin", "r+b") as stream:
+    with open(tmp_path / f"b{suffix}", "r+b") as stream:
+        stream.seek(place)
         stream.write(b"\x07\x00")
-    with pytest.raises(UserError, match=r"b\.bin has changed"):
+    with pytest.raises(UserError, match=rf"b\{suffix} has changed"):
         merge_corpora([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out" / "merged"))
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -188,6 +188,19 @@ def test_a_kill_while_the_finished_work_is_cleared_away_harms_nothing(web, evalu
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
+def test_what_appeared_in_place_of_a_finished_corpus_is_not_overwritten(web, evaluation, model, tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(prepare, "publish", killed)
+        prepared(web, tmp_path / "out" / "web", model, evaluation)
+    (tmp_path / "out" / "web-a.bin").write_text("of somebody else")
+    with pytest.raises(UserError, match=r"--output would overwrite .*web-a\.bin"):
+        prepared(web, tmp_path / "out" / "web", model, evaluation)
+    assert (tmp_path / "out" / "web-a.bin").read_text() == "of somebody else"
+
+
 def test_other_files_are_refused(left, web, evaluation, model):
     (web / "0.jsonl").rename(web / "00.jsonl")
     with pytest.raises(UserError, match=r"--input was .*0\.jsonl"):
