@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_slm.commands.train import _rollback
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.training import rollback
@@ -113,3 +114,13 @@ def test_what_there_is_to_go_back_to_is_listed(run_dir: Path) -> None:
     refuse_missing_checkpoint(run_dir / "checkpoints", 15)
     with pytest.raises(UserError, match=r"--rollback is 25, and .* has checkpoints of 5, 10, 15, 20\."):
         refuse_missing_checkpoint(run_dir / "checkpoints", 25)
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_launcher_that_starts_a_run_again_does_not_take_it_back_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "0")
+    assert _rollback(10) == 10
+    monkeypatch.setenv(name, "1")
+    assert _rollback(10) is None
