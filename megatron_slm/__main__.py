@@ -5,6 +5,7 @@ import ast
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -59,6 +60,9 @@ def _run(verb: str, arguments: list[str]) -> None:
     except UserError as error:
         # What all ranks agree on, rank 0 alone says; what one rank alone has met, that rank says.
         _refuse(verb, str(error), aloud=is_main_process(os.environ) or not isinstance(error, AgreedError))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"megatron-slm {verb}: stopped; what was saved before is untouched.\n")
+        sys.exit(128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in MACHINES_OWN:
             raise

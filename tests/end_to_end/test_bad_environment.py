@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.__main__ import main
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError
 from tests.end_to_end.test_bad_input import command_line, refused, sentence_of, snapshot
@@ -239,3 +240,16 @@ def test_another_number_of_ranks_is_refused_where_the_optimizer_is_partitioned(
     with pytest.raises(RankError, match=r"was written by 1 ranks and this run has 2: .* start 1 ranks"):
         run_ranks(train_in_process, 2, finished[1] | {"run_dir": str(tmp_path / "run")})
     assert snapshot(tmp_path / "run" / "checkpoints") == before
+
+
+def test_an_interrupt_ends_a_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_slm.commands.prepare.run", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["prepare", "--output", "web"])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "megatron-slm prepare: stopped; what was saved before is untouched.\n"
