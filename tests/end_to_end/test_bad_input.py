@@ -327,7 +327,7 @@ def test_a_start_that_failed_binds_nobody(corpora: Path, tmp_path: Path) -> None
 def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     assert "holds no config.yaml" in refused("export", str(tmp_path), str(tmp_path / "out"))
     run = str(finished[0] / "run")
-    assert "no checkpoint of step 7" in refused("export", run, str(tmp_path / "out"), "--checkpoint", "7")
+    assert "--checkpoint is 7" in refused("export", run, str(tmp_path / "out"), "--checkpoint", "7")
     (tmp_path / "mine").mkdir()
     assert "which exists" in refused("export", run, str(tmp_path / "mine"))
 
