@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_slm", "megatron_slm.*"]),
     package_data={"megatron_slm": ["py.typed"]},
-    entry_points={"console_scripts": ["megatron-slm = megatron_slm.__main__:main"]},
+    entry_points={"console_scripts": ["megatron-slm = megatron_slm.__main__:program"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",  # which updates it skips, and says so
