@@ -222,6 +222,11 @@ def _settings_class(hint: Any) -> type | None:
     return next((c for c in candidates if dataclasses.is_dataclass(c)), None)  # type: ignore[return-value]
 
 
+def _entry_class(hint: Any) -> type | None:
+    """The dataclass in a type hint such as `list[PartSettings]`."""
+    return _settings_class(typing.get_args(hint)[0]) if typing.get_origin(hint) is list else None
+
+
 def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
     if not isinstance(tree, dict):
         raise UserError(f"{prefix.rstrip('.')} must be a group of settings, but is {tree!r}.")
@@ -234,6 +239,10 @@ def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
         nested = _settings_class(hints[key])
         if nested is not None and value is not None:
             _refuse_unknown_keys(value, nested, f"{prefix}{key}.")
+        entry = _entry_class(hints[key])
+        if entry is not None and isinstance(value, list):
+            for index, group in enumerate(value):
+                _refuse_unknown_keys(group, entry, f"{prefix}{key}[{index}].")
 
 
 def _advice(key: str, known: Iterable[str], prefix: str) -> str:
@@ -271,11 +280,14 @@ def _parse_quantities(tree: dict[str, Any], settings: type) -> dict[str, Any]:
     parsed = {}
     for key, value in tree.items():
         nested = _settings_class(hints[key])
+        entry = _entry_class(hints[key])
         wanted = _kinds(hints[key])
         if value is None and _is_group(hints[key]):
             continue
         if nested is not None and isinstance(value, dict):
             value = _parse_quantities(value, nested)
+        elif entry is not None and isinstance(value, list):
+            value = [_parse_quantities(group, entry) for group in value]
         elif hints[key] == dict[str, Any]:
             value = _parse_foreign(value)
         elif isinstance(value, str) and str not in wanted and wanted & {int, float}:
