@@ -255,7 +255,8 @@ def _holds_truth(value: Any) -> bool:
 
 
 def _kinds(hint: Any) -> set[Any]:
-    return {hint, *typing.get_args(hint)}
+    """All types that occur in a hint."""
+    return {hint}.union(*map(_kinds, typing.get_args(hint)))
 
 
 def _refuse_infinite(value: Any, name: str) -> None:
@@ -290,12 +291,19 @@ def _parse_quantities(tree: dict[str, Any], settings: type) -> dict[str, Any]:
             value = [_parse_quantities(group, entry) for group in value]
         elif hints[key] == dict[str, Any]:
             value = _parse_foreign(value)
-        elif isinstance(value, str) and str not in wanted and wanted & {int, float}:
-            value = parse_quantity(value)
-        elif isinstance(value, float) and int in wanted and value.is_integer():
-            value = int(value)
+        elif str not in wanted and wanted & {int, float}:
+            value = _parse_numbers(value, int in wanted)
         parsed[key] = value
     return parsed
+
+
+def _parse_numbers(value: Any, whole: bool) -> Any:
+    """Text as numbers, at any depth of a list; those without a fraction as int where one is wanted."""
+    if isinstance(value, list):
+        return [_parse_numbers(item, whole) for item in value]
+    if isinstance(value, str):
+        return parse_quantity(value)
+    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
 
 
 def _is_group(hint: Any) -> bool:

@@ -1,5 +1,6 @@
 """The mask: exactly k tokens of a pool, the same whichever rank holds them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,32 @@ def plan_k(valid_counts: Tensor, ratio: float) -> Tensor:
     return torch.maximum(k, (valid_counts > 0).long())
 
 
+def plan_pools(
+    valid: Sequence[Tensor], ratio: float, *, scope: Scope = "global", group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """How many tokens pools will keep over the group, known from the labels before any forward; one all-reduce.
+
+    Their sum is what the summed loss of an optimizer step is divided by, once.
+
+    Args:
+        valid: bool `[..., T]`, this rank's part of each pool.
+        ratio: share to keep, in (0, 1].
+        scope: ranked together within a pool.
+        group: process group; None is the default group if initialised, else this process.
+
+    Returns:
+        int64 `[P]`, equal on all ranks.
+    """
+    own_P2 = torch.stack([torch.stack([part.sum(), own_k(part, ratio, scope)]) for part in valid])
+    valid_P, k_P = Ranks(group).sum(own_P2).unbind(-1)
+    return plan_k(valid_P, ratio) if scope == "global" else k_P
+
+
+def own_k(valid: Tensor, ratio: float, scope: Scope) -> Tensor:
+    """What this rank keeps of a pool in the scopes that ask no other rank: int64, 0-dim."""
+    return plan_k(valid.sum(-1) if scope == "sequence" else valid.sum(), ratio).sum()
+
+
 def select_tokens(
     scores: Tensor,
     valid: Tensor,
@@ -75,16 +102,38 @@ def select_tokens(
     Raises:
         ValueError: shapes that differ, or a ratio outside (0, 1].
     """
-    _check_arguments(scores, valid, ratio, scope, position)
-    everyone = Ranks(group)
+    check_arguments(scores, valid, ratio, scope, position)
+    mask, threshold = keep_highest(scores, valid, ratio, scope=scope, group=group, position=position)
+    counts = torch.stack([mask.sum(), valid.sum(), (valid & scores.isnan()).sum()])
+    num_selected, num_valid, num_nan = Ranks(group).sum(counts).unbind()
+    return Selection(mask, mask.float(), threshold, num_selected, num_valid, num_nan)
+
+
+def keep_highest(
+    scores: Tensor,
+    valid: Tensor,
+    ratio: float,
+    *,
+    among: Tensor | None = None,
+    scope: Scope = "global",
+    group: dist.ProcessGroup | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mask and threshold of `select_tokens`, without its counts.
+
+    Args:
+        scores, valid, ratio, scope, group, position: as there.
+        among: bool, same shape, not in scope 'sequence': of the valid ones, those that compete; k stays that of all
+            valid ones, and where fewer compete all of them are kept.
+    """
     keys = order_key(scores)
     if scope == "sequence":
-        mask, threshold = _select_sequences(keys, valid, ratio, position)
-    else:
-        mask, threshold = _select_pool(keys, valid, ratio, position, Ranks(group, alone=scope == "rank"))
-    counts = torch.stack([mask.sum(), valid.sum(), (valid & (keys == 0)).sum()])
-    num_selected, num_valid, num_nan = everyone.sum(counts).unbind()
-    return Selection(mask, mask.float(), threshold, num_selected, num_valid, num_nan)
+        return _select_sequences(keys, valid, ratio, position)
+    ranks = Ranks(group, alone=scope == "rank")
+    competing = valid if among is None else valid & among
+    num_valid, num_competing = ranks.sum(torch.stack([valid.sum(), competing.sum()])).unbind()
+    k = torch.minimum(plan_k(num_valid, ratio), num_competing)
+    return _select_pool(keys, competing, k, position, ranks)
 
 
 def score_quantiles(
@@ -107,17 +156,16 @@ def score_quantiles(
 
 
 def _select_pool(
-    keys: Tensor, valid: Tensor, ratio: float, position: Tensor | None, ranks: Ranks
+    keys: Tensor, valid: Tensor, k: Tensor, position: Tensor | None, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    num_valid = ranks.sum(valid.sum())
-    k = plan_k(num_valid, ratio).clamp(min=1)
-    kth, wanted, equal = (value[0] for value in kth_largest(keys[valid], k[None], ranks))
+    """The k highest; at most as many as are valid."""
+    kth, wanted, equal = (value[0] for value in kth_largest(keys[valid], k.clamp(min=1)[None], ranks))
     mask = valid & (keys >= kth)
     if wanted < equal:
         tied = valid & (keys == kth)
         places = _default_position(keys, ranks) if position is None else position
         mask[tied] = _lowest(places[tied], wanted, ranks)
-    return mask, score_of_key(kth).where(num_valid > 0, torch.nan)
+    return mask, score_of_key(kth).where(k > 0, torch.nan)
 
 
 def _lowest(position_N: Tensor, k: Tensor, ranks: Ranks) -> Tensor:
@@ -151,7 +199,12 @@ def _select_sequences(keys: Tensor, valid: Tensor, ratio: float, position: Tenso
     return mask, score_of_key(lowest)
 
 
-def _check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, position: Tensor | None) -> None:
+def check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, position: Tensor | None) -> None:
+    """What `select_tokens` refuses.
+
+    Raises:
+        ValueError: shapes that differ, a ratio outside (0, 1], or an unknown scope.
+    """
     if scores.shape != valid.shape or (position is not None and position.shape != scores.shape):
         raise ValueError(f"scores {tuple(scores.shape)}, valid and position must have one shape.")
     if valid.dtype != torch.bool or not scores.is_floating_point():

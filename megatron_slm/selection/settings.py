@@ -1,17 +1,46 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass
+class RankedScore:
+    """One of several scores that are combined, and the share that it keeps.
+
+    score  as selection.score [; ours]
+    ratio  share that this score keeps [share; the paper, NeurIPS version, section 3.4]
+    """
+
+    score: str
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError("ratio is the share that this score keeps: give a number above 0 and at most 1")
 
 
 @dataclass
 class SelectionSettings:
     """Which tokens count.
 
-    score      excess, student_loss, reference_loss, random, or package.module:function [; the paper, equation 3]
-    ratio      share of the valid tokens that is kept; the paper keeps 0.6 to 0.7 [share; the paper's k %]
-    scope      ranked together: all ranks, each rank alone, or each sequence alone [; ours]
-    pool       ranked together: one micro-step of all ranks, or the whole optimizer step [; ours]
-    backward   exact: gradients of the selected loss through every token [; the paper, equation 4]
-    quantiles  of the excess loss that are logged [share; ours]
+    score            a file of selection/scores, or package.module:function of yours [; the paper, equation 3]
+    ratio            share of the valid tokens that is kept; the paper keeps 0.6 to 0.7 [share; the paper's k %]
+    scope            ranked together: all ranks, each rank alone, or each sequence alone [; ours]
+    pool             ranked together: one micro-step of all ranks, or the whole optimizer step [; ours]
+    backward         exact: gradients of the selected loss through every token [; the paper, equation 4]
+    quantiles        of the excess loss that are logged [share; ours]
+    combine          keep what any (union) or all (intersection) of the scores in of keep [; the paper, NeurIPS
+                     version, section 3.4]
+    of               scores to combine in place of score, such as [{score: reference_loss, ratio: 0.7}, ...] [; ours]
+    unit             token; sequence: whole sequences by their mean score; both: sequences, then tokens in them [;
+                     RHO-LOSS]
+    sequence_ratio   under unit both, share of the sequences whose tokens compete [share; ours]
+    weighting        hard: the highest; stochastic: drawn without replacement in proportion to exp(score/temperature);
+                     soft: all, weighed by sigmoid((score - threshold)/temperature) [; ours]
+    temperature      of the weightings stochastic and soft [of the score; ours]
+    schedule         of the ratio: constant; linear or cosine, from 1 to ratio; or steps [; ours]
+    schedule_tokens  after start, tokens that linear and cosine take [tokens; ours]
+    ratio_steps      for steps, [[tokens, ratio], ...]: the ratio from so many consumed tokens on, 1 before [; ours]
+    start            share of training.train_tokens before which all tokens count and the reference rests [share; ours]
     """
 
     score: str = "excess"
@@ -20,9 +49,62 @@ class SelectionSettings:
     pool: Literal["micro_step", "step"] = "micro_step"
     backward: Literal["exact"] = "exact"
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
+    combine: Literal["union", "intersection"] | None = None
+    of: list[RankedScore] = field(default_factory=list)
+    unit: Literal["token", "sequence", "both"] = "token"
+    sequence_ratio: float | None = None
+    weighting: Literal["hard", "stochastic", "soft"] = "hard"
+    temperature: float = 1.0
+    schedule: Literal["constant", "linear", "cosine", "steps"] = "constant"
+    schedule_tokens: int | None = None
+    ratio_steps: list[tuple[int, float]] = field(default_factory=list)
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError("ratio is the share of tokens to keep: give a number above 0 and at most 1")
         if any(not 0 < q < 1 for q in self.quantiles):
             raise ValueError("quantiles must lie between 0 and 1")
+        if not self.temperature > 0:
+            raise ValueError("temperature must be above 0")
+        self._check_combination()
+        self._check_unit()
+        self._check_schedule()
+
+    def _check_combination(self) -> None:
+        if self.combine is None:
+            if self.of:
+                raise ValueError("of lists scores to combine: set combine to union or intersection, or use score")
+            return
+        if not self.of:
+            raise ValueError("combine needs scores: list them in of, such as [{score: excess, ratio: 0.7}, ...]")
+        if self.weighting == "soft":
+            raise ValueError("combine has no one threshold to weigh by: use weighting hard or stochastic")
+        if self.schedule != "constant":
+            raise ValueError("combine keeps by the ratios in of, which have no schedule: use schedule constant")
+
+    def _check_unit(self) -> None:
+        if self.unit != "token" and self.scope == "sequence":
+            raise ValueError(
+                f"unit {self.unit} ranks sequences among each other, and scope sequence each alone: "
+                "use scope global or rank, or unit token"
+            )
+        if (self.unit == "both") != (self.sequence_ratio is not None):
+            raise ValueError("sequence_ratio belongs to unit both: give them together, or neither")
+        if self.sequence_ratio is not None and not 0 < self.sequence_ratio <= 1:
+            raise ValueError("sequence_ratio is a share of the sequences: give a number above 0 and at most 1")
+
+    def _check_schedule(self) -> None:
+        if not 0 <= self.start <= 1:
+            raise ValueError("start is a share of train_tokens: give a number from 0 to 1")
+        if (self.schedule in ("linear", "cosine")) != (self.schedule_tokens is not None):
+            raise ValueError("schedule_tokens belongs to schedule linear or cosine: give them together, or neither")
+        if self.schedule_tokens is not None and self.schedule_tokens < 1:
+            raise ValueError("schedule_tokens must be 1 or more")
+        if (self.schedule == "steps") != bool(self.ratio_steps):
+            raise ValueError("ratio_steps belongs to schedule steps: give them together, or neither")
+        tokens = [first for first, _ in self.ratio_steps]
+        if any(first < 0 for first in tokens) or sorted(set(tokens)) != tokens:
+            raise ValueError("ratio_steps must be pairs [tokens, ratio] whose tokens rise, from 0 or more")
+        if any(not 0 < ratio <= 1 for _, ratio in self.ratio_steps):
+            raise ValueError("ratio_steps must be pairs [tokens, ratio] with ratios above 0 and at most 1")

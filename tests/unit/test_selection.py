@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.selection import find_score, plan_k, score, select_tokens, selected_loss
-from megatron_slm.selection.scoring import built_in_scores
 from megatron_slm.selection.select import score_quantiles
 from megatron_slm.selection.threshold import order_key, score_of_key
 from megatron_slm.selection.uniform import token_uniform
@@ -287,23 +286,6 @@ def test_uniform_numbers_of_neighbours_and_of_seeds_have_nothing_to_do_with_each
         assert (left * right).mean().abs() < 4 / 12 / math.sqrt(left.numel())
 
 
-def test_each_built_in_score_ranks_as_its_name_says():
-    student, reference, uniform = torch.tensor([[3.0, 5.0]]), torch.tensor([[1.0, 4.0]]), torch.tensor([[0.1, 0.7]])
-    signals = {"student.loss": student, "reference.loss": reference, "uniform": uniform}
-    highest = {name: find_score(name)(signals).argmax().item() for name in built_in_scores()}
-    assert highest == {"excess": 0, "random": 1, "reference_loss": 0, "student_loss": 1}
-    assert torch.equal(find_score("excess")(signals), torch.tensor([[2.0, 1.0]]))
-
-
-def test_built_in_scores_say_what_they_need():
-    assert {name: find_score(name).needs for name in built_in_scores()} == {
-        "excess": ("student.loss", "reference.loss"),
-        "random": ("uniform",),
-        "reference_loss": ("reference.loss",),
-        "student_loss": ("student.loss",),
-    }
-
-
 @pytest.fixture
 def user_module(tmp_path, monkeypatch):
     source = """
@@ -331,7 +313,10 @@ def test_a_score_may_live_in_anyones_package(user_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("exess", "selection.score is 'exess': use one of excess, random, reference_loss, student_loss"),
+        (
+            "exess",
+            "selection.score is 'exess': use one of excess, loss_drop, random, reference_entropy, reference_loss",
+        ),
         ("no_such_package:f", "cannot be imported .*PYTHONPATH"),
         ("my_scores:missing", "cannot be imported .*missing"),
         ("my_scores:unmarked", "without @score"),
