@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from megatron_slm.composition.corpora import Corpora, open_corpora, require_tokenizer
 from megatron_slm.composition.models import PRECISIONS, student_config
+from megatron_slm.composition.objective import make_rule
 from megatron_slm.composition.plan import resolve
-from megatron_slm.composition.run import make_objective
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.data.samples import check_order
@@ -22,6 +22,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import pretrained_config
 from megatron_slm.models.checks import check_length
 from megatron_slm.run_folder import RunFolder
+from megatron_slm.selection.words import rule_in_words
 from megatron_slm.training.callbacks.callback import make_callback
 from megatron_slm.training.callbacks.console import quantity
 from megatron_slm.training.memory import ModelSize, RankMemory, model_size, rank_memory
@@ -69,7 +70,7 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
     for name in config.callbacks:
         found.take(partial(make_callback, name))
     corpora = found.take(lambda: open_corpora(config))
-    found.take(lambda: make_objective(config, world))
+    found.take(lambda: make_rule(config, world))
     if corpora is not None:
         _look_at_models(config, corpora, world, found)
     if found.mistakes:
@@ -91,6 +92,8 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
         return
     config, plan = resolved
     _say_plan(config, plan, corpora, world, found)
+    if config.objective == "slm":
+        found.say("selection", rule_in_words(config.selection))
     try:
         _say_sizes(config, hf_config, reference, world, found)
     except Exception as error:  # models are foreign code, and not all of it runs without memory
@@ -111,9 +114,6 @@ def _say_sizes(
         reference_size = model_size(reference, settings.micro_batch_size, length, precision)
         place = "split over the ranks" if settings.shard else "whole on each rank"
         found.say("reference", _model_in_words(reference, reference_size, f"from {settings.path}, {place}"))
-        selection = config.selection
-        pool = f"scope {selection.scope}, pool {selection.pool}"
-        found.say("selection", f"{selection.score}, the highest {selection.ratio:.0%} ({pool})")
     memory = rank_memory(
         size,
         reference_size,

@@ -16,7 +16,8 @@ from megatron_slm.data.samples import Sample
 from megatron_slm.dist import World, gather_objects
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.selection.scoring import find_score, score
+from megatron_slm.selection import Rule, SelectionSettings, score
+from megatron_slm.selection.settings import RankedScore
 from megatron_slm.signals.live import LiveReference, NoReference
 from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
@@ -45,6 +46,7 @@ class Case:
     score: str = "excess"
     ratio: float = 0.6
     scope: str = "global"
+    rule: dict[str, Any] = field(default_factory=dict)
     pool: str = "micro_step"
     stage: int | None = 3
     shard: bool = True
@@ -99,14 +101,21 @@ class Recorder:
     def __init__(self, objective: Any) -> None:
         self._objective = objective
         self.needs, self.pools_whole_step = objective.needs, objective.pools_whole_step
-        self.plan = objective.plan
+        self.takes_reference = objective.takes_reference
+        self.planned: list[int] = []
         self.chosen: dict[int, dict[str, Any]] = {}
+
+    def plan(self, pools: list[Batch]) -> Tensor:
+        planned_P = self._objective.plan(pools)
+        self.planned.append(int(planned_P.sum()))
+        return planned_P
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
         choice = self._objective.choose(pool, signals)
         for row, sample in enumerate(pool.sample_index_B.tolist()):
             self.chosen[sample] = {
                 "mask": choice.mask_BT[row].numpy().copy(),
+                "weights": choice.weights_BT[row].numpy().copy(),
                 "threshold": float(choice.threshold) if choice.threshold.ndim == 0 else None,
                 **{name: column[row].numpy().copy() for name, column in signals.items()},
             }
@@ -123,22 +132,17 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     settings = EngineSettings(case.micro_batch_size, accumulation, 1.0, case.precision)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     objective = Recorder(make_objective(case))
+    result: dict[str, Any] = {"updates": [], "planned": objective.planned, "selected": [], "losses": [], "sums": []}
     reference = make_reference(world, backend, case, hf_config)
-    step = TrainingStep(engine, reference, objective, seed=5, num_sources=2, world=world)
+    step = TrainingStep(engine, reference, seed=5, num_sources=2, world=world)
     loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
-    result: dict[str, Any] = {
-        "before": weights(backend, module),
-        "updates": [],
-        "planned": [],
-        "losses": [],
-        "sums": [],
-    }
+    result["before"] = weights(backend, module)
     keep_first_gradient(engine, module, case, result)
     for number in range(case.steps):
         batches = [ragged(batch) for batch in loader.take(number * case.global_batch_size)]
-        outcome = step(batches, case.lr, number + 1)
+        outcome = step(batches, objective, case.lr, number + 1)
         result["updates"].append(outcome.update)
-        result["planned"].append(outcome.selected_tokens)
+        result["selected"].append(outcome.selected_tokens)
         result["losses"].append(outcome.loss)
         result["sums"].append(outcome.statistics.reduce())
     result["after"] = weights(backend, module)
@@ -177,7 +181,9 @@ def make_student(backend: Backend, case: Case) -> tuple[CausalLM, PretrainedConf
 def make_objective(case: Case) -> Any:
     if case.objective == "clm":
         return CausalLanguageModeling()
-    return SelectiveLanguageModeling(find_score(case.score), case.ratio, case.scope, case.pool == "step")
+    rule = case.rule | {"of": [RankedScore(**part) for part in case.rule.get("of", [])]}
+    settings = SelectionSettings(score=case.score, ratio=case.ratio, scope=case.scope, **rule)
+    return SelectiveLanguageModeling(Rule(settings), case.ratio, case.pool == "step")
 
 
 def make_reference(world: World, backend: Backend, case: Case, hf_config: PretrainedConfig) -> Any:

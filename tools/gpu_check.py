@@ -31,10 +31,10 @@ from megatron_slm.backend.plain import PlainBackend
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, score_batch
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.selection import find_score, select_tokens
+from megatron_slm.selection import Rule, SelectionSettings, select_tokens
 from megatron_slm.signals.live import LiveReference, NoReference
 from megatron_slm.training.flops import peak_flops, token_flops
-from megatron_slm.training.objective import CausalLanguageModeling, SelectiveLanguageModeling
+from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings
 from megatron_slm.training.step import TrainingStep
@@ -150,6 +150,7 @@ class Job:
     """A step and its engine, ready to be run."""
 
     step: TrainingStep
+    objective: Objective
     engine: TrainingEngine
     module: CausalLM
 
@@ -165,13 +166,13 @@ def make_job(shape: Shape, selective: bool, world: World) -> Job:
     settings = EngineSettings(shape.micro_batch_size, 1, 1.0, dtype)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     if not selective:
-        step = TrainingStep(engine, NoReference(), CausalLanguageModeling(), seed=1, num_sources=1, world=world)
-        return Job(step, engine, module)
+        step = TrainingStep(engine, NoReference(), seed=1, num_sources=1, world=world)
+        return Job(step, CausalLanguageModeling(), engine, module)
     # Built whole like one that is read from a folder; only the student is partitioned as it is built.
     reference = make_model(shape, 2, PlainBackend(world), dtype, world.device)
     live = LiveReference(backend.frozen_engine(reference, shard=True), 2 * shape.micro_batch_size)
-    objective = SelectiveLanguageModeling(find_score("excess"), RATIO, "global", pools_whole_step=False)
-    return Job(TrainingStep(engine, live, objective, seed=1, num_sources=1, world=world), engine, module)
+    objective = SelectiveLanguageModeling(Rule(SelectionSettings()), RATIO, pools_whole_step=False)
+    return Job(TrainingStep(engine, live, seed=1, num_sources=1, world=world), objective, engine, module)
 
 
 def check_training_and_resume(world: World) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def check_training_and_resume(world: World) -> dict[str, Any]:
 
     def run(job: Job, first: int, last: int) -> None:
         for number in range(first, last):
-            sums = job.step([batch], 1e-3, number + 1).statistics.reduce()
+            sums = job.step([batch], job.objective, 1e-3, number + 1).statistics.reduce()
             losses.append(sums["loss"] / sums["valid"])
 
     with tempfile.TemporaryDirectory() as folder:

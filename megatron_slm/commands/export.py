@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_slm.config import Config, load_config
 from megatron_slm.errors import UserError
+from megatron_slm.selection.words import rule_in_words
 
 _EPILOG = """example:
   megatron-slm export runs/slm exported/slm --checkpoint 500
@@ -84,8 +85,7 @@ def _card(config: Config, progress: dict[str, int]) -> str:
     if config.objective == "slm":
         rows |= {
             "reference model": config.reference.path if config.reference else "none",
-            "score": config.selection.score,
-            "select ratio": str(config.selection.ratio),
+            "selection": rule_in_words(config.selection),
             "selected tokens": f"{progress['consumed_selected_tokens']:,}",
         }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -65,7 +65,7 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
     events = agree(lambda: _open_records(folder, step) if world.is_main else None)
     return [
         *_checks(parts, streams),
-        StepMetrics(sources, selective, config.selection.quantiles),
+        StepMetrics(sources, selective, config.selection.quantiles if config.reference else ()),
         *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
         parts.speed,
         Evaluation(_evaluator(parts, streams)),

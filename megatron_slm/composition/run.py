@@ -9,25 +9,22 @@ import torch
 from megatron_slm.composition.callbacks import Parts, make_callbacks
 from megatron_slm.composition.corpora import make_samples, open_corpora
 from megatron_slm.composition.models import make_backend, make_reference, make_student, student_config
+from megatron_slm.composition.objective import make_rule, objective_at
 from megatron_slm.composition.plan import resolve
 from megatron_slm.config import Config, dump_config
-from megatron_slm.data.loader import StepLoader, accumulation_steps
+from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World, agree
-from megatron_slm.errors import UserError
 from megatron_slm.run_folder import RunFolder
-from megatron_slm.selection.scoring import find_score
 from megatron_slm.training.callbacks.callback import Callback, make_callback
 from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.flops import peak_flops, token_flops
-from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.requests import Requests
 from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
 from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
-from megatron_slm.types import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         agree(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
     corpora = agree(lambda: open_corpora(config))
     config, plan = agree(lambda: resolve(config, corpora, world))
-    objective = agree(lambda: make_objective(config, world))
+    rule = agree(lambda: make_rule(config, world))
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     hf_config = agree(lambda: student_config(config, corpora))
     samples = make_samples(config, corpora, plan, folder, world)
@@ -73,7 +70,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     backend = make_backend(config, world)
     student, engine = make_student(config, hf_config, backend, world)
     reference, reference_flops = make_reference(config, corpora, backend)
-    step = TrainingStep(engine, reference, objective, seed=config.seed, num_sources=len(corpora.train), world=world)
+    step = TrainingStep(engine, reference, seed=config.seed, num_sources=len(corpora.train), world=world)
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
@@ -87,33 +84,10 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
     parts = Parts(config, corpora, folder, engine, reference, store, speed, world)
     rate = partial(_learning_rate, config, plan)
+    objective = partial(objective_at, config, plan, rule)
     told = make_callbacks(parts, own, state.step)
-    trainer = Trainer(loader, step, rate, told, config.training.max_skipped_updates, Requests())
+    trainer = Trainer(loader, step, rate, objective, told, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
-
-
-def make_objective(config: Config, world: World) -> Objective:
-    """Which tokens count, after checking that the batch can be dealt and that there is what the score needs."""
-    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.size)
-    if config.objective == "clm":
-        return CausalLanguageModeling()
-    settings = config.selection
-    try:
-        score = find_score(settings.score)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    unknown = [name for name in score.needs if name not in SIGNALS]
-    if unknown:
-        raise UserError(
-            f"selection.score is '{settings.score}', which needs '{unknown[0]}', a signal that does not exist: "
-            f"name one of {', '.join(SIGNALS)} in its @score(needs=(...))."
-        )
-    if config.reference is None and any(name.startswith("reference.") for name in score.needs):
-        raise UserError(
-            f"selection.score is '{settings.score}', which needs a reference model: set reference.path to a "
-            "Hugging Face folder, or use selection.score=student_loss, selection.score=random, or objective=clm."
-        )
-    return SelectiveLanguageModeling(score, settings.ratio, settings.scope, settings.pool == "step")
 
 
 def _learning_rate(config: Config, plan: Plan, tokens: int) -> float:

@@ -40,7 +40,7 @@ class RunState:
     step                      updates so far, the first is 1
     consumed_samples          trained on, over all ranks
     next_sample               position in the order of samples: what was left out counts too
-    consumed_selected_tokens  tokens that counted, over all ranks
+    consumed_selected_tokens  tokens that were kept, over all ranks
     skipped_updates           updates that were not applied; in_a_row: the latest ones
     failed_saves              checkpoints that could not be written
     order_fingerprint         of the order of samples; a checkpoint of another order is not resumed

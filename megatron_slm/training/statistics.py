@@ -78,9 +78,9 @@ class StepStatistics:
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum(dtype=torch.float64)
 
-    def loss_and_valid(self) -> Tensor:
-        """float64 `[2]`: this rank's summed loss, and its valid tokens."""
-        return torch.stack([self._sums["loss"], self._sums["valid"]])
+    def loss_and_counts(self) -> Tensor:
+        """float64 `[3]`: this rank's summed loss, its valid tokens, and those that were kept."""
+        return torch.stack([self._sums["loss"], self._sums["valid"], self._sums["selected"]])
 
     def reduce(self) -> dict[str, float]:
         """The sums over all ranks, those of source s as `valid/s` and `selected/s`; every rank calls it."""

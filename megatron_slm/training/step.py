@@ -24,7 +24,7 @@ from megatron_slm.types import Batch, TokenSignals
 class StepResult:
     """What a step did: over all ranks, but for the sums that are still to be reduced.
 
-    selected_tokens  that counted
+    selected_tokens  that were kept
     loss             mean over all valid tokens; NaN where there is none
     asked            of the run, on any rank
     statistics       this rank's sums
@@ -44,7 +44,6 @@ class TrainingStep:
     Args:
         engine: the student's engine.
         reference: where reference signals come from.
-        objective: which tokens count.
         seed: of the column `uniform`.
         num_sources: entries of the blend.
         world: this process among all.
@@ -54,7 +53,6 @@ class TrainingStep:
         self,
         engine: TrainingEngine,
         reference: Reference,
-        objective: Objective,
         *,
         seed: int,
         num_sources: int,
@@ -63,18 +61,23 @@ class TrainingStep:
         self._engine = engine
         self._student = Student(engine)
         self._reference = reference
-        self._objective = objective
         self._seed = seed
         self._num_sources = num_sources
         self._world = world
 
     def __call__(
-        self, batches: list[Batch], learning_rate: float, step: int, take_asked: Callable[[], Asked] = Asked
+        self,
+        batches: list[Batch],
+        objective: Objective,
+        learning_rate: float,
+        step: int,
+        take_asked: Callable[[], Asked] = Asked,
     ) -> StepResult:
         """Run the step on this rank's micro-batches; every rank calls it with as many.
 
         Args:
             batches: of this rank.
+            objective: which tokens count in this step; the same on all ranks.
             learning_rate: of the update.
             step: number of the step, for the error.
             take_asked: what was asked of the run on this rank; the result says what was asked on any.
@@ -83,34 +86,36 @@ class TrainingStep:
             AgreedError: a loss is not finite; the weights are as they were before the step.
         """
         self._engine.module.train()
-        pools = [batches] if self._objective.pools_whole_step else [[batch] for batch in batches]
+        pools = [batches] if objective.pools_whole_step else [[batch] for batch in batches]
         joined = [Batch.concatenate(pool) if len(pool) > 1 else pool[0] for pool in pools]
-        planned = int(self._objective.plan(joined).sum())
+        planned = int(objective.plan(joined).sum())
         # DeepSpeed and the plain backend average gradients over the ranks; one over the global
         # count times the number of ranks makes that the sum over all ranks divided once.
         scale = self._world.size / max(planned, 1)
-        reference = iter(self._reference.take(batches, self._wanted("reference.")))
+        reference = iter(self._take_reference(batches, objective))
         statistics = StepStatistics(self._num_sources, self._world.device)
         suspects: list[tuple[Tensor, Tensor]] = []
         for index, (pool, whole) in enumerate(zip(pools, joined, strict=True)):
-            signals, tapes = self._score(pool, [next(reference) for _ in pool])
-            choice = self._objective.choose(whole, signals)
+            signals, tapes = self._score(pool, [next(reference) for _ in pool], _wanted(objective, "student."))
+            choice = objective.choose(whole, signals)
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
             self._backward(tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
-        loss, asked = self._agree(suspects, statistics, take_asked(), step)
-        return StepResult(planned, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
+        loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
+        return StepResult(selected, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
 
-    def _wanted(self, prefix: str) -> tuple[str, ...]:
-        """Columns beside the loss that the objective reads from the student or the reference."""
-        names = (name.removeprefix(prefix) for name in self._objective.needs if name.startswith(prefix))
-        return tuple(name for name in names if name != "loss")
+    def _take_reference(self, batches: list[Batch], objective: Objective) -> list[TokenSignals]:
+        if not objective.takes_reference:
+            return [{} for _ in batches]
+        return self._reference.take(batches, _wanted(objective, "reference."))
 
-    def _score(self, pool: list[Batch], reference: list[TokenSignals]) -> tuple[TokenSignals, list[Tape]]:
+    def _score(
+        self, pool: list[Batch], reference: list[TokenSignals], want: tuple[str, ...]
+    ) -> tuple[TokenSignals, list[Tape]]:
         """All signals of a pool. The graph is kept where the pool is one micro-batch, else it is run again."""
         parts, tapes = [], []
         for batch, columns in zip(pool, reference, strict=True):
-            scored, tape = self._student.score(batch, self._wanted("student."), keep_graph=len(pool) == 1)
+            scored, tape = self._student.score(batch, want, keep_graph=len(pool) == 1)
             tapes.append(tape)
             parts.append(
                 {f"student.{name}": column for name, column in scored.items()}
@@ -126,18 +131,18 @@ class TrainingStep:
 
     def _agree(
         self, suspects: list[tuple[Tensor, Tensor]], statistics: StepStatistics, asked: Asked, step: int
-    ) -> tuple[float, Asked]:
-        """One small all-reduce: the loss of all ranks, what was asked of any, and whether a loss is not finite.
+    ) -> tuple[float, int, Asked]:
+        """One small all-reduce: loss and kept tokens of all ranks, what was asked of any, a loss that is not finite.
 
         Before the update, so that a bad loss never reaches the weights of one rank.
         """
         samples_B, bad_B = (torch.cat(parts) for parts in zip(*suspects, strict=True))
         own = torch.tensor([asked.save, asked.stop], dtype=torch.float64, device=bad_B.device)
-        sums = all_reduce_sum(torch.cat([bad_B.sum()[None], statistics.loss_and_valid(), own]))
-        bad, loss, valid, save, stop = sums.tolist()
+        sums = all_reduce_sum(torch.cat([bad_B.sum()[None], statistics.loss_and_counts(), own]))
+        bad, loss, valid, selected, save, stop = sums.tolist()
         if bad:
             self._refuse(samples_B[bad_B], step)
-        return loss / valid if valid else math.nan, Asked(save > 0, stop > 0)
+        return loss / valid if valid else math.nan, int(selected), Asked(save > 0, stop > 0)
 
     def _refuse(self, samples_B: Tensor, step: int) -> NoReturn:
         found = gather_objects(samples_B.tolist())
@@ -147,6 +152,12 @@ class TrainingStep:
             "updated and the last checkpoint is untouched: look at these samples, or export the checkpoint and go on "
             "in another run_dir with a lower training.lr."
         )
+
+
+def _wanted(objective: Objective, prefix: str) -> tuple[str, ...]:
+    """Columns beside the loss that the objective reads from the student or the reference."""
+    names = (name.removeprefix(prefix) for name in objective.needs if name.startswith(prefix))
+    return tuple(name for name in names if name != "loss")
 
 
 def _not_finite(pool: Batch, signals: TokenSignals) -> Tensor:

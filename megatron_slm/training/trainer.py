@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.errors import AgreedError
 from megatron_slm.training.callbacks.callback import Callback
+from megatron_slm.training.objective import Objective
 from megatron_slm.training.requests import Requests
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import TrainingStep
@@ -17,6 +18,7 @@ class Trainer:
         loader: the micro-batches of each step.
         step: the optimizer step.
         learning_rate: of the step that ends at so many tokens.
+        objective: of the step that begins after so many tokens.
         callbacks: told of each moment, in this order.
         max_skipped_updates: stop after so many in a row.
         requests: what is asked of this rank while the run is under way.
@@ -27,6 +29,7 @@ class Trainer:
         loader: StepLoader,
         step: TrainingStep,
         learning_rate: Callable[[int], float],
+        objective: Callable[[int], Objective],
         callbacks: Sequence[Callback],
         max_skipped_updates: int,
         requests: Requests,
@@ -34,6 +37,7 @@ class Trainer:
         self._loader = loader
         self._step = step
         self._learning_rate = learning_rate
+        self._objective = objective
         self._callbacks = callbacks
         self._max_skipped_updates = max_skipped_updates
         self._requests = requests
@@ -61,7 +65,8 @@ class Trainer:
             callback.on_step_start(state)
         batches = self._loader.take(state.next_sample)
         rate = self._learning_rate(state.consumed_tokens + state.plan.tokens_per_step)
-        result = self._step(batches, rate, state.step + 1, self._requests.take)
+        objective = self._objective(state.consumed_tokens)
+        result = self._step(batches, objective, rate, state.step + 1, self._requests.take)
         end = self._loader.end(state.next_sample)
         state.advance(end, result.selected_tokens, result.update.applied, result.asked)
         state.record = {} if state.is_logged else None

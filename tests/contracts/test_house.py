@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "run_folder": {"config", "dist", "errors", "files", "training"},
     "composition": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
     "demo": LEAVES | {"data", "models", "selection", "reporting"},
-    "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "training"},
-    "commands": LEAVES | {"config", "run_folder", "composition", "dry_run", "data", "models", "training", "demo"},
+    "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "selection", "training"},
+    "commands": LEAVES
+    | {"config", "run_folder", "composition", "dry_run", "data", "models", "selection", "training", "demo"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }

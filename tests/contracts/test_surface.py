@@ -20,6 +20,9 @@ run_dir objective seed callbacks deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by
 reference.path reference.micro_batch_size reference.shard reference.trust_remote_code
 selection.score selection.ratio selection.scope selection.pool selection.backward selection.quantiles
+selection.combine selection.of.score selection.of.ratio selection.unit selection.sequence_ratio
+selection.weighting selection.temperature
+selection.schedule selection.schedule_tokens selection.ratio_steps selection.start
 data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache data.skip_samples
 reference.check_windows training.spike_sigma training.profile_steps
 training.micro_batch_size training.global_batch_size training.train_tokens training.train_epochs

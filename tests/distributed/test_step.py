@@ -69,7 +69,7 @@ def test_the_planned_count_is_the_selected_count_in_every_scope() -> None:
     for scope in ("global", "rank", "sequence"):
         for pool in ("micro_step", "step"):
             result = on_ranks(2, Case(steps=2, micro_batch_size=2, scope=scope, pool=pool, stage=None))
-            assert result["planned"] == [int(sums["selected"]) for sums in result["sums"]]
+            assert result["planned"] == result["selected"] == [int(sums["selected"]) for sums in result["sums"]]
 
 
 def test_the_random_score_is_the_same_on_any_number_of_ranks() -> None:

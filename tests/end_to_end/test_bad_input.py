@@ -13,6 +13,7 @@ import yaml
 
 from megatron_slm.__main__ import main
 from megatron_slm.dist import World, disconnect
+from tests.end_to_end.selection_mistakes import SELECTION
 from tests.gloo import run_ranks
 from tests.runs import config_tree, megatron_slm, train_in_process, write_config, write_text
 
@@ -122,7 +123,7 @@ SETTINGS = {
     "a profile of one number": ("training.profile_steps=5", "training.profile_steps is 5"),
     "a check of fewer than no windows": ("reference.check_windows=-1", "reference.check_windows is -1"),
     "an override without a value": ("training.lr", "must look like a.b=c"),
-}
+} | SELECTION
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A run that was killed goes on as if it had not been."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -51,6 +52,49 @@ def test_a_killed_run_resumes_bitwise_at_the_other_stages(corpora: Path, tmp_pat
     run_ranks(train_deadly, 2, killed, mark)
     run_ranks(train_deadly, 2, whole, mark)
     assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+
+
+TURNS = {"start": 0.2, "schedule": "linear", "schedule_tokens": 12 * 256, "ratio": 0.3} | DEADLY
+AGREE = {
+    "start": 0.2,
+    "combine": "intersection",
+    "of": [{"score": DEADLY["score"], "ratio": 0.7}, {"score": "student_loss", "ratio": 0.5}],
+}
+
+
+def train_deadly_after_the_start(world: World, tree: dict[str, Any], mark: str) -> dict[str, Any]:
+    """No score is asked for in the first fifth of the steps."""
+    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_13 - 2 * 4)}
+    return train_in_process(world, tree)
+
+
+@pytest.mark.parametrize("selection", [TURNS, AGREE], ids=["a schedule", "an intersection"])
+def test_a_run_killed_while_its_rule_is_on_the_move_resumes_bitwise(
+    corpora: Path, tmp_path: Path, selection: dict[str, Any]
+) -> None:
+    whole, killed = (config_tree(corpora, tmp_path / name, stage=0) | {"selection": selection} for name in ("a", "b"))
+    mark = str(tmp_path / "mark")
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(train_deadly_after_the_start, 2, killed, mark)
+    run_ranks(train_deadly_after_the_start, 2, killed, mark)
+    run_ranks(train_deadly_after_the_start, 2, whole, mark)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+    shown = records(tmp_path / "b")
+    for record in shown[:4]:
+        assert record["selection/ratio"] == 1 and record["loss/selected"] == record["loss/all"]
+        undefined = ("loss/reference", "loss/unselected", "selection/threshold", "excess/q50")
+        assert [record[name] for name in undefined] == [None] * 4
+    kept = [round(256 * record["selection/ratio"]) for record in shown]
+    assert [record["consumed_selected_tokens"] for record in shown] == list(itertools.accumulate(kept))
+    assert all(record["loss/reference"] > 0 for record in shown[4:])
+    if selection is TURNS:
+        assert kept[4:] == sorted(kept[4:], reverse=True) and kept[4] == 256 and kept[-1] == 2 * 38
+    else:
+        # 102 would be planned of the two pools of 128.
+        assert all(
+            0 < count <= 128 and record["selection/threshold"] is None
+            for count, record in zip(kept[4:], shown[4:], strict=True)
+        )
 
 
 def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -> None:

@@ -101,6 +101,18 @@ def test_the_layout_is_in_the_event_files_and_knows_what_will_be_evaluated(tmp_p
     assert all(re.compile(pattern) for pattern in patterns)
 
 
+def test_quantiles_that_are_not_defined_yet_have_their_chart(tmp_path: Path) -> None:
+    """All tokens count at first, and no reference is run: the layout is written once, by the first record."""
+    writer = open_event_files(tmp_path, 0)
+    record = {"loss/all": 1.0, "excess/q50": None, "mfu": None}
+    callback = TensorBoard(writer, CONFIGURATION, [])
+    callback.on_step_end(RunState(Plan(1, 1, 8, 1, 1, 1), step=1, record=record), result_of_step(1))
+    callback.close()
+    content = read(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    titles = [chart.title for category in layout_pb2.Layout.FromString(content).category for chart in category.chart]
+    assert titles == ["training loss: all, selected, unselected, reference", "excess loss: quantiles"]
+
+
 def test_the_histogram_is_in_the_event_files(tmp_path: Path) -> None:
     train(tmp_path, 1, 4)
     histograms = read(tmp_path).Histograms("excess/distribution")

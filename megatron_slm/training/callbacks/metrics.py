@@ -11,7 +11,7 @@ class StepMetrics(Callback):
     Args:
         sources: names of the blend's entries.
         selective: report what exists only where tokens are selected.
-        quantiles: of the excess loss.
+        quantiles: of the excess loss; none where there never is a reference.
     """
 
     def __init__(self, sources: list[str], selective: bool, quantiles: tuple[float, ...]) -> None:
@@ -39,7 +39,9 @@ class StepMetrics(Callback):
     def _selection(self, state: RunState, result: StepResult, sums: dict[str, float]) -> dict[str, float | None]:
         unselected = sums["valid"] - sums["selected"]
         statistics = result.statistics
-        quantiles = statistics.excess_quantiles(self._quantiles, round(sums["valid"]))
+        quantiles: list[float] | list[None] = [None] * len(self._quantiles)
+        if statistics.has_reference:
+            quantiles = statistics.excess_quantiles(self._quantiles, round(sums["valid"]))
         return {
             "consumed_selected_tokens": state.consumed_selected_tokens,
             "loss/selected": ratio(sums["selected_loss"], sums["selected"]),
@@ -51,7 +53,7 @@ class StepMetrics(Callback):
                 f"selection/ratio/{name}": ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
                 for source, name in enumerate(self._sources)
             },
-            **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=False)},
+            **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=True)},
         }
 
 

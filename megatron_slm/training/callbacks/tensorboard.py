@@ -62,7 +62,9 @@ class TensorBoard(Callback):
         for name, value in shown.items():
             self._writer.add_scalar(name, value, state.step)
         if not self._has_layout:
-            self._writer.add_custom_scalars(layout([*shown, *self._later]))
+            # Null for now, where all tokens count at first.
+            quantiles = [name for name in state.record if name.startswith("excess/")]
+            self._writer.add_custom_scalars(layout([*shown, *quantiles, *self._later]))
             self._has_layout = True
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ class Throughput(Callback):
         self._peak_flops = peak_flops
         self._started = 0.0
         self._seconds = 0.0
-        self._steps = 0
+        self._steps = self._reference_steps = 0
 
     def on_train_start(self, state: RunState) -> None:
         if self._peak_flops is None:
@@ -41,15 +41,17 @@ class Throughput(Callback):
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         self._seconds += time.perf_counter() - self._started
         self._steps += 1
+        self._reference_steps += result.statistics.has_reference
         if state.record is None:
             return
         seconds = self._seconds / self._steps
         speed = state.plan.tokens_per_step / seconds
         peak = self._peak_flops
+        flops = self._student_flops + self._reference_flops * self._reference_steps / self._steps
         state.record |= {
             "tokens_per_second": speed,
             "step_seconds": seconds,
             "mfu": speed * self._student_flops / peak if peak else None,
-            "hardware_utilization": speed * (self._student_flops + self._reference_flops) / peak if peak else None,
+            "hardware_utilization": speed * flops / peak if peak else None,
         }
-        self._seconds, self._steps = 0.0, 0
+        self._seconds, self._steps, self._reference_steps = 0.0, 0, 0

@@ -1,0 +1,54 @@
+"""Which tokens count, step by step."""
+
+from megatron_slm.config import Config
+from megatron_slm.data.loader import accumulation_steps
+from megatron_slm.dist import World
+from megatron_slm.errors import UserError
+from megatron_slm.selection.rule import Rule
+from megatron_slm.selection.schedule import ratio_at
+from megatron_slm.selection.scoring import find_score
+from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
+from megatron_slm.training.state import Plan
+from megatron_slm.types import SIGNALS
+
+
+def make_rule(config: Config, world: World) -> Rule | None:
+    """The rule of selection, None under CLM; the batch can be dealt, and there is what the rule needs.
+
+    Raises:
+        UserError: a batch that cannot be dealt, a score that is not there, or one that needs what is not there.
+    """
+    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.size)
+    if config.objective == "clm":
+        return None
+    settings = config.selection
+    combined = [(f"selection.of[{index}].score", part.score) for index, part in enumerate(settings.of)]
+    for setting, name in combined or [("selection.score", settings.score)]:
+        _check_score(setting, name, config.reference is not None)
+    return Rule(settings)
+
+
+def objective_at(config: Config, plan: Plan, rule: Rule | None, tokens: int) -> Objective:
+    """Of the step that begins after so many consumed tokens; a function of them, so that all ranks agree."""
+    ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_steps * plan.tokens_per_step)
+    if rule is None or ratio is None:
+        return CausalLanguageModeling()
+    return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step")
+
+
+def _check_score(setting: str, name: str, has_reference: bool) -> None:
+    try:
+        score = find_score(name)
+    except ValueError as error:
+        raise UserError(str(error).replace("selection.score", setting, 1)) from error
+    unknown = [signal for signal in score.needs if signal not in SIGNALS]
+    if unknown:
+        raise UserError(
+            f"{setting} is '{name}', which needs '{unknown[0]}', a signal that does not exist: "
+            f"name one of {', '.join(SIGNALS)} in its @score(needs=(...))."
+        )
+    if not has_reference and any(signal.startswith("reference.") for signal in score.needs):
+        raise UserError(
+            f"{setting} is '{name}', which needs a reference model: set reference.path to a Hugging Face folder, "
+            "or use a score that needs none (student_loss, student_entropy, random), or objective=clm."
+        )
