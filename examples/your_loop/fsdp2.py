@@ -1,0 +1,58 @@
+"""The same under PyTorch's FSDP2, on any number of ranks: `torchrun --nproc-per-node 2 fsdp2.py`."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.functional import cross_entropy
+
+from megatron_slm.selection import Rule, SelectionSettings, selected_loss
+
+
+def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """float32 `[B, T]`: what each token but the first costs. `model` turns tokens into logits."""
+    logits = model(tokens[:, :-1]).float()
+    return cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def train_step(
+    student: FSDPModule, reference: nn.Module, rule: Rule, micro_batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    """Add up the gradient of one optimizer step, over the micro-batches `(tokens, valid)` of all ranks."""
+    # One all-reduce for the divisor, of all ranks and micro-batches. FSDP averages over the ranks: undo that.
+    planned = rule.plan([valid for _, valid in micro_batches]).sum().clamp(min=1)
+    scale = dist.get_world_size() / planned
+    for index, (tokens, valid) in enumerate(micro_batches):
+        student.set_requires_gradient_sync(index == len(micro_batches) - 1)
+        loss = token_losses(student, tokens)
+        with torch.no_grad():
+            signals = {"student.loss": loss.detach(), "reference.loss": token_losses(reference, tokens)}
+        # Ranked over all ranks. Every rank goes backward, also where nothing of it was kept.
+        (selected_loss(loss, rule.choose(signals, valid)) * scale).backward()
+
+
+def shard(model: nn.Sequential) -> FSDPModule:
+    """Each layer on its own, then what is left."""
+    for layer in model:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def main() -> None:
+    """Toy models on toy text; each rank reads its own part."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    student, reference = (shard(nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64))) for _ in range(2))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    rule = Rule(SelectionSettings(score="excess", ratio=0.6))
+    torch.manual_seed(dist.get_rank())
+    for _ in range(20):
+        texts = (torch.randint(64, (2, 8, 1)) + torch.arange(17)) % 64
+        train_step(student, reference, rule, [(tokens, torch.ones(8, 16).bool()) for tokens in texts])
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
