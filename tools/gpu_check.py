@@ -221,7 +221,7 @@ def measure_step(shape: Shape, selective: bool, world: World) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     job = make_job(shape, selective, world)
     batches = iter([make_batch(shape, world.device, first) for first in range(shape.steps + 1)])
-    seconds = timed(lambda: job.step([next(batches)], 1e-4, 1), shape.steps, world.device)
+    seconds = timed(lambda: job.step([next(batches)], job.objective, 1e-4, 1), shape.steps, world.device)
     median = statistics.median(seconds)
     speed = shape.micro_batch_size * shape.seq_length / median
     flops = token_flops(job.module, hf_config(shape), shape.seq_length).training
