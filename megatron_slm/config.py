@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.scoring.settings import ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings
 from megatron_slm.signals.settings import ReferenceSettings
 from megatron_slm.training.settings import TrainingSettings
@@ -111,6 +112,7 @@ class Config:
     seed: int = 1234
     callbacks: list[str] = field(default_factory=list)
     reference: ReferenceSettings | None = None
+    score: ScoreSettings | None = None
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
 
@@ -149,10 +151,19 @@ def load_config(path: str, overrides: list[str]) -> Config:
     Raises:
         UserError: the file, a key, a type or a value is wrong; a sentence each.
     """
+    return parse_config(read_tree(path, overrides))
+
+
+def read_tree(path: str, overrides: list[str]) -> dict[str, Any]:
+    """The same as nested dicts, unchecked.
+
+    Raises:
+        UserError: the file, or the form of an override, is wrong.
+    """
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree)
+    return tree
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -182,8 +193,13 @@ def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
     return [
         f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key != "run_dir" and key not in MAY_CHANGE_ON_RESUME
+        if before.get(key) != after.get(key) and key not in MAY_CHANGE_ON_RESUME and not _is_not_the_runs(key)
     ]
+
+
+def _is_not_the_runs(key: str) -> bool:
+    """Where the run lies, and what another command reads."""
+    return key in ("run_dir", "score") or key.startswith("score.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

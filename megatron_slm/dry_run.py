@@ -14,15 +14,18 @@ from megatron_slm.composition.corpora import Corpora, open_corpora, require_toke
 from megatron_slm.composition.models import PRECISIONS, student_config
 from megatron_slm.composition.objective import make_rule
 from megatron_slm.composition.plan import resolve
+from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
-from megatron_slm.data.loader import accumulation_steps
-from megatron_slm.data.samples import check_order
+from megatron_slm.data.loader import accumulation_steps, runs_beside
+from megatron_slm.data.samples import check_order, order_fingerprint
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import pretrained_config
 from megatron_slm.models.checks import check_length
 from megatron_slm.run_folder import RunFolder
+from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.words import rule_in_words
+from megatron_slm.signals.settings import PartSettings
 from megatron_slm.training.callbacks.callback import make_callback
 from megatron_slm.training.callbacks.console import quantity
 from megatron_slm.training.memory import ModelSize, RankMemory, model_size, rank_memory
@@ -66,7 +69,8 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
     if rollback is not None:
         found.take(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
     found.take(lambda: _refuse_other_weights("model", config.model.path))
-    found.take(lambda: _refuse_other_weights("reference", config.reference.path if config.reference else None))
+    for part in config.reference.parts if config.reference else []:
+        found.take(partial(_refuse_other_weights, "reference", part.path))
     for name in config.callbacks:
         found.take(partial(make_callback, name))
     corpora = found.take(lambda: open_corpora(config))
@@ -84,55 +88,75 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
     _say_data(config, corpora, found)
     resolved = found.take(lambda: resolve(config, corpora, world))
     hf_config = found.take(lambda: student_config(config, corpora))
-    reference = found.take(lambda: _reference_config(config, corpora))
+    references = found.take(lambda: _live_references(config, corpora))
     if resolved is not None:
         total_samples = resolved[1].total_steps * resolved[1].global_batch_size
         found.take(lambda: check_order(config.data, corpora.train, total_samples))
-    if found.mistakes or resolved is None or hf_config is None:
+    if found.mistakes or resolved is None or hf_config is None or references is None:
         return
     config, plan = resolved
     _say_plan(config, plan, corpora, world, found)
+    found.take(lambda: _look_at_stores(config, corpora, plan))
     if config.objective == "slm":
         found.say("selection", rule_in_words(config.selection))
     try:
-        _say_sizes(config, hf_config, reference, world, found)
+        _say_sizes(config, hf_config, references, world, found)
     except Exception as error:  # models are foreign code, and not all of it runs without memory
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         found.say("memory", f"neither it nor the disk can be estimated for this model ({reason})")
 
 
 def _say_sizes(
-    config: Config, hf_config: PretrainedConfig, reference: PretrainedConfig | None, world: World, found: Findings
+    config: Config,
+    hf_config: PretrainedConfig,
+    references: list[tuple[PartSettings, PretrainedConfig]],
+    world: World,
+    found: Findings,
 ) -> None:
     """Models, memory and disk."""
     precision = PRECISIONS[config.training.precision]
-    length, settings = config.data.seq_length, config.reference
+    length = config.data.seq_length
     size = model_size(hf_config, config.training.micro_batch_size, length, precision)
     found.say("student", _model_in_words(hf_config, size, f"from {config.model.path or 'scratch'}"))
-    reference_size = None
-    if reference is not None and settings is not None:
-        reference_size = model_size(reference, settings.micro_batch_size, length, precision)
-        place = "split over the ranks" if settings.shard else "whole on each rank"
-        found.say("reference", _model_in_words(reference, reference_size, f"from {settings.path}, {place}"))
+    frozen = [(model_size(hf, part.micro_batch_size, length, precision), part.shard) for part, hf in references]
+    for (part, reference), (reference_size, sharded) in zip(references, frozen, strict=True):
+        place = "split over the ranks" if sharded else "whole on each rank"
+        found.say("reference", _model_in_words(reference, reference_size, f"from {part.path}, {place}"))
     memory = rank_memory(
         size,
-        reference_size,
+        frozen,
         ranks=world.size,
         precision=precision,
         zero=config.deepspeed.get("zero_optimization", {}) if config.training.backend == "deepspeed" else {"stage": 0},
-        shard_reference=bool(settings and settings.shard),
         checkpointing=config.training.activation_checkpointing == "full",
     )
     _say_memory(memory, world, found)
     _say_disk(config, size, precision, found)
 
 
-def _reference_config(config: Config, corpora: Corpora) -> PretrainedConfig | None:
-    settings = config.reference
-    if settings is None or config.objective == "clm":
-        return None
-    require_tokenizer(settings.path, "reference", corpora.fingerprint)
-    found = pretrained_config(settings.path, "reference", settings.trust_remote_code)
+def _live_references(config: Config, corpora: Corpora) -> list[tuple[PartSettings, PretrainedConfig]]:
+    """The reference models that will run along."""
+    if config.reference is None or config.objective == "clm":
+        return []
+    live = [part for part in config.reference.parts if part.path is not None]
+    return [(part, _reference_config(config, part, corpora)) for part in live]
+
+
+def _look_at_stores(config: Config, corpora: Corpora, plan: Plan) -> None:
+    """Open every store that will be read."""
+    data, settings = config.data, config.reference
+    fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0)
+    end = runs_beside(data.skip_samples, 0, plan.total_steps * plan.global_batch_size)[-1].stop
+    for part in settings.parts if settings is not None and config.objective == "slm" else []:
+        if part.store is not None:
+            needs = Rule(config.selection).needs
+            open_reference_store(part.store, config, corpora, Order(fingerprint, end), needs)
+
+
+def _reference_config(config: Config, part: PartSettings, corpora: Corpora) -> PretrainedConfig:
+    path = str(part.path)
+    require_tokenizer(path, "reference", corpora.fingerprint)
+    found = pretrained_config(path, "reference", part.trust_remote_code)
     check_length(found, "reference", config.data.seq_length)
     return found
 

@@ -84,7 +84,7 @@ def _card(config: Config, progress: dict[str, int]) -> str:
     }
     if config.objective == "slm":
         rows |= {
-            "reference model": config.reference.path if config.reference else "none",
+            "reference model": config.reference.in_words() if config.reference else "none",
             "selection": rule_in_words(config.selection),
             "selected tokens": f"{progress['consumed_selected_tokens']:,}",
         }

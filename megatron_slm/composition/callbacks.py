@@ -103,7 +103,7 @@ def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback
         checks.append(Profiler(parts.folder.profile, *training.profile_steps, parts.world))
     if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
         references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
-        checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, settings.path))
+        checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, str(settings.path)))
     return checks
 
 

@@ -11,7 +11,6 @@ from megatron_slm.data.settings import blend
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
-from megatron_slm.run_folder import RunFolder
 from megatron_slm.training.state import Plan
 
 
@@ -53,21 +52,21 @@ def require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
         )
 
 
-def make_samples(config: Config, corpora: Corpora, plan: Plan, folder: RunFolder, world: World) -> Samples:
-    """The order of samples; every rank calls it."""
+def make_samples(config: Config, corpora: Corpora, plan: Plan, cache: Path, world: World) -> Samples:
+    """The order of samples; every rank calls it. Its indices are kept in `cache` unless `data.cache` is set."""
     return build_samples(
         config.data,
         corpora.train,
         seed=config.seed,
         order_tokens=config.data.order_tokens or 0,
         total_samples=plan.total_steps * plan.global_batch_size,
-        cache=agree(lambda: _cache_folder(config, folder)),
+        cache=agree(lambda: _cache_folder(config, cache)),
         world=world,
     )
 
 
-def _cache_folder(config: Config, folder: RunFolder) -> Path:
-    path = Path(config.data.cache) if config.data.cache else folder.cache
+def _cache_folder(config: Config, default: Path) -> Path:
+    path = Path(config.data.cache) if config.data.cache else default
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

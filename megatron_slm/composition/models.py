@@ -1,11 +1,14 @@
 """Student and reference, and where their weights live."""
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
 from megatron_slm.composition.corpora import Corpora, require_tokenizer
+from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.dist import World, agree
@@ -18,6 +21,8 @@ from megatron_slm.models.causal_lm import (
 )
 from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
+from megatron_slm.signals.mixture import MixedReference
+from megatron_slm.signals.settings import PartSettings
 from megatron_slm.training.flops import token_flops
 from megatron_slm.training.optimizer import adamw
 
@@ -75,23 +80,46 @@ def make_student(
     return module, engine
 
 
-def make_reference(config: Config, corpora: Corpora, backend: Backend) -> tuple[Reference, float]:
-    """Where reference signals come from, and their FLOPs a token."""
+def make_reference(
+    config: Config, corpora: Corpora, backend: Backend, order: Order, needs: tuple[str, ...]
+) -> tuple[Reference, float]:
+    """Where reference signals come from, and the FLOPs a token of the models among them.
+
+    Args:
+        config, corpora, backend: of the run.
+        order: of its samples.
+        needs: signals that the objective reads.
+    """
     settings = config.reference
     if settings is None or config.objective == "clm":
         return NoReference(), 0.0
-    agree(lambda: require_tokenizer(settings.path, "reference", corpora.fingerprint))
+    references: list[Reference] = []
+    flops = 0.0
+    for part in settings.parts:
+        if part.store is not None:
+            references.append(agree(partial(open_reference_store, part.store, config, corpora, order, needs)))
+        else:
+            engine, forward_flops = frozen_model(config, part, corpora, backend)
+            references.append(LiveReference(engine, part.micro_batch_size))
+            flops += forward_flops
+    if not settings.of:
+        return references[0], flops
+    return MixedReference(references, [part.weight for part in settings.of], settings.mix), flops
+
+
+def frozen_model(config: Config, part: PartSettings, corpora: Corpora, backend: Backend) -> tuple[nn.Module, float]:
+    """A reference model as its engine runs it, and its forward FLOPs a token; every rank calls it."""
+    path = str(part.path)
+    agree(lambda: require_tokenizer(path, "reference", corpora.fingerprint))
     lm = agree(
-        lambda: load_pretrained(
-            settings.path, "reference", settings.trust_remote_code, dtype=PRECISIONS[config.training.precision]
-        )
+        lambda: load_pretrained(path, "reference", part.trust_remote_code, dtype=PRECISIONS[config.training.precision])
     )
     check_length(lm.config, "reference", config.data.seq_length)
     module = CausalLM(lm)
     flops = token_flops(module, lm.config, config.data.seq_length).forward
-    engine = backend.frozen_engine(module, shard=settings.shard)
+    engine = backend.frozen_engine(module, shard=part.shard)
     _check_answers(config, engine, lm)
-    return LiveReference(engine, settings.micro_batch_size), flops
+    return engine, flops
 
 
 def _check_answers(config: Config, module: nn.Module, lm: PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from megatron_slm.composition.corpora import make_samples, open_corpora
 from megatron_slm.composition.models import make_backend, make_reference, make_student, student_config
 from megatron_slm.composition.objective import make_rule, objective_at
 from megatron_slm.composition.plan import resolve
+from megatron_slm.composition.stores import Order
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World, agree
@@ -57,7 +58,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     rule = agree(lambda: make_rule(config, world))
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     hf_config = agree(lambda: student_config(config, corpora))
-    samples = make_samples(config, corpora, plan, folder, world)
+    samples = make_samples(config, corpora, plan, folder.cache, world)
     agree(lambda: folder.begin(config, samples.fingerprint))
     loader = StepLoader(
         samples,
@@ -69,7 +70,9 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     )
     backend = make_backend(config, world)
     student, engine = make_student(config, hf_config, backend, world)
-    reference, reference_flops = make_reference(config, corpora, backend)
+    order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
+    needs = rule.needs if rule is not None else ()
+    reference, reference_flops = make_reference(config, corpora, backend, order, needs)
     step = TrainingStep(engine, reference, seed=config.seed, num_sources=len(corpora.train), world=world)
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)

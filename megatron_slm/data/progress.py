@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from types import TracebackType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -13,17 +14,43 @@ _LOG_SECONDS = 30.0
 T = TypeVar("T")
 
 
+class Meter:
+    """Shows how many of `total` units are done; a context.
+
+    Args:
+        total: 0: nobody knows.
+        unit: of the count, in the plural.
+        shown: by this process; one of several ranks speaks.
+    """
+
+    def __init__(self, total: int, unit: str, shown: bool = True) -> None:
+        self._total = total
+        self._unit = unit
+        self._shown = shown
+        self._bar = tqdm(total=total or None, unit=f" {unit}", unit_scale=True, disable=None if shown else True)
+        self._start = self._reported_at = time.monotonic()
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._bar.close()
+
+    def reach(self, done: int) -> None:
+        """So many units are done since the beginning."""
+        self._bar.update(done - self._bar.n)
+        now = time.monotonic()
+        if self._shown and self._bar.disable and now - self._reported_at > _LOG_SECONDS:
+            self._reported_at = now
+            seconds = (self._total - done) * (now - self._start) / max(done, 1)
+            left = f" of {self._total / 1e6:.0f}, {seconds:.0f} s left" if self._total else ""
+            speed = done / (now - self._start)
+            logger.info("%s: %.0f million%s, %.3g a second", self._unit, done / 1e6, left, speed)
+
+
 def reported(results: Iterable[tuple[T, int]], total: int, unit: str) -> Iterator[T]:
     """Pass results on; each comes with how many of ``total`` units are done with it (0: nobody knows the total)."""
-    start = reported_at = time.monotonic()
-    before = 0
-    with tqdm(total=total or None, unit=f" {unit}", unit_scale=True, disable=None) as bar:
+    with Meter(total, unit) as meter:
         for result, done in results:
-            bar.update(done - before)
-            before = done
-            if bar.disable and time.monotonic() - reported_at > _LOG_SECONDS:
-                reported_at = time.monotonic()
-                seconds = (total - done) * (reported_at - start) / max(done, 1)
-                left = f" of {total / 1e6:.0f}, {seconds:.0f} s left" if total else ""
-                logger.info("%s: %.0f million%s", unit, done / 1e6, left)
+            meter.reach(done)
             yield result

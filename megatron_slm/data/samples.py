@@ -130,15 +130,7 @@ def build_samples(
     """
     check_order(settings, corpora, total_samples)
     cycle_length = math.ceil(order_tokens / settings.seq_length)
-    identity = {
-        "format": ORDER_FORMAT,
-        "seed": seed,
-        "blend": [_weights(settings, corpora), [corpus.sha256 for corpus in corpora]],
-        "split": settings.split,
-        "seq_length": settings.seq_length,
-        "order_tokens": order_tokens,
-    }
-    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    fingerprint = order_fingerprint(settings, corpora, seed, order_tokens)
 
     def build_cycle(cycle: int) -> PackedDocuments:
         folder = cache / f"{fingerprint[:16]}-{cycle}"
@@ -147,6 +139,19 @@ def build_samples(
     samples = Samples(build_cycle, cycle_length, fingerprint)
     samples.reach(total_samples)
     return samples
+
+
+def order_fingerprint(settings: DataSettings, corpora: list[Corpus], seed: int, order_tokens: int) -> str:
+    """sha256 of everything that the order of samples depends on; the arguments are those of `build_samples`."""
+    identity = {
+        "format": ORDER_FORMAT,
+        "seed": seed,
+        "blend": [_weights(settings, corpora), [corpus.sha256 for corpus in corpora]],
+        "split": settings.split,
+        "seq_length": settings.seq_length,
+        "order_tokens": order_tokens,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def cycle_seed(seed: int, cycle: int) -> int:

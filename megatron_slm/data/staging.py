@@ -1,4 +1,4 @@
-"""Where a corpus is made before it is there: a locked folder beside it, moved into place when complete.
+"""Where a corpus or a store is made before it is there: a locked folder beside it, moved into place when complete.
 
 .NAME.preparing/progress.json    how far it is; kept, with all else, where a restart can go on
                 tokenizer/       what the corpora will carry
@@ -25,20 +25,25 @@ PARTS = (".bin", ".idx", ".tokenizer")  # .json comes last: it makes the others 
 
 
 @contextlib.contextmanager
-def staging(output: Path) -> Iterator[Path]:
+def staging(output: Path, setting: str = "--output", doing: str = "preparing") -> Iterator[Path]:
     """Yield the folder to work in, locked while this process lives; it goes unless a restart can use it.
+
+    Args:
+        output: what is made beside the folder.
+        setting: that named it, for messages.
+        doing: the end of the folder's name.
 
     Raises:
         UserError: another process works on ``output``, or nothing can be written there.
     """
     if not output.name:
-        raise UserError(f"--output {output} names no file: give a prefix such as data/corpus")
-    folder = output.with_name(f".{output.name}.preparing")
-    with _writing(output):
+        raise UserError(f"{setting} {output} names no file: give one such as data/corpus")
+    folder = output.with_name(f".{output.name}.{doing}")
+    with _writing(f"{setting} {output}"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
-            _lock(handle, output)
+            _lock(handle, f"{setting} {output}")
             with _kept_if_useful(folder):
                 yield folder
         finally:
@@ -99,13 +104,12 @@ def publish(folder: Path, parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def _writing(output: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:  # whoever reads has named its own errors
         raise UserError(
-            f"--output {output} cannot be written ({error}): make room or choose another place, "
-            "and give the command again"
+            f"{output} cannot be written ({error}): make room or choose another place, and give the command again"
         ) from error
 
 
@@ -123,10 +127,10 @@ def _kept_if_useful(folder: Path) -> Iterator[None]:
     shutil.rmtree(folder)
 
 
-def _lock(handle: int, output: Path) -> None:
+def _lock(handle: int, output: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"--output {output} is being prepared by another process: wait for it") from None
+        raise UserError(f"{output} is being made by another process: wait for it") from None
     except OSError as error:
-        logger.warning("no locks here (%s): see that nothing else prepares %s", error, output)
+        logger.warning("no locks here (%s): see that nothing else makes %s", error, output)

@@ -6,7 +6,7 @@ buffers, and copies made while a checkpoint is saved.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,22 +102,21 @@ def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
 
 def rank_memory(
     student: ModelSize,
-    reference: ModelSize | None,
+    references: Sequence[tuple[ModelSize, bool]],
     *,
     ranks: int,
     precision: torch.dtype,
     zero: Mapping[str, Any],
-    shard_reference: bool,
     checkpointing: bool,
 ) -> RankMemory:
     """What one of `ranks` holds at its fullest, in the backward.
 
     Args:
-        student, reference: sizes of the models, each at its own micro-batch.
+        student: size of the model, at its micro-batch.
+        references: sizes of the models that run along, each at its own micro-batch, and whether it is sharded.
         ranks: of the run.
         precision: of weights and activations.
         zero: DeepSpeed's `zero_optimization` section.
-        shard_reference: `reference.shard`.
         checkpointing: each layer is recomputed in the backward.
     """
     stage = int(zero.get("stage", 3))
@@ -133,10 +132,11 @@ def rank_memory(
         "head": student.head_bytes,
         "buffers of ZeRO": _buffers(student.parameters, each, stage, zero) if stage else 0,
     }
-    if reference is not None:
-        share = ranks if shard_reference else 1
+    device["reference"] = 0
+    for reference, sharded in references:
+        share = ranks if sharded else 1
         gathered = each * min(reference.parameters, _live(zero)) if share > 1 else 0
-        device["reference"] = each * reference.parameters // share + gathered + reference.layer_bytes
+        device["reference"] += each * reference.parameters // share + gathered + reference.layer_bytes
     offloaded = [name for key, names in OFFLOADS.items() if _is_offloaded(zero, key) for name in names]
     return RankMemory(
         {name: size for name, size in device.items() if size and name not in offloaded},

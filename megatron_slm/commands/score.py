@@ -1,0 +1,107 @@
+"""Write what a reference says of every token of a corpus, so that training reads it instead of running the model.
+
+The configuration of a run serves; `data.train`, `reference.path` and `score.output` are all that is needed.
+Works alone as one process, and under torchrun, the deepspeed launcher and srun. A restart goes on where a kill
+left it. docs/score.md says which context each token is scored in, and what the files hold.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.config import Config, parse_config, read_tree
+from megatron_slm.data.corpus import open_corpus
+from megatron_slm.data.settings import blend
+from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.scoring.settings import ScoreSettings
+
+_EPILOG = """examples:
+  megatron-slm score run.yaml score.output=scores/web
+  torchrun --nproc-per-node 8 -m megatron_slm score run.yaml score.output=scores/web reference.micro_batch_size=64
+  megatron-slm score run.yaml score.output=scores/web --import logprobs.npy
+  megatron-slm score run.yaml score.output=scores/web --verify
+  megatron-slm train run.yaml reference.store=scores/web
+
+--import: one .npy (a log-probability, in nats, for every token of PREFIX.bin) or .jsonl ({"logprobs": [...]}, a line a
+document, its end-of-document token included) for each corpus of data.train, in their order.
+"""
+
+_UNUSED = {
+    "run_dir": "",
+    "model": {"config": {"model_type": "llama"}},
+    "training": {"global_batch_size": 1, "train_tokens": 1},
+}
+"""What a configuration needs for training, and not for the scores of documents."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, or the part that is needed")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="take log-probabilities that were computed elsewhere; once for each corpus",
+    )
+    parser.add_argument("--verify", action="store_true", help="read an existing store, and compare its checksums")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score, import or verify."""
+    try:
+        config, settings = _read(arguments)
+    except UserError as error:
+        raise AgreedError(str(error)) from error
+    if arguments.verify:
+        _verify(settings.output)
+    else:
+        _score(config, settings, arguments.imports)
+
+
+def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
+    tree = read_tree(arguments.config, arguments.overrides)
+    packed = isinstance(tree.get("score"), dict) and tree["score"].get("kind") == "packed"
+    if packed and "training" not in tree:
+        raise UserError("score.kind is packed, which scores the samples of one run: give its training group too.")
+    config = parse_config(_UNUSED | tree)
+    if config.score is None:
+        raise UserError("score.output is not set: name the folder to make, as in score.output=scores/web.")
+    if arguments.imports and (packed or config.score.entropy):
+        raise UserError("--import takes a loss a token of each corpus: use score.kind=document and no score.entropy.")
+    if arguments.imports and arguments.verify:
+        raise UserError("--verify reads what is there: leave --import out.")
+    for prefix in blend(config.data.train)[0]:
+        open_corpus(prefix)
+    return config, config.score
+
+
+def _verify(path: str) -> None:
+    from megatron_slm.data.progress import Meter
+    from megatron_slm.signals.store import open_store
+
+    store = open_store(path)
+    with Meter(sum(entry.rows for entry in store.manifest.files), "tokens") as meter:
+        before = 0
+        for entry in store.manifest.files:
+            for done in store.file_of(entry.name).check_all():
+                meter.reach(before + done)
+            before += entry.rows
+
+
+def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:
+    from megatron_slm.composition.scoring import score_corpora
+    from megatron_slm.dist import connect, disconnect
+
+    world = connect(config.training.timeout_minutes)
+    try:
+        if imports and world.size > 1:
+            raise AgreedError(f"--import was started on {world.size} ranks: start one process.")
+        score_corpora(config, settings, world, imports)
+    finally:
+        disconnect()

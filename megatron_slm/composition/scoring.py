@@ -1,0 +1,226 @@
+"""A scoring run: corpora and a reference in, a store out. Read `score_corpora` from top to bottom."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.composition.corpora import Corpora, make_samples, open_corpora
+from megatron_slm.composition.models import frozen_model, make_backend
+from megatron_slm.composition.plan import resolve
+from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus, file_sha256, unique_names
+from megatron_slm.data.loader import runs_beside
+from megatron_slm.data.progress import Meter
+from megatron_slm.data.samples import Samples
+from megatron_slm.data.staging import staging
+from megatron_slm.dist import World, agree, gather_objects
+from megatron_slm.errors import UserError
+from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.scoring import documents, samples
+from megatron_slm.scoring.attempt import Attempt
+from megatron_slm.scoring.documents import DocumentWork
+from megatron_slm.scoring.samples import PackedWork
+from megatron_slm.scoring.settings import ScoreSettings
+from megatron_slm.scoring.sources import ModelSource, Source, open_import
+from megatron_slm.scoring.work import Work
+from megatron_slm.signals.encoding import ENCODINGS
+from megatron_slm.signals.settings import PartSettings
+from megatron_slm.signals.store import ORDER, Manifest
+from megatron_slm.training.state import Plan
+
+DOING = "scoring"
+"""End of the name of the folder beside the store, while it is made."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One file of the store: its name, the corpus that it speaks of (None: the order), and its values."""
+
+    name: str
+    corpus: Corpus | None
+    source: Source
+
+
+def score_corpora(config: Config, settings: ScoreSettings, world: World, imports: Sequence[Path] = ()) -> None:
+    """Write the store; every rank calls it. What an earlier attempt finished is not done again.
+
+    Args:
+        config: its corpora, and its reference unless log-probabilities are imported.
+        settings: what to write.
+        world: this process among all.
+        imports: files of log-probabilities, one a corpus of `data.train`; none: the reference is run.
+
+    Raises:
+        UserError: the same on all ranks, for anything that the user can mend.
+    """
+    output = Path(settings.output)
+    folder = output.with_name(f".{output.name}.{DOING}")
+    with ExitStack() as stack:
+        agree(lambda: _hold(output, stack) if world.is_main else None)
+        corpora = agree(lambda: open_corpora(config))
+        config, plan = agree(lambda: resolve(config, corpora, world))
+        packed = settings.kind == "packed"
+        order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
+        origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
+        manifest = _manifest(config, settings, corpora, origin, order)
+        attempt = agree(lambda: _attempt(folder, manifest, settings, corpora) if world.is_main else None)
+        jobs = (
+            agree(lambda: _imported(corpora, imports, settings))
+            if imports
+            else _modelled(config, settings, corpora, plan, order, world)
+        )
+        _fill(jobs, attempt, world)
+        agree(lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
+
+
+def _hold(output: Path, stack: ExitStack) -> None:
+    if output.exists():
+        raise UserError(f"score.output is {output}, which exists: name a folder that does not, or remove it first.")
+    stack.enter_context(staging(output, "score.output", DOING))
+
+
+def _origin(config: Config, imports: Sequence[Path]) -> dict[str, Any]:
+    """Which model's scores these are, as the manifest says it."""
+    if imports:
+        whole = hashlib.sha256("".join(file_sha256(path) for path in imports).encode()).hexdigest()
+        return {"imported": [str(path) for path in imports], "fingerprint": whole, "precision": None}
+    path = _model(config).path
+    return {
+        "path": path,
+        "fingerprint": weights_fingerprint(str(path)),
+        "precision": config.training.precision,
+    }
+
+
+def _model(config: Config) -> PartSettings:
+    """The one model that scores.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    settings = config.reference
+    if settings is None or settings.path is None:
+        raise UserError("reference.path is not set: name the model that scores, one at a time.")
+    return dataclasses.replace(settings, store=None).parts[0]
+
+
+def _manifest(
+    config: Config, settings: ScoreSettings, corpora: Corpora, origin: dict[str, Any], order: Samples | None
+) -> Manifest:
+    """All that can be said of the store before its values are known."""
+    data = config.data
+    length = data.seq_length
+    attention = "attention kept within each" if data.reset_attention else "attending across them"
+    context = (
+        documents.CONTEXT.format(window=length, least=length - length // 2)
+        if order is None
+        else samples.CONTEXT.format(length=length, attention=attention)
+    )
+    return Manifest(
+        kind=settings.kind,
+        columns=settings.columns,
+        encoding=settings.encoding,
+        max_error=ENCODINGS[settings.encoding].max_error,
+        context="As whoever computed them says." if "imported" in origin else context,
+        seq_length=length,
+        reset_attention=order is not None and data.reset_attention,
+        order_fingerprint=order.fingerprint if order else "",
+        tokenizer_fingerprint=corpora.fingerprint,
+        reference=origin,
+        files=[],
+    )
+
+
+def _attempt(folder: Path, manifest: Manifest, settings: ScoreSettings, corpora: Corpora) -> Attempt:
+    identity = {
+        "score.kind": manifest.kind,
+        "score.encoding": manifest.encoding,
+        "score.entropy": settings.entropy,
+        "score.shard_tokens": settings.shard_tokens,
+        "data.seq_length": manifest.seq_length,
+        "data.train (sha256)": [corpus.sha256[".bin"][:16] for corpus in corpora.train],
+        "the order of samples": manifest.order_fingerprint[:16],
+        "the reference (sha256)": manifest.reference["fingerprint"][:16],
+        "training.precision": manifest.reference["precision"],
+    }
+    return Attempt(folder, identity, manifest.columns, manifest.encoding)
+
+
+def _imported(corpora: Corpora, imports: Sequence[Path], settings: ScoreSettings) -> list[Job]:
+    if len(imports) != len(corpora.train):
+        raise UserError(
+            f"--import names {len(imports)} files and data.train {len(corpora.train)} corpora: give one for each, in "
+            "their order."
+        )
+    names = unique_names([corpus.prefix for corpus in corpora.train])
+    return [
+        Job(name, corpus, open_import(path, corpus, settings.shard_tokens))
+        for name, corpus, path in zip(names, corpora.train, imports, strict=True)
+    ]
+
+
+def _modelled(
+    config: Config, settings: ScoreSettings, corpora: Corpora, plan: Plan, order: Samples | None, world: World
+) -> list[Job]:
+    part, length = _model(config), config.data.seq_length
+    work: Work
+    if order is not None:
+        end = runs_beside(config.data.skip_samples, 0, plan.total_steps * plan.global_batch_size)[-1].stop
+        order.reach(end)
+        reset = config.data.reset_attention
+        work = PackedWork(order, end, length, part.micro_batch_size, settings.shard_tokens, reset)
+        works: list[tuple[str, Corpus | None, Work]] = [(ORDER, None, work)]
+    else:
+        eod, batch = corpora.tokenizer.eos_token_id, part.micro_batch_size * length
+        names = unique_names([corpus.prefix for corpus in corpora.train])
+        works = [
+            (name, corpus, DocumentWork(corpus, eod, length, batch, settings.shard_tokens))
+            for name, corpus in zip(names, corpora.train, strict=True)
+        ]
+    engine, _ = frozen_model(config, part, corpora, make_backend(config, world))
+    return [Job(name, corpus, ModelSource(engine, work, settings.columns, world)) for name, corpus, work in works]
+
+
+def _fill(jobs: list[Job], attempt: Attempt | None, world: World) -> None:
+    """Write the shards that are not there yet; every rank calls it."""
+    found = {job.name: attempt.finished(job.name) for job in jobs} if attempt else {}
+    finished: dict[str, tuple[int, int]] = gather_objects(found)[0]
+    left = sum(job.source.rows - finished[job.name][1] for job in jobs)
+    done = 0
+    with Meter(left, "tokens", shown=world.is_main) as meter:
+        for job in jobs:
+            for number in range(finished[job.name][0], job.source.num_shards):
+                values = job.source.shard(number, partial(_tell, meter, done))
+                agree(partial(attempt.write, job.name, values) if attempt else _nothing)
+                done += len(values.values_NC)
+                meter.reach(done)
+
+
+def _tell(meter: Meter, before: int, done: int) -> None:
+    meter.reach(before + done)
+
+
+def _nothing() -> None:
+    """What a rank does that does not write."""
+
+
+def _complete(jobs: list[Job], attempt: Attempt, manifest: Manifest, output: Path) -> None:
+    """Check what is on the disk, and make the store be there."""
+    files = [
+        attempt.finish(job.name, job.corpus.prefix if job.corpus else "", job.corpus.sha256 if job.corpus else {})
+        for job in jobs
+    ]
+    manifest = dataclasses.replace(manifest, files=files)
+    attempt.publish(manifest.text(), output)
+    for entry in files:
+        means = ", ".join(f"{column} {value:.4f}" for column, value in entry.mean.items())
+        clipped = f"; {entry.clipped} above what {manifest.encoding} can hold" if entry.clipped else ""
+        logger.info("%s/%s: %d tokens, mean %s nats%s", output, entry.name, entry.rows, means, clipped)
+    logger.info("train with: reference.store=%s", output)

@@ -1,0 +1,83 @@
+"""A store of reference scores, matched with the run that wants to read it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_slm.composition.corpora import Corpora
+from megatron_slm.config import Config
+from megatron_slm.errors import UserError
+from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.signals.store import ORDER, Store, open_store
+from megatron_slm.signals.stored import StoredReference
+
+
+class Order(NamedTuple):
+    """The run's order of samples: its fingerprint, and the position in it where the run will end."""
+
+    fingerprint: str
+    end: int
+
+
+def open_reference_store(
+    path: str, config: Config, corpora: Corpora, order: Order, needs: tuple[str, ...]
+) -> StoredReference:
+    """The store as a reference, if it is one of these tokens.
+
+    Args:
+        path: of its folder.
+        config, corpora, order: of the run.
+        needs: signals that the objective reads.
+
+    Raises:
+        UserError: it is incomplete, corrupted, or of other tokens, another tokenizer, order or model.
+    """
+    store = open_store(path)
+    manifest = store.manifest
+    if manifest.tokenizer_fingerprint != corpora.fingerprint:
+        raise UserError(
+            f"reference.store is {path}, whose tokens are of another tokenizer than those of data.train: score these "
+            "corpora."
+        )
+    if "reference.entropy" in needs and "entropy" not in manifest.columns:
+        raise UserError(
+            f"reference.store is {path}, which holds no entropy, and selection.score needs reference.entropy: score "
+            "the corpora again with score.entropy=true."
+        )
+    if config.reference is not None and config.reference.path is not None:
+        _refuse_other_model(store, config.reference.path)
+    if manifest.kind == "packed":
+        _refuse_other_order(store, config, order)
+        names = [ORDER]
+    else:
+        names = [store.name_for(corpus.prefix, corpus.sha256) for corpus in corpora.train]
+    return StoredReference([store.file_of(name) for name in names], manifest.columns, manifest.kind == "packed")
+
+
+def _refuse_other_order(store: Store, config: Config, order: Order) -> None:
+    manifest, length = store.manifest, config.data.seq_length
+    if (manifest.order_fingerprint, manifest.seq_length) != (order.fingerprint, length):
+        raise UserError(
+            f"reference.store is {store.path}, of kind packed and of another order of samples (data.train, data.split, "
+            "data.seq_length, data.order_tokens or seed differ): score this order, or a store of kind document, which "
+            "serves any."
+        )
+    if manifest.reset_attention != config.data.reset_attention:
+        raise UserError(
+            f"reference.store is {store.path}, scored with data.reset_attention={str(manifest.reset_attention).lower()}"
+            ": train with the same, or score again."
+        )
+    samples = manifest.files[0].rows // length
+    if samples < order.end:
+        raise UserError(
+            f"reference.store is {store.path}, which ends after {samples} samples, and the run takes {order.end}: "
+            "lower training.train_tokens, or score the whole run."
+        )
+
+
+def _refuse_other_model(store: Store, path: str) -> None:
+    """A path beside a store names the model that the scores must be of."""
+    if Path(path).is_dir() and weights_fingerprint(path) != store.manifest.reference["fingerprint"]:
+        raise UserError(
+            f"reference.store is {store.path}, which holds scores of {store.manifest.reference.get('path')}, and the "
+            f"weights of reference.path {path} are others: score with this model, or leave reference.path out."
+        )

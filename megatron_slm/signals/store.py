@@ -1,0 +1,147 @@
+"""A store of reference scores: a folder that says what it holds, of what, by which model, and in which context.
+
+manifest.json   written last; a folder without it is no store
+NAME.scores     one a corpus (kind `document`), or one for the order of samples (kind `packed`)
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_slm.errors import UserError
+from megatron_slm.signals.encoding import ENCODINGS
+from megatron_slm.signals.score_file import ScoreFile
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ORDER = "order"
+"""Name of the one file of kind `packed`."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a store.
+
+    name      of the file, without its suffix
+    rows      tokens: of the corpus's .bin, or samples x seq_length of the order
+    corpus    PREFIX when it was scored; for the reader
+    sha256    of the corpus's files, by suffix; empty for an order
+    checksum  of the file's checksums
+    clipped   values above what the encoding can hold
+    mean      of each column, in nats a token
+    """
+
+    name: str
+    rows: int
+    corpus: str = ""
+    sha256: dict[str, str] = field(default_factory=dict)
+    checksum: int = 0
+    clipped: int = 0
+    mean: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself.
+
+    kind                   document: a value an offset of the .bin; packed: a value a (sample, position) of one order
+    columns                `loss`, and `entropy` if it was asked for; nats
+    encoding               name in `ENCODINGS`
+    max_error              of a value, in nats
+    context                in which each token was scored, in words
+    seq_length             of the windows, or of the samples
+    reset_attention        packed: whether attention was kept within documents
+    order_fingerprint      packed: of the order of samples
+    tokenizer_fingerprint  of the corpora
+    reference              path and fingerprint of the model's weights, and the precision that it ran in
+    """
+
+    kind: str
+    columns: list[str]
+    encoding: str
+    max_error: float
+    context: str
+    seq_length: int
+    reset_attention: bool
+    order_fingerprint: str
+    tokenizer_fingerprint: str
+    reference: dict[str, Any]
+    files: list[FileEntry]
+    format_version: int = FORMAT_VERSION
+
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Store:
+    """An opened store."""
+
+    path: Path
+    manifest: Manifest
+
+    def file_of(self, name: str) -> ScoreFile:
+        """The file of this name, checked for its size and the sum of its checksums.
+
+        Raises:
+            UserError: it is missing, cut short or changed.
+        """
+        manifest = self.manifest
+        entry = next(entry for entry in manifest.files if entry.name == name)
+        file = ScoreFile(self.path / f"{name}.scores", entry.rows, len(manifest.columns), manifest.encoding)
+        if file.table_checksum() != entry.checksum:
+            raise UserError(
+                f"{file.path} is corrupted: its checksums are not those of {self.path / MANIFEST}. Copy it again, or "
+                "score the corpus again."
+            )
+        return file
+
+    def name_for(self, prefix: str, sha256: dict[str, str]) -> str:
+        """Name of the file with the scores of a corpus, wherever the corpus lies.
+
+        Args:
+            prefix: of the corpus, for the message.
+            sha256: of its files, by suffix.
+
+        Raises:
+            UserError: the store holds other tokens, or the same in other documents.
+        """
+        entries = self.manifest.files
+        for entry in entries:
+            if entry.sha256 == sha256:
+                return entry.name
+        if any(entry.sha256[".bin"] == sha256[".bin"] for entry in entries):
+            differs = "whose tokens it has in other documents (the .idx differs)"
+        else:
+            differs = f"but those of {', '.join(entry.corpus for entry in entries)} (the .bin differs)"
+        raise UserError(
+            f"reference.store is {self.path}, which holds no scores of {prefix}, {differs}: score this corpus, or "
+            "train on those that were scored."
+        )
+
+
+def open_store(path: str) -> Store:
+    """Read the manifest of a store.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is of another version.
+    """
+    try:
+        fields: dict[str, Any] = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+        if fields["format_version"] != FORMAT_VERSION or fields["encoding"] not in ENCODINGS:
+            raise UserError(
+                f"reference.store is {path}, of format version {fields['format_version']} and encoding "
+                f"{fields['encoding']}, which this program does not read: score the corpus again."
+            )
+        fields["files"] = [FileEntry(**entry) for entry in fields["files"]]
+        return Store(Path(path), Manifest(**fields))
+    except FileNotFoundError:
+        raise UserError(
+            f"reference.store is {path}, which holds no {MANIFEST}: name the folder that megatron-slm score wrote; one "
+            "that was not completed does not count."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"reference.store is {path}, whose {MANIFEST} cannot be read ({error}): copy it again."
+        ) from error
