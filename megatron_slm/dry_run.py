@@ -96,7 +96,7 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
         return
     config, plan = resolved
     _say_plan(config, plan, corpora, world, found)
-    found.take(lambda: _look_at_stores(config, corpora, plan))
+    found.take(lambda: _look_at_stores(config, corpora, plan, world))
     if config.objective == "slm":
         found.say("selection", rule_in_words(config.selection))
     try:
@@ -142,7 +142,7 @@ def _live_references(config: Config, corpora: Corpora) -> list[tuple[PartSetting
     return [(part, _reference_config(config, part, corpora)) for part in live]
 
 
-def _look_at_stores(config: Config, corpora: Corpora, plan: Plan) -> None:
+def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World) -> None:
     """Open every store that will be read."""
     data, settings = config.data, config.reference
     fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0)
@@ -150,7 +150,7 @@ def _look_at_stores(config: Config, corpora: Corpora, plan: Plan) -> None:
     for part in settings.parts if settings is not None and config.objective == "slm" else []:
         if part.store is not None:
             needs = Rule(config.selection).needs
-            open_reference_store(part.store, config, corpora, Order(fingerprint, end), needs)
+            open_reference_store(part.store, config, corpora, Order(fingerprint, end), needs, world)
 
 
 def _reference_config(config: Config, part: PartSettings, corpora: Corpora) -> PretrainedConfig:

@@ -17,6 +17,7 @@ from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import is_main_process
+from megatron_slm.signals.store import open_store
 
 if TYPE_CHECKING:
     from megatron_slm.training.callbacks.callback import Callback
@@ -84,7 +85,7 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
         config = load_config(config, [])
     elif not dataclasses.is_dataclass(config):
         config = parse_config(dict(config))
-    _refuse_missing_corpora(config)
+    _refuse_missing_data(config)
     return _train(config, callbacks)
 
 
@@ -120,14 +121,17 @@ def _read(arguments: argparse.Namespace) -> Config:
     if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
         raise UserError(f"--ranks is {arguments.ranks}: give 1 or more, together with --dry-run.")
     config = load_config(arguments.config, arguments.overrides)
-    _refuse_missing_corpora(config)
+    _refuse_missing_data(config)
     return config
 
 
-def _refuse_missing_corpora(config: Config) -> None:
+def _refuse_missing_data(config: Config) -> None:
     """The commonest mistake, found without importing anything heavy."""
     for prefix in (*blend(config.data.train)[0], *config.data.valid.values()):
         open_corpus(prefix)
+    for part in config.reference.parts if config.reference and config.objective == "slm" else []:
+        if part.store is not None:
+            open_store(part.store)
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:

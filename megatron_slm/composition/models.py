@@ -12,6 +12,7 @@ from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.dist import World, agree
+from megatron_slm.errors import AgreedError
 from megatron_slm.models.causal_lm import (
     CausalLM,
     build_student,
@@ -81,7 +82,7 @@ def make_student(
 
 
 def make_reference(
-    config: Config, corpora: Corpora, backend: Backend, order: Order, needs: tuple[str, ...]
+    config: Config, corpora: Corpora, backend: Backend, order: Order, needs: tuple[str, ...], world: World
 ) -> tuple[Reference, float]:
     """Where reference signals come from, and the FLOPs a token of the models among them.
 
@@ -89,15 +90,21 @@ def make_reference(
         config, corpora, backend: of the run.
         order: of its samples.
         needs: signals that the objective reads.
+        world: this process among all.
     """
     settings = config.reference
     if settings is None or config.objective == "clm":
         return NoReference(), 0.0
+    if settings.of and settings.mix != "mean" and "reference.entropy" in needs:
+        raise AgreedError(
+            f"reference.mix is {settings.mix}, which mixes losses, and selection.score needs reference.entropy: use "
+            "reference.mix=mean, or one reference."
+        )
     references: list[Reference] = []
     flops = 0.0
     for part in settings.parts:
         if part.store is not None:
-            references.append(agree(partial(open_reference_store, part.store, config, corpora, order, needs)))
+            references.append(agree(partial(open_reference_store, part.store, config, corpora, order, needs, world)))
         else:
             engine, forward_flops = frozen_model(config, part, corpora, backend)
             references.append(LiveReference(engine, part.micro_batch_size))

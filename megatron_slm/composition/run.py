@@ -72,7 +72,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     student, engine = make_student(config, hf_config, backend, world)
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
     needs = rule.needs if rule is not None else ()
-    reference, reference_flops = make_reference(config, corpora, backend, order, needs)
+    reference, reference_flops = make_reference(config, corpora, backend, order, needs, world)
     step = TrainingStep(engine, reference, seed=config.seed, num_sources=len(corpora.train), world=world)
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)

@@ -66,16 +66,13 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         agree(lambda: _hold(output, stack) if world.is_main else None)
         corpora = agree(lambda: open_corpora(config))
         config, plan = agree(lambda: resolve(config, corpora, world))
+        imported = agree(lambda: _imported(corpora, imports, settings) if imports else [])
         packed = settings.kind == "packed"
         order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
         attempt = agree(lambda: _attempt(folder, manifest, settings, corpora) if world.is_main else None)
-        jobs = (
-            agree(lambda: _imported(corpora, imports, settings))
-            if imports
-            else _modelled(config, settings, corpora, plan, order, world)
-        )
+        jobs = imported or _modelled(config, settings, corpora, plan, order, world)
         _fill(jobs, attempt, world)
         agree(lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from megatron_slm.composition.corpora import Corpora
 from megatron_slm.config import Config
+from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.fingerprint import weights_fingerprint
 from megatron_slm.signals.store import ORDER, Store, open_store
@@ -19,7 +20,7 @@ class Order(NamedTuple):
 
 
 def open_reference_store(
-    path: str, config: Config, corpora: Corpora, order: Order, needs: tuple[str, ...]
+    path: str, config: Config, corpora: Corpora, order: Order, needs: tuple[str, ...], world: World
 ) -> StoredReference:
     """The store as a reference, if it is one of these tokens.
 
@@ -27,6 +28,7 @@ def open_reference_store(
         path: of its folder.
         config, corpora, order: of the run.
         needs: signals that the objective reads.
+        world: this process among all; one of them reads the weights of a `reference.path` beside the store.
 
     Raises:
         UserError: it is incomplete, corrupted, or of other tokens, another tokenizer, order or model.
@@ -43,7 +45,7 @@ def open_reference_store(
             f"reference.store is {path}, which holds no entropy, and selection.score needs reference.entropy: score "
             "the corpora again with score.entropy=true."
         )
-    if config.reference is not None and config.reference.path is not None:
+    if world.is_main and config.reference is not None and config.reference.path is not None:
         _refuse_other_model(store, config.reference.path)
     if manifest.kind == "packed":
         _refuse_other_order(store, config, order)

@@ -4,20 +4,30 @@ import hashlib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
-from megatron_slm.errors import UserError
+from megatron_slm.errors import UserError, refuse_missing_folder
 
 
 def weights_fingerprint(path: str) -> str:
     """sha256 over the configuration and the safetensors files of a model that can be loaded from here.
 
     Args:
-        path: Hugging Face folder, or a hub name that is in the local cache.
+        path: Hugging Face folder, or a hub name.
 
     Raises:
-        UserError: there are no safetensors.
+        UserError: nothing is there, or no safetensors.
     """
-    folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
+    refuse_missing_folder("reference.path", path)
+    try:
+        folder = (
+            Path(path)
+            if Path(path).is_dir()
+            else Path(snapshot_download(path, allow_patterns=["config.json", "*.safetensors"]))
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        said = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"reference.path is '{path}', which cannot be loaded: {said}.") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"reference.path is '{path}', which holds no *.safetensors: save the model as safetensors.")

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_slm.errors import UserError
 from megatron_slm.signals.score_file import ScoreFile
 from megatron_slm.types import Batch, TokenSignals
 
@@ -30,8 +31,10 @@ class StoredReference:
         rows, valid = row_BT.cpu().numpy(), batch.valid_BT.cpu().numpy()
         value_BTC = np.zeros((*rows.shape, len(self._columns)), dtype=np.float32)
         for index, source in enumerate(batch.source_B.tolist()):
-            file = self._files[0 if self._packed else source]
-            value_BTC[index, valid[index]] = file.read(rows[index, valid[index]])
+            file, wanted = self._files[0 if self._packed else source], rows[index, valid[index]]
+            if wanted.max(initial=-1) >= file.rows:
+                raise UserError(f"{file.path} ends after {file.rows} tokens, and the run wants more: score all of it.")
+            value_BTC[index, valid[index]] = file.read(wanted)
         device = batch.tokens_BT.device
         return {name: _column(value_BTC, self._columns.index(name), device) for name in want}
 

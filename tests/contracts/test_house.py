@@ -22,16 +22,19 @@ MAY_IMPORT = {
     "data": LEAVES - {"backend"},
     "models": LEAVES | {"selection"},
     "signals": LEAVES | {"models"},
+    # What fills a store of scores, once, instead of training.
+    "scoring": LEAVES | {"data", "models", "signals"},
     "training": LEAVES | {"data", "models", "signals", "selection", "reporting"},
     # Pages and pictures of plain values: for any part that shows something.
     "reporting": set(),
-    "config": {"errors", "data", "models", "signals", "selection", "training"},
+    "config": {"errors", "data", "models", "signals", "scoring", "selection", "training"},
     "run_folder": {"config", "dist", "errors", "files", "training"},
-    "composition": LEAVES | {"config", "run_folder", "data", "models", "signals", "selection", "training"},
+    "composition": LEAVES | {"config", "run_folder", "data", "models", "signals", "scoring", "selection", "training"},
     "demo": LEAVES | {"data", "models", "selection", "reporting"},
-    "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "selection", "training"},
+    "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "signals", "selection", "training"},
     "commands": LEAVES
-    | {"config", "run_folder", "composition", "dry_run", "data", "models", "selection", "training", "demo"},
+    | {"config", "run_folder", "composition", "dry_run", "data", "models", "signals", "scoring", "selection", "training"}
+    | {"demo"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }

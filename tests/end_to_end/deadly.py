@@ -19,3 +19,9 @@ def excess_until_killed(signals: dict[str, Tensor]) -> Tensor:
         mark.touch()
         os.kill(os.getpid(), signal.Signals[os.environ.get("DEADLY_SIGNAL", "SIGKILL")])
     return signals["student.loss"] - signals["reference.loss"]
+
+
+@score(needs=("reference.entropy",))
+def lowest_reference_entropy(signals: dict[str, Tensor]) -> Tensor:
+    """Of what the reference is sure, first."""
+    return -signals["reference.entropy"]

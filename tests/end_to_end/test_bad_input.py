@@ -101,6 +101,18 @@ SETTINGS = {
     "a score that cannot be imported": ("selection.score=nowhere:found", "cannot be imported"),
     "no reference": ("reference=null", "needs a reference model"),
     "a reference that is not there": ("reference.path=/nowhere/model", "reference.path"),
+    "a store that is not there": (
+        "reference.store=/nowhere/scores",
+        "reference.store is /nowhere/scores, which holds no",
+    ),
+    "a reference without its place": ("reference={micro_batch_size: 4}", "reference needs a path"),
+    "references of one kind and several": (
+        "reference.of=[{path: a}]",
+        "leave one of the two out",
+    ),
+    "a reference among several that is nothing": ("reference={of: [{weight: 1}]}", "takes either path or store"),
+    "a weight of no reference": ("reference={of: [{path: a, weight: -1}]}", "reference.of.0.weight is -1"),
+    "an unknown setting of one of several": ("reference={of: [{paht: a}]}", "did you mean reference.of[0].path?"),
     "an unknown model type": ("model.config.model_type=llamma", "model.config is not"),
     "no model": ("model={config: {}}", "model"),
     "a vocabulary that is too small": ("model.config.vocab_size=10", "10 vocabulary entries"),

@@ -1,0 +1,417 @@
+"""Scoring a corpus once, and training on what was stored."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_slm.config import parse_config
+from megatron_slm.dist import World
+from megatron_slm.errors import UserError
+from megatron_slm.signals.store import Store, open_store
+from tests.end_to_end.test_bad_input import command_lines, sentence_of
+from tests.gloo import RankError, run_ranks
+from tests.runs import LLAMA, config_tree, megatron_slm, records, train_in_process, write_config
+
+SHARD = 1024
+
+
+def scoring_tree(corpora: Path, output: Path, **score: Any) -> dict[str, Any]:
+    """Scores of the run's two corpora, in some ten shards."""
+    tree = training_tree(corpora, output.parent / "run")
+    tree["reference"] |= {"micro_batch_size": 8}
+    return tree | {"score": {"output": str(output), "shard_tokens": SHARD} | score}
+
+
+def training_tree(corpora: Path, run_dir: Path) -> dict[str, Any]:
+    """A selective run on two small corpora."""
+    tree = config_tree(corpora, run_dir)
+    tree["data"] |= {"train": [0.7, str(corpora / "books"), 0.3, str(corpora / "held_out")], "valid": {}}
+    return tree
+
+
+def score_in_process(world: World, tree: dict[str, Any], imports: tuple[str, ...] = ()) -> None:
+    from megatron_slm.composition.scoring import score_corpora
+
+    config = parse_config(tree)
+    assert config.score is not None
+    score_corpora(config, config.score, world, [Path(name) for name in imports])
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(store.iterdir())}
+
+
+def values_of(store: Store, name: str) -> np.ndarray:
+    file = store.file_of(name)
+    return file.read(np.arange(file.rows))
+
+
+@pytest.fixture(scope="module")
+def stored(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the stores `documents` (two bytes) and `exact` (float32, with entropies)."""
+    folder = tmp_path_factory.mktemp("stores")
+    run_ranks(score_in_process, 1, scoring_tree(corpora, folder / "documents"))
+    run_ranks(score_in_process, 1, scoring_tree(corpora, folder / "exact", encoding="float32", entropy=True))
+    return folder
+
+
+def plain_scores(_: World, corpora: Path) -> dict[str, np.ndarray]:
+    """Loss and entropy of each token of `books`, by Hugging Face's own logits, a document at a time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_slm.data.corpus import open_corpus, open_tokens
+
+    model = AutoModelForCausalLM.from_pretrained(corpora / "reference").eval()
+    tokens = open_tokens(open_corpus(str(corpora / "books")))
+    eod, window = AutoTokenizer.from_pretrained(corpora / "reference").eos_token_id, 32
+    losses, entropies = [], []
+    for number in range(len(tokens)):
+        labels = torch.from_numpy(np.asarray(tokens[number], dtype=np.int64))
+        text = torch.cat([torch.tensor([eod]), labels[:-1]])
+        for start in range(0, max(1, len(labels) - window // 2), window // 2):
+            part = slice(start, start + window)
+            with torch.no_grad():
+                logits = model(text[None, part]).logits[0].log_softmax(-1)
+            new = 0 if start == 0 else window - window // 2
+            losses += (-logits.gather(-1, labels[part, None])[new:, 0]).tolist()
+            entropies += (-(logits.exp() * logits).sum(-1)[new:]).tolist()
+    return {"loss": np.array(losses), "entropy": np.array(entropies)}
+
+
+def test_a_store_holds_what_the_model_says_of_each_token_in_its_document(corpora: Path, stored: Path) -> None:
+    expected = run_ranks(plain_scores, 1, corpora)[0]
+    found = values_of(open_store(str(stored / "exact")), "books")
+    assert found.shape == (len(expected["loss"]), 2)
+    for column, name in enumerate(("loss", "entropy")):
+        assert np.abs(found[:, column] - expected[name]).max() < 1e-4
+
+
+def test_two_bytes_are_off_by_no_more_than_the_manifest_says(stored: Path) -> None:
+    exact, short = (open_store(str(stored / name)) for name in ("exact", "documents"))
+    for name in ("books", "held_out"):
+        off = np.abs(values_of(short, name)[:, 0] - values_of(exact, name)[:, 0])
+        assert off.max() <= short.manifest.max_error
+        rows = short.manifest.files[0].rows if name == "books" else short.manifest.files[1].rows
+        assert (stored / "documents" / f"{name}.scores").stat().st_size <= 2 * rows + 4 * (rows // 4096 + 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("shard", [True, False])
+def test_any_number_of_ranks_writes_the_same_bytes(
+    corpora: Path, stored: Path, tmp_path: Path, ranks: int, shard: bool
+) -> None:
+    tree = scoring_tree(corpora, tmp_path / "documents")
+    tree["reference"]["shard"] = shard
+    run_ranks(score_in_process, ranks, tree)
+    assert files_of(tmp_path / "documents") == files_of(stored / "documents")
+
+
+def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
+    """Note every shard that a model is run for."""
+    from megatron_slm.scoring.sources import ModelSource
+
+    original = ModelSource.shard
+
+    def noting(self: ModelSource, number: int, told: Callable[[int], None]) -> Any:
+        with count.open("a") as stream:
+            stream.write(f"{number}\n")
+        return original(self, number, told)
+
+    ModelSource.shard = noting  # type: ignore[method-assign]
+    score_in_process(world, tree)
+
+
+def score_until_killed(world: World, tree: dict[str, Any], count: Path, moment: str) -> None:
+    """Die at the third passing of a moment, or at the first of one that there is once."""
+    from megatron_slm.scoring import attempt
+
+    owner, name, passing = {
+        "before a shard is flushed": (attempt, "sync", 3),
+        "before the journal knows of it": (attempt, "write_durably", 3),
+        "before the checksums are written": (attempt, "checksums", 2),
+        "before the store is there": (os, "rename", 1),
+    }[moment]
+    original, calls = getattr(owner, name), []
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == passing:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+    scored_shards(world, tree, count)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before a shard is flushed",
+        "before the journal knows of it",
+        "before the checksums are written",
+        "before the store is there",
+    ],
+)
+def test_a_killed_scoring_goes_on_and_repeats_one_shard_at_most(
+    corpora: Path, stored: Path, tmp_path: Path, moment: str
+) -> None:
+    tree, count = scoring_tree(corpora, tmp_path / "documents"), tmp_path / "count"
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(score_until_killed, 1, tree, count, moment)
+    assert not (tmp_path / "documents").exists()
+    run_ranks(scored_shards, 1, tree, count)
+    assert files_of(tmp_path / "documents") == files_of(stored / "documents")
+    manifest = open_store(str(tmp_path / "documents")).manifest
+    shards = sum(-(-entry.rows // SHARD) for entry in manifest.files)
+    assert shards <= len(count.read_text().split()) <= shards + 1
+    assert not (tmp_path / ".documents.scoring").exists()
+
+
+def test_an_attempt_at_something_else_is_not_gone_on_with(corpora: Path, tmp_path: Path) -> None:
+    tree, count = scoring_tree(corpora, tmp_path / "documents"), tmp_path / "count"
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
+    with pytest.raises(RankError, match=r"score\.entropy was False and is True"):
+        run_ranks(score_in_process, 1, tree | {"score": tree["score"] | {"entropy": True}})
+    assert (tmp_path / ".documents.scoring").exists()
+
+
+def train_and_record(corpora: Path, run_dir: Path, ranks: int, **reference: Any) -> list[dict[str, Any]]:
+    tree = training_tree(corpora, run_dir)
+    tree["reference"] = reference
+    run_ranks(train_in_process, ranks, tree)
+    return [{k: v for k, v in record.items() if k != "mfu"} for record in records(run_dir)]
+
+
+def test_a_run_on_a_packed_store_is_bitwise_the_run_with_the_live_reference(corpora: Path, tmp_path: Path) -> None:
+    """At the same batch shapes: a step's 8 samples at once."""
+    tree = scoring_tree(corpora, tmp_path / "packed", kind="packed", encoding="float32")
+    run_ranks(score_in_process, 2, tree)
+    live = train_and_record(
+        corpora, tmp_path / "live", 1, path=str(corpora / "reference"), micro_batch_size=8, check_windows=0
+    )
+    read = train_and_record(corpora, tmp_path / "stored", 1, store=str(tmp_path / "packed"))
+    assert live == read
+    assert all(record["loss/reference"] for record in live)
+
+
+def test_a_document_store_serves_any_order_and_any_number_of_ranks(corpora: Path, stored: Path, tmp_path: Path) -> None:
+    one = train_and_record(corpora, tmp_path / "a", 1, store=str(stored / "documents"))
+    two = train_and_record(corpora, tmp_path / "b", 2, store=str(stored / "documents"))
+    for first, second in zip(one, two, strict=True):
+        assert first["loss/reference"] == pytest.approx(second["loss/reference"], rel=1e-6)
+
+
+def test_live_and_stored_references_mix_and_one_may_be_smaller_than_the_student(
+    corpora: Path, stored: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    small = tmp_path / "small"
+    torch.manual_seed(3)
+    tokenizer = AutoTokenizer.from_pretrained(corpora / "reference")
+    config = AutoConfig.for_model(**(LLAMA | {"hidden_size": 16, "num_hidden_layers": 1}), vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(small)
+    tokenizer.save_pretrained(small)
+    of = [{"path": str(small), "weight": 1, "shard": False}, {"store": str(stored / "documents"), "weight": 3}]
+    alone = [
+        train_and_record(corpora, tmp_path / str(n), 2, **{k: v for k, v in part.items() if k in ("path", "store")})
+        for n, part in enumerate(of)
+    ]
+    mixed = train_and_record(corpora, tmp_path / "mixed", 2, mix="mean", of=of)
+    first, second = (lines[0]["loss/reference"] for lines in alone)
+    assert mixed[0]["loss/reference"] == pytest.approx(0.25 * first + 0.75 * second, rel=1e-5)
+
+
+def test_the_command_scores_and_training_reads_it(corpora: Path, tmp_path: Path) -> None:
+    """A configuration of three lines is enough to score."""
+    tree = {
+        "data": {"train": str(corpora / "books"), "seq_length": 32},
+        "reference": {"path": str(corpora / "reference")},
+        "score": {"output": str(tmp_path / "scores")},
+    }
+    config = str(write_config(tmp_path / "score.yaml", tree))
+    done = megatron_slm("score", config, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "train with: reference.store=" in done.stderr
+    assert megatron_slm("score", config, "--verify").returncode == 0
+
+
+Change = Callable[[Path, Path, dict[str, Any]], None]
+
+
+def _cut(store: Path, _: Path, tree: dict[str, Any]) -> None:
+    path = store / "books.scores"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _remove_manifest(store: Path, _: Path, tree: dict[str, Any]) -> None:
+    (store / "manifest.json").unlink()
+
+
+def _flip(store: Path, _: Path, tree: dict[str, Any]) -> None:
+    path = store / "books.scores"
+    changed = bytearray(path.read_bytes())
+    changed[100] ^= 4
+    path.write_bytes(changed)
+
+
+def _other_corpus(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
+    tree["data"]["train"] = str(corpora / "web")
+
+
+def _other_tokenizer(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
+    tree["data"]["train"] = str(corpora / "other")
+
+
+def _other_model(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
+    shutil.copytree(corpora / "reference", store.parent / "changed", dirs_exist_ok=True)
+    weights = store.parent / "changed" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    tree["reference"]["path"] = str(store.parent / "changed")
+
+
+def _entropy(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
+    tree["selection"] = {"score": "tests.end_to_end.deadly:lowest_reference_entropy"}
+
+
+BAD_STORES: dict[str, tuple[Change, str]] = {
+    "cut short": (_cut, "books.scores has"),
+    "not completed": (_remove_manifest, "holds no manifest.json"),
+    "corrupted": (_flip, "books.scores is corrupted: the values of its tokens 0 to 4095"),
+    "of other tokens": (_other_corpus, r"which holds no scores of .*web, but those of .*books, .*held_out"),
+    "of another tokenizer": (_other_tokenizer, "whose tokens are of another tokenizer"),
+    "of another model": (_other_model, r"the weights of reference.path .*changed are others"),
+    "without entropies": (_entropy, "which holds no entropy"),
+}
+
+
+@pytest.mark.parametrize("change, said", BAD_STORES.values(), ids=BAD_STORES.keys())
+def test_a_store_that_does_not_belong_is_refused(
+    corpora: Path, stored: Path, tmp_path: Path, change: Change, said: str
+) -> None:
+    store = Path(shutil.copytree(stored / "documents", tmp_path / "store"))
+    tree = training_tree(corpora, tmp_path / "run")
+    tree["reference"] = {"store": str(store)}
+    change(store, corpora, tree)
+    with pytest.raises(RankError, match=said):
+        run_ranks(train_in_process, 1, tree)
+
+
+PACKED_CHANGES = {
+    "another seed": ({"seed": 5}, "of another order of samples"),
+    "another length": ({"data": {"seq_length": 16}}, "of another order of samples"),
+    "attention within documents": ({"data": {"reset_attention": True}}, "data.reset_attention=false"),
+    "a longer run": ({"training": {"train_tokens": 40 * 8 * 32}, "data": {"order_tokens": 20 * 8 * 32}}, "ends after"),
+}
+
+
+@pytest.fixture(scope="module")
+def packed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    run_ranks(score_in_process, 1, scoring_tree(corpora, folder / "store", kind="packed"))
+    return folder / "store"
+
+
+@pytest.mark.parametrize("changes, said", PACKED_CHANGES.values(), ids=PACKED_CHANGES.keys())
+def test_a_packed_store_serves_its_own_order_alone(
+    corpora: Path, packed: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    tree = training_tree(corpora, tmp_path / "run")
+    tree["reference"] = {"store": str(packed)}
+    for group, change in changes.items():
+        tree[group] = tree[group] | change if isinstance(change, dict) else change
+    with pytest.raises(RankError, match=said):
+        run_ranks(train_in_process, 1, tree)
+
+
+def test_imported_log_probabilities_train_like_those_of_the_model(corpora: Path, stored: Path, tmp_path: Path) -> None:
+    exact = open_store(str(stored / "exact"))
+    names = [str(tmp_path / f"{name}.npy") for name in ("books", "held_out")]
+    for name in names:
+        np.save(name, -values_of(exact, Path(name).stem)[:, 0])
+    tree = scoring_tree(corpora, tmp_path / "imported")
+    del tree["reference"]
+    run_ranks(score_in_process, 1, tree, tuple(names))
+    for name in ("books.scores", "held_out.scores"):
+        assert (tmp_path / "imported" / name).read_bytes() == (stored / "documents" / name).read_bytes()
+    assert open_store(str(tmp_path / "imported")).manifest.reference["imported"] == names
+
+
+def test_what_exists_is_not_overwritten(corpora: Path, stored: Path) -> None:
+    before = files_of(stored / "documents")
+    with pytest.raises(RankError, match=r"score\.output is .*, which exists"):
+        run_ranks(score_in_process, 1, scoring_tree(corpora, stored / "documents"))
+    assert files_of(stored / "documents") == before
+
+
+def test_a_model_with_answers_that_are_not_finite_is_refused(corpora: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(corpora / "reference", tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"] *= float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    tree = scoring_tree(corpora, tmp_path / "scores")
+    tree["reference"]["path"] = str(broken)
+    with pytest.raises(RankError, match="is not finite"):
+        run_ranks(score_in_process, 1, tree)
+    assert not (tmp_path / "scores").exists()
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    base = {
+        "run_dir": "r",
+        "model": {"config": {"model_type": "llama"}},
+        "training": {"global_batch_size": 1, "train_tokens": 1},
+    }
+    base |= {"data": {"train": "x"}}
+    for reference, said in {
+        "of and path": ({"path": "a", "of": [{"path": "b"}]}, "leave one of the two out"),
+        "nothing": ({}, "reference needs a path"),
+        "both in one": ({"of": [{"path": "b", "store": "c"}]}, "takes either path or store"),
+        "a weight of zero": ({"of": [{"path": "b", "weight": 0}]}, "weight must be above 0"),
+        "an unknown mix": ({"mix": "max", "of": [{"path": "b"}]}, "reference.mix is 'max'"),
+    }.values():
+        with pytest.raises(UserError, match=said):
+            parse_config(base | {"reference": reference})
+
+
+COMMANDS: dict[str, tuple[list[str], str]] = {
+    "no place to write": (["score=null"], "score.output is not set"),
+    "an empty place": (["score.output=."], "score.output is '.'"),
+    "an unknown kind": (["score.kind=tokens"], "score.kind is 'tokens'"),
+    "an unknown encoding": (["score.encoding=int8"], "score.encoding is 'int8'"),
+    "an unknown setting": (["score.kid=packed"], "did you mean score.kind?"),
+    "shards of nothing": (["score.shard_tokens=0"], "score.shard_tokens is 0"),
+    "no model": (["reference=null"], "reference.path is not set"),
+    "a model that is not there": (["reference.path=/nowhere/model"], "reference.path is '/nowhere/model'"),
+    "samples of no run": (["score.kind=packed"], "score.kind is packed, which scores the samples of one run"),
+    "a corpus that is not there": (["data.train=/nowhere/web"], "/nowhere/web"),
+    "a window beyond the model's positions": (["data.seq_length=128"], "the reference has 64 positions"),
+    "imports for another number of corpora": (["--import", "a.npy", "--import", "b.npy"], "names 2 files"),
+    "an import that is not there": (["--import", "nowhere.npy"], "--import nowhere.npy is not there"),
+    "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "--import takes a loss a token"),
+    "an import to look at": (["--verify", "--import", "a.npy"], "leave --import out"),
+    "nothing to look at": (["--verify"], "holds no manifest.json"),
+}
+
+
+def test_mistakes_of_the_command_are_sentences(corpora: Path, tmp_path: Path) -> None:
+    tree = {
+        "data": {"train": str(corpora / "books"), "seq_length": 32},
+        "reference": {"path": str(corpora / "reference")},
+        "score": {"output": str(tmp_path / "scores")},
+    }
+    config = str(write_config(tmp_path / "score.yaml", tree))
+    answers = run_ranks(command_lines, 1, [["score", config, *arguments] for arguments, _ in COMMANDS.values()])[0]
+    for (_, said), (status, heard) in zip(COMMANDS.values(), answers, strict=True):
+        assert said in sentence_of("score", status, heard)
+    assert [path.name for path in tmp_path.iterdir()] == ["score.yaml"]

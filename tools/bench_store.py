@@ -1,0 +1,206 @@
+"""What a store of reference scores costs and changes, on the sizes of a run.
+
+    python tools/bench_store.py demo/runs/slm.yaml [--ranks 2] [--tokens 1M] [--rounds 20]
+
+Scores what the run trains on (packed in float32 and in two bytes, and by document), then, on the same ranks:
+steps with the live reference, with a store and plain (CLM) take turns; reading is timed alone, once with the pages
+that were never read before; and the selections from each store are compared with the live reference's.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_slm.composition.corpora import open_corpora
+from megatron_slm.composition.models import make_reference
+from megatron_slm.composition.run import build_run
+from megatron_slm.composition.scoring import score_corpora
+from megatron_slm.composition.stores import Order
+from megatron_slm.config import Config, parse_config, parse_quantity, read_tree
+from megatron_slm.dist import World, all_reduce_sum, connect, disconnect
+from megatron_slm.selection.scores.excess import excess
+from megatron_slm.selection.select import select_tokens
+from megatron_slm.signals.live import NoReference, Reference
+from megatron_slm.training.objective import CausalLanguageModeling
+from megatron_slm.training.step import TrainingStep
+
+KINDS = {
+    "packed float32": {"kind": "packed", "encoding": "float32"},
+    "packed fixed16": {"kind": "packed", "encoding": "fixed16"},
+    "document fixed16": {"kind": "document", "encoding": "fixed16"},
+}
+NEAR = 1e-5
+
+
+def main() -> None:
+    options = parse_arguments()
+    if "RANK" not in os.environ:
+        with tempfile.TemporaryDirectory() as folder:
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={options.ranks}",
+            ]
+            command = [*torchrun, *sys.argv, "--folder", folder]
+            sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode)
+    world = connect()
+    found = measure(options, world)
+    if world.is_main:
+        print(json.dumps(found) if options.json else table(found))
+    disconnect()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML of a selective run with a live reference")
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start here; default: 2")
+    parser.add_argument(
+        "--tokens", type=parse_quantity, default=1_000_000, help="to compare selections of; default: 1M"
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each way; default: 20")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
+    folder = Path(options.folder)
+    tree = read_tree(options.config, [f"run_dir={folder / 'run'}", "training.save_interval=1000000"])
+    steps = -(-options.tokens // (tree["training"]["global_batch_size"] * tree["data"]["seq_length"]))
+    live = parse_config(tree)
+    run = build_run(live, world)
+    step, loader = run.trainer._step, run.trainer._loader
+    stores: dict[str, Reference] = {}
+    scoring: dict[str, float] = {}
+    for name, kind in KINDS.items():
+        stores[name], scoring[name] = stored(name, kind, live, folder, world)
+    reading = {name: time_reading(store, loader, live, rounds=options.rounds) for name, store in stores.items()}
+    ways = steps_by_way(step, stores, world)
+    batches = loader.take(0)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(options.rounds + 2):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way(batches, 0.0, turn)
+            if turn > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        "ranks": world.size,
+        "device": world.device.type,
+        "scoring_seconds": scoring,
+        "step_seconds": {name: statistics.median(found) for name, found in seconds.items()},
+        "read_seconds": reading,
+        "selections": compare(step, loader, stores, live, steps),
+    }
+
+
+def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world: World) -> tuple[Reference, float]:
+    """Score the run's corpora, and open the store; also the seconds that scoring took."""
+    from megatron_slm.scoring.settings import ScoreSettings
+
+    output = folder / name.replace(" ", "-")
+    settings = ScoreSettings(str(output), **kind)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    score_corpora(config, settings, world)
+    seconds = time.perf_counter() - start
+    assert config.reference is not None
+    reading = dataclasses.replace(config, reference=dataclasses.replace(config.reference, path=None, store=str(output)))
+    manifest = json.loads((output / "manifest.json").read_text())
+    order = Order(manifest["order_fingerprint"], 0)
+    reference, _ = make_reference(reading, open_corpora(config), None, order, (), world)  # type: ignore[arg-type]
+    return reference, seconds
+
+
+def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> dict[str, float]:
+    """Median seconds to read a step's scores: the first time, when blocks are checked, and again."""
+    steps = [loader.take(turn * config.training.global_batch_size) for turn in range(rounds)]
+    found = {}
+    for name in ("first", "again"):
+        seconds = []
+        for batches in steps:
+            start = time.perf_counter()
+            store.take(batches, ())
+            seconds.append(time.perf_counter() - start)
+        found[name] = statistics.median(seconds)
+    return found
+
+
+def steps_by_way(live: TrainingStep, stores: dict[str, Reference], world: World) -> dict[str, TrainingStep]:
+    """The same engine, stepped with each reference; the rate is 0, so that all do the same work."""
+    common = {"seed": 1, "num_sources": live._num_sources, "world": world}
+    ways = {"plain": TrainingStep(live._engine, NoReference(), CausalLanguageModeling(), **common), "live": live}
+    return ways | {name: TrainingStep(live._engine, store, live._objective, **common) for name, store in stores.items()}
+
+
+@torch.no_grad()
+def compare(
+    step: TrainingStep, loader: Any, stores: dict[str, Reference], config: Config, steps: int
+) -> dict[str, dict[str, float]]:
+    """How the masks from each store differ from the live reference's, over all ranks, at the run's first weights."""
+    sums = {name: torch.zeros(5, dtype=torch.float64) for name in stores}
+    for turn in range(steps):
+        batches = loader.take(turn * config.training.global_batch_size)
+        live = step._reference.take(batches, ())
+        taken = {name: store.take(batches, ()) for name, store in stores.items()}
+        for index, batch in enumerate(batches):
+            student = step._student.score(batch, (), keep_graph=False)[0]["loss"]
+            signals = {"student.loss": student, "reference.loss": live[index]["loss"]}
+            exact = select_tokens(
+                excess(signals), batch.valid_BT, config.selection.ratio, position=batch.token_position_BT
+            )
+            margin = (excess(signals) - exact.threshold).abs()
+            for name, columns in taken.items():
+                scores = student - columns[index]["loss"]
+                mask = select_tokens(
+                    scores, batch.valid_BT, config.selection.ratio, position=batch.token_position_BT
+                ).mask
+                differs = mask != exact.mask
+                sums[name] += torch.tensor(
+                    [
+                        batch.valid_BT.sum(),
+                        differs.sum(),
+                        (differs & (margin > NEAR)).sum(),
+                        (student * mask).sum() - (student * exact.mask).sum(),
+                        exact.mask.sum(),
+                    ],
+                    dtype=torch.float64,
+                )
+    found = {}
+    for name, values in sums.items():
+        tokens, differ, far, loss, kept = all_reduce_sum(values).tolist()
+        found[name] = {"tokens": tokens, "differ": differ, "beyond_1e-5": far, "selected_loss_off": loss / kept}
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """All of it as text."""
+    plain = found["step_seconds"]["plain"]
+    lines = [f"{found['ranks']} ranks on {found['device']}; a plain step takes {1e3 * plain:.0f} ms", ""]
+    for name, seconds in found["step_seconds"].items():
+        lines.append(f"step, {name:18}{seconds / plain:6.3f} of plain")
+    for name, read in found["read_seconds"].items():
+        shares = ", ".join(f"{way} {read[way] / plain:.2%}" for way in read)
+        lines.append(f"reading, {name:18} {shares} of a plain step")
+    for name, differs in found["selections"].items():
+        lines.append(
+            f"selection, {name:18} {differs['differ']:.0f} of {differs['tokens']:.0f} differ from live, "
+            f"{differs['beyond_1e-5']:.0f} of them more than 1e-5 from the threshold; "
+            f"loss of the selected {differs['selected_loss_off']:+.2e} nats"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
