@@ -16,6 +16,7 @@ install: $(STAMP)
 $(STAMP): setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 		echo "$(PYTHON) is not Python 3.11 to 3.13: name one that is, as in make demo PYTHON=python3.12" >&2; exit 2; }
+	@echo "installing into $(VENV): PyTorch first, then the rest; some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(RUN)/python -m pip install --quiet --editable ".[dev]"

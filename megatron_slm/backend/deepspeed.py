@@ -5,7 +5,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ class DeepSpeedBackend:
         """DeepSpeed's checkpoints are pickles: only consolidate a run folder that you trust."""
         states = list((folder / TAG).glob("*_optim_states.pt"))
         if states:
-            weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+            with redirect_stdout(None):  # it prints what it finds
+                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
         else:
             weights = torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
                 "module"

@@ -6,6 +6,7 @@ there when it is started again.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -17,8 +18,9 @@ _EPILOG = """example:
 _CLOSING = """
 Look at   {folder}/demo.png       held-out losses over training tokens
           {folder}/selected.html  held-out text, token by token: what is selected
-          tensorboard --logdir {folder}/runs
-Go on     megatron-slm export {folder}/runs/slm {folder}/models/slm   the selectively trained model, for transformers
+          {bin}tensorboard --logdir {folder}/runs --host 127.0.0.1
+Go on     {bin}megatron-slm export {folder}/runs/slm {folder}/models/slm
+          writes the selectively trained model for transformers
           {folder}/runs/slm.yaml  is its configuration: change it, and `megatron-slm train` it in a run_dir of its own
           README.md, "Your own text, from the laptop to the cluster"
 """
@@ -67,4 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
         sys.exit(stopped.status)
     summary = folders.summary.read_text(encoding="utf-8")
-    sys.stdout.write(f"\n{summary}{_CLOSING.format(folder=arguments.output)}")
+    sys.stdout.write(f"\n{summary}{_CLOSING.format(folder=arguments.output, bin=_place())}")
+
+
+def _place() -> str:
+    """What stands before a command that the shell does not find: nothing, or the folder of this environment."""
+    if shutil.which("megatron-slm"):
+        return ""
+    folder = Path(sys.executable).parent
+    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import is_main_process
 from megatron_slm.signals.store import open_store
@@ -96,6 +95,8 @@ def _rollback(step: int | None) -> int | None:
 
 
 def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None = None) -> "RunState":
+    if is_main_process(os.environ):
+        logging.getLogger(__name__).info("loading the libraries, the corpora and the models")
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.composition.run import build_run
@@ -119,7 +120,10 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
 
 def _read(arguments: argparse.Namespace) -> Config:
     if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
-        raise UserError(f"--ranks is {arguments.ranks}: give 1 or more, together with --dry-run.")
+        raise UserError(
+            f"--ranks is {arguments.ranks}: it says for how many ranks --dry-run checks, 1 or more; a launcher such as "
+            "torchrun decides for how many a run is started."
+        )
     config = load_config(arguments.config, arguments.overrides)
     _refuse_missing_data(config)
     return config
@@ -127,11 +131,18 @@ def _read(arguments: argparse.Namespace) -> Config:
 
 def _refuse_missing_data(config: Config) -> None:
     """The commonest mistake, found without importing anything heavy."""
-    for prefix in (*blend(config.data.train)[0], *config.data.valid.values()):
-        open_corpus(prefix)
+    for setting, prefix in config.data.corpora():
+        _open(setting, prefix)
     for part in config.reference.parts if config.reference and config.objective == "slm" else []:
         if part.store is not None:
             open_store(part.store)
+
+
+def _open(setting: str, prefix: str) -> None:
+    try:
+        open_corpus(prefix)
+    except UserError as error:
+        raise UserError(f"{setting} names {prefix}: {error}") from error
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:

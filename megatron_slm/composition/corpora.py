@@ -29,11 +29,11 @@ def open_corpora(config: Config) -> Corpora:
     prefixes, _ = blend(config.data.train)
     train = [open_corpus(prefix) for prefix in prefixes]
     valid = {name: open_corpus(prefix) for name, prefix in config.data.valid.items()}
-    for corpus in (*train, *valid.values()):
+    for (setting, prefix), corpus in zip(config.data.corpora(), [*train, *valid.values()], strict=True):
         if corpus.tokenizer_fingerprint != train[0].tokenizer_fingerprint:
             raise UserError(
-                f"The corpora {train[0].prefix} and {corpus.prefix} were prepared with different tokenizers: "
-                "prepare one of them again with the other's PREFIX.tokenizer."
+                f"{setting} names {prefix}, and data.train {train[0].prefix}, which were prepared with different "
+                "tokenizers: prepare one of them again with the other's PREFIX.tokenizer."
             )
     tokenizer = load_tokenizer(str(corpus_tokenizer_path(train[0])))
     return Corpora(train, valid, train[0].tokenizer_fingerprint, tokenizer)

@@ -1,5 +1,6 @@
 """A whole run. Read `build_run` from top to bottom: each line makes one part from those above it."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +82,8 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         roll_back(folder.path, store, rollback, world)
     if (progress := store.restore(engine)) is not None:
         agree(lambda: state.restore(progress))
+        if world.is_main:
+            logging.getLogger(__name__).info("going on from the checkpoint of step %d", state.step)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
     peak = peak_flops(world.device)

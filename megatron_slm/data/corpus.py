@@ -111,7 +111,10 @@ def _read_description(prefix: str) -> Corpus:
             raise UserError(f"{path} does not hold the sha256 of both .bin and .idx: {_AGAIN}")
         return Corpus(prefix=prefix, name=Path(prefix).name, **fields)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, so {prefix} is no prepared corpus: {_AGAIN}") from None
+        raise UserError(
+            f"{path} is missing, so {prefix} is no prepared corpus: check the path, or make it with "
+            "megatron-slm prepare"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}): {_AGAIN}") from error
 

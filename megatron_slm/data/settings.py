@@ -40,6 +40,11 @@ class DataSettings:
         if not 0 < share <= 1:
             raise ValueError('split must look like "98,2,0": parts of train, validation and test, the first above 0')
 
+    def corpora(self) -> list[tuple[str, str]]:
+        """Every PREFIX, with the setting that names it."""
+        trained = [("data.train", prefix) for prefix in blend(self.train)[0]]
+        return trained + [(f"data.valid.{name}", prefix) for name, prefix in self.valid.items()]
+
 
 def train_share(split: str | None) -> float:
     """Share of the documents that a split such as "98,2,0" gives to training."""

@@ -52,8 +52,8 @@ def _page(found: dict[str, Passages]) -> str:
     introduction = (
         "<p>Excess loss is the loss of the base model minus that of the reference, which was trained further on "
         f"curated mathematics. Of the tokens of both held-out sets together, the {RATIO:.0%} of highest excess "
-        f"loss are selected: {escape_html(shares)}. Tokens in grey are not scored. A pointer that rests on a token "
-        f"shows its losses.</p>\n<section>{legend_html()}</section>"
+        f"loss are selected: {escape_html(shares)}. Tokens in grey italics are not scored. A pointer that rests on a "
+        f"token shows its losses.</p>\n<section>{legend_html()}</section>"
     )
     return page_html("Which tokens are worth learning?", "\n".join([introduction, *sections]))
 

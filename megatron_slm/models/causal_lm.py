@@ -1,5 +1,6 @@
 """Any Hugging Face causal language model as a module that answers with a loss a token."""
 
+import difflib
 import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.models.head import token_loss
@@ -85,13 +86,22 @@ def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str
             defaults = {"vocab_size": -(-vocab_size // multiple) * multiple, **special_ids}
             config = AutoConfig.for_model(**(defaults | settings.config))
     except Exception as error:
-        raise UserError(f"model.config is not a Hugging Face configuration: {_one_line(error)}.") from error
+        raise UserError(
+            f"model.config is not a Hugging Face configuration: {_near(settings) or _one_line(error)}."
+        ) from error
     if config.vocab_size < vocab_size:
         raise UserError(
             f"The student has {config.vocab_size} vocabulary entries and the corpus's tokenizer {vocab_size}: "
             "use the model's own tokenizer in prepare."
         )
     return config
+
+
+def _near(settings: ModelSettings) -> str:
+    """The model type that was probably meant: Hugging Face would name all of them."""
+    wanted = str(settings.config.get("model_type"))
+    near = difflib.get_close_matches(wanted, CONFIG_MAPPING, n=1)
+    return f"model_type is '{wanted}', did you mean {near[0]}?" if near and wanted not in CONFIG_MAPPING else ""
 
 
 def build_student(

@@ -13,10 +13,10 @@ SHADES = (0.0, 0.5, 1.0, 2.0)
 STYLE = """
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.9 ui-monospace, "DejaVu Sans Mono", monospace }
 .tokens span { padding: 1px 0 }
-.tokens .x0 { color: #555 } .tokens .x1 { background: #fff3d6 } .tokens .x2 { background: #ffe0a3 }
+.tokens .x0 { color: #222 } .tokens .x1 { background: #fff3d6 } .tokens .x2 { background: #ffe0a3 }
 .tokens .x3 { background: #ffc46b } .tokens .x4 { background: #ff9f40 }
 .tokens .kept { font-weight: 700; text-decoration: underline 2px; text-underline-offset: 4px; color: #000 }
-.tokens .none { color: #999 }
+.tokens .none { color: #666; font-style: italic; opacity: 0.8 }
 """
 """CSS of `tokens_html` and `legend_html`."""
 
@@ -73,7 +73,8 @@ def legend_html() -> str:
     """What the marks and shades mean."""
     names = ["excess loss up to 0", *(f"above {shade:g}" for shade in SHADES)]
     shades = " ".join(f'<span class="x{index}">{name}</span>' for index, name in enumerate(names))
-    return f'<div class="tokens"><span class="kept">selected</span> · not selected · {shades}</div>'
+    none = '<span class="none">without a loss</span>'
+    return f'<div class="tokens"><span class="kept">selected</span> · not selected · {none} · {shades}</div>'
 
 
 def _span(token: Token) -> str:

@@ -56,9 +56,7 @@ def test_a_model_of_one_layer_is_sized_too(name: str) -> None:
 def test_stages_partition_what_their_name_says() -> None:
     def at(stage: int) -> dict[str, int]:
         zero = {"stage": stage, "reduce_bucket_size": 10, "stage3_max_live_parameters": 20}
-        return rank_memory(
-            SIZE, None, ranks=4, precision=torch.bfloat16, zero=zero, shard_reference=True, checkpointing=False
-        ).device
+        return rank_memory(SIZE, [], ranks=4, precision=torch.bfloat16, zero=zero, checkpointing=False).device
 
     assert at(0) == {"weights": 2000, "gradients": 4000, "optimizer": 8000, "activations": 250, "head": 7}
     assert at(1) == at(0) | {"optimizer": 3000, "buffers of ZeRO": 20}
@@ -70,11 +68,10 @@ def test_offload_moves_to_the_host_and_a_sharded_reference_is_divided() -> None:
     def at(shard: bool, **zero: object) -> tuple[dict[str, int], dict[str, int]]:
         found = rank_memory(
             SIZE,
-            SIZE,
+            [(SIZE, shard), (SIZE, True)],
             ranks=2,
             precision=torch.float32,
             zero={"stage": 3, "stage3_max_live_parameters": 100} | zero,
-            shard_reference=shard,
             checkpointing=True,
         )
         return found.device, found.host

@@ -137,7 +137,7 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
         [sys.executable, "-W", "ignore", "-c", RUN, str(output), word_level, str(big)], start_new_session=True
     )
     wait_until(lambda: (staging / "ready/web.bin").exists() and (staging / "ready/web.bin").stat().st_size > 0)
-    with pytest.raises(UserError, match="being prepared by another process"):
+    with pytest.raises(UserError, match="being made by another process"):
         prepare_corpus([str(small)], str(output), tokenizer=model)
     workers = process.children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL) if whole_group else process.kill()
