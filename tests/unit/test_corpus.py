@@ -79,7 +79,7 @@ def test_a_corpus_may_be_moved(prefix, tmp_path):
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json", ".tokenizer"])
 def test_a_missing_part_is_named(prefix, suffix):
     Path(prefix + suffix).rename(prefix + ".away")
-    with pytest.raises(UserError, match=rf"math\{suffix} is missing.*prepare it again"):
+    with pytest.raises(UserError, match=rf"math\{suffix} is missing.*megatron-slm prepare"):
         open_corpus(prefix)
 
 

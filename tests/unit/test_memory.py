@@ -65,10 +65,10 @@ def test_stages_partition_what_their_name_says() -> None:
 
 
 def test_offload_moves_to_the_host_and_a_sharded_reference_is_divided() -> None:
-    def at(shard: bool, **zero: object) -> tuple[dict[str, int], dict[str, int]]:
+    def at(*shard: bool, **zero: object) -> tuple[dict[str, int], dict[str, int]]:
         found = rank_memory(
             SIZE,
-            [(SIZE, shard), (SIZE, True)],
+            [(SIZE, one) for one in shard],
             ranks=2,
             precision=torch.float32,
             zero={"stage": 3, "stage3_max_live_parameters": 100} | zero,
@@ -78,6 +78,8 @@ def test_offload_moves_to_the_host_and_a_sharded_reference_is_divided() -> None:
 
     assert at(False)[0]["reference"] == 4 * 1000 + 50
     assert at(True)[0]["reference"] == 4 * 500 + 4 * 100 + 50
+    assert at(True, False)[0]["reference"] == at(True)[0]["reference"] + at(False)[0]["reference"]
+    assert "reference" not in at()[0]
     assert at(True)[0]["activations"] == 4 * 10 + 50
     device, host = at(True, offload_optimizer={"device": "cpu"}, offload_param={"device": "none"})
     assert host == {"optimizer": 6000, "gradients": 2000} and "optimizer" not in device and "weights" in device
