@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.selection.scoring import find_score
+from megatron_slm.selection.scoring import call_score, find_score
 from megatron_slm.selection.select import Selection, check_arguments, keep_highest, plan_pools
 from megatron_slm.selection.settings import SelectionSettings
 from megatron_slm.selection.units import as_tokens, sequence_scores
@@ -96,12 +96,18 @@ class Rule:
             ratio: share to keep; default: that of the settings. Combined scores keep by ratios of their own.
             group: process group; None is the default group if initialised, else this process.
             position: int64, same shape, unique over the group, for ties; default: rank, then offset.
+
+        Raises:
+            ValueError: a score returned something else than a score for each token.
         """
         settings = self.settings
         ratio = settings.ratio if ratio is None else ratio
         uniform = signals["uniform"] if settings.weighting == "stochastic" else None
         pool = Pool(valid, position, group, uniform)
-        kept = [self._keep(score(signals), ratio if own is None else own, pool) for score, own in self._scores]
+        kept = [
+            self._keep(call_score(score, signals, valid), ratio if own is None else own, pool)
+            for score, own in self._scores
+        ]
         mask, threshold = kept[0].mask, kept[0].threshold
         if settings.combine is not None:
             masks = torch.stack([part.mask for part in kept])

@@ -55,6 +55,23 @@ def find_score(name: str) -> Score:
     return cast(Score, found)
 
 
+def call_score(score: Score, signals: dict[str, Tensor], valid: Tensor) -> Tensor:
+    """What a score says of each token.
+
+    Raises:
+        ValueError: it is not a float tensor of the shape of `valid`.
+    """
+    found = score(signals)
+    if isinstance(found, Tensor) and found.shape == valid.shape and found.is_floating_point():
+        return found
+    said = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    name = getattr(score, "__name__", "?")
+    raise ValueError(
+        f"The score {name} (selection.score) returned {said}: return a float tensor {list(valid.shape)}, a score for "
+        "every token."
+    )
+
+
 def built_in_scores() -> list[str]:
     """Names of the scores that come with this package."""
     return sorted(path.stem for path in (Path(__file__).parent / "scores").glob("[!_]*.py"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.dist import all_reduce_sum
+from megatron_slm.errors import AgreedError
 from megatron_slm.selection.rule import Rule
 from megatron_slm.types import Batch, TokenSignals
 
@@ -37,7 +38,11 @@ class Objective(Protocol):
         """int64 `[P]`: what the weights of each pool will sum to over all ranks; known before any forward."""
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
-        """This rank's part of one pool; every rank calls it."""
+        """This rank's part of one pool; every rank calls it.
+
+        Raises:
+            AgreedError: a score returned something else than a score for each token.
+        """
 
 
 class CausalLanguageModeling:
@@ -75,5 +80,8 @@ class SelectiveLanguageModeling:
         return self._rule.plan([pool.valid_BT for pool in pools], self._ratio)
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
-        selection = self._rule.choose(signals, pool.valid_BT, self._ratio, position=pool.token_position_BT)
+        try:
+            selection = self._rule.choose(signals, pool.valid_BT, self._ratio, position=pool.token_position_BT)
+        except ValueError as error:  # a score of the user's, on every rank
+            raise AgreedError(str(error)) from error
         return Choice(selection.mask, selection.weights, selection.threshold)

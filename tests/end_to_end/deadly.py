@@ -25,3 +25,9 @@ def excess_until_killed(signals: dict[str, Tensor]) -> Tensor:
 def lowest_reference_entropy(signals: dict[str, Tensor]) -> Tensor:
     """Of what the reference is sure, first."""
     return -signals["reference.entropy"]
+
+
+@score(needs=("student.loss",))
+def one_for_all(signals: dict[str, Tensor]) -> Tensor:
+    """A score that forgot that it is of each token."""
+    return signals["student.loss"].sum()

@@ -187,6 +187,14 @@ def test_a_model_that_cannot_be_made_is_named(corpora: Path, tmp_path: Path, mis
     assert expected in refused("train", str(config), *(override.replace("PATH", path) for override in overrides))
 
 
+def test_a_score_of_another_shape_is_named(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    said = refused("train", str(config), "selection.score=tests.end_to_end.deadly:one_for_all")
+    assert said.startswith(
+        "The score one_for_all (selection.score) returned torch.float32 []: return a float tensor [2, 32]"
+    )
+
+
 def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run", stage=0))
     assert "training.precision is bf16" in refused("train", str(config), "training.precision=bf16")
