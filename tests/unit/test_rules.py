@@ -48,7 +48,7 @@ def test_a_score_rises_and_falls_with_the_columns_that_its_description_names(nam
     assert "Rises with" in find_score(name).__doc__ or "Falls with" in find_score(name).__doc__
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_any_rule_on_any_pool_is_what_sorts_and_loops_say(chance: random.Random):
     case = random_case(chance)
