@@ -2,7 +2,7 @@
 
 First correctness at a small shape: losses, masks and gradients against float32 on the CPU; steps
 in bf16 under ZeRO-3; resume. Then speed at a shape of your choice: tokens/s, MFU and peak memory of
-CLM and of SLM with a live reference of the same size, and the threshold alone. Weights are random.
+CLM and of SLM with a live reference of the same size, scoring a corpus, and the threshold alone. Weights are random.
 
     python tools/gpu_check.py --preset tinyllama --output gpu_check.json
     python tools/gpu_check.py --preset tiny          # also without an accelerator
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from megatron_slm.backend.plain import PlainBackend
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, score_batch
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.scoring.sources import ModelSource
+from megatron_slm.scoring.work import ScoringBatch, Shard
 from megatron_slm.selection import Rule, SelectionSettings, select_tokens
 from megatron_slm.signals.live import LiveReference, NoReference
 from megatron_slm.training.flops import peak_flops, token_flops
@@ -234,6 +237,53 @@ def measure_step(shape: Shape, selective: bool, world: World) -> dict[str, Any]:
     }
 
 
+class RepeatedBatch:
+    """Work for `ModelSource`: one batch, so many times in one shard."""
+
+    num_shards = 1
+
+    def __init__(self, batch: Batch, times: int) -> None:
+        self._batch = batch
+        self._times = times
+        self.rows = times * batch.tokens_BT.numel()
+
+    def shard(self, number: int) -> Shard:
+        size = self._batch.tokens_BT.numel()
+        row_BT = torch.arange(size, device=self._batch.tokens_BT.device).view_as(self._batch.tokens_BT)
+        makers = [partial(ScoringBatch, self._batch, row_BT + turn * size) for turn in range(self._times)]
+        return Shard(0, self.rows, makers)
+
+
+def measure_scoring(shape: Shape, world: World) -> dict[str, Any]:
+    """Scoring a corpus as `megatron-slm score` does, against the model's own forward with its logits, in turn."""
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    module = make_model(shape, 2, PlainBackend(world), dtype, world.device).eval().requires_grad_(False)
+    report = {}
+    flops, peak = token_flops(module, hf_config(shape), shape.seq_length).forward, peak_flops(world.device)
+    for factor in (1, 2, 4):
+        larger = Shape(shape.model, shape.seq_length, factor * shape.micro_batch_size, shape.steps)
+        batch = make_batch(larger, world.device)
+        source = ModelSource(module, RepeatedBatch(batch, shape.steps), ["loss"], world)
+
+        @torch.no_grad()
+        def plain(batch: Batch = batch) -> None:
+            for _ in range(shape.steps):
+                module.lm(input_ids=batch.tokens_BT, position_ids=batch.position_ids_BT, use_cache=False)
+
+        seconds: dict[str, list[float]] = {"scoring": [], "plain forward": []}
+        for _ in range(3):
+            seconds["scoring"] += timed(lambda s=source: s.shard(0, lambda done: None), 1, world.device)
+            seconds["plain forward"] += timed(plain, 1, world.device)
+        report[f"{larger.micro_batch_size} sequences"] = {
+            name: {
+                "tokens_per_second": source.rows / statistics.median(found),
+                "mfu": source.rows / statistics.median(found) * flops / peak if peak else None,
+            }
+            for name, found in seconds.items()
+        }
+    return report
+
+
 def measure_threshold(shape: Shape, world: World) -> dict[str, Any]:
     """Selecting from as many scores as the step has, and from a million."""
     report = {}
@@ -268,6 +318,7 @@ def main() -> None:
         "training_and_resume": lambda: check_training_and_resume(world),
         "clm": lambda: measure_step(shape, False, world),
         "slm": lambda: measure_step(shape, True, world),
+        "scoring": lambda: measure_scoring(shape, world),
         "threshold": lambda: measure_threshold(shape, world),
     }
     report: dict[str, Any] = {"preset": arguments.preset, "micro_batch_size": shape.micro_batch_size}
