@@ -6,6 +6,7 @@ left it. docs/score.md says which context each token is scored in, and what the 
 """
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def _verify(path: str) -> None:
             for done in store.file_of(entry.name).check_all():
                 meter.reach(before + done)
             before += entry.rows
+    logging.getLogger(__name__).info("%s is intact: %d tokens", path, before)
 
 
 def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:

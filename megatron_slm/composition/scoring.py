@@ -144,6 +144,7 @@ def _attempt(folder: Path, manifest: Manifest, settings: ScoreSettings, corpora:
         "data.seq_length": manifest.seq_length,
         "data.train (sha256)": [corpus.sha256[".bin"][:16] for corpus in corpora.train],
         "the order of samples": manifest.order_fingerprint[:16],
+        "data.reset_attention": manifest.reset_attention,
         "the reference (sha256)": manifest.reference["fingerprint"][:16],
         "training.precision": manifest.reference["precision"],
     }

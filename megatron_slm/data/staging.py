@@ -124,7 +124,7 @@ def _kept_if_useful(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder)
         raise
     (folder / JOURNAL).unlink(missing_ok=True)  # first, so that it never speaks of what is gone
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # NFS keeps names of files that are still mapped
 
 
 def _lock(handle: int, output: str) -> None:
