@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_slm.__main__ import main
 from megatron_slm.config import parse_config
-from megatron_slm.dist import World
+from megatron_slm.dist import World, disconnect
 from megatron_slm.errors import UserError
 from megatron_slm.signals.store import Store, open_store
 from tests.end_to_end.test_bad_input import command_lines, sentence_of
@@ -415,3 +416,20 @@ def test_mistakes_of_the_command_are_sentences(corpora: Path, tmp_path: Path) ->
     for (_, said), (status, heard) in zip(COMMANDS.values(), answers, strict=True):
         assert said in sentence_of("score", status, heard)
     assert [path.name for path in tmp_path.iterdir()] == ["score.yaml"]
+
+
+def export_checkpoint(_: World, run_dir: Path, output: Path, step: int) -> None:
+    disconnect()
+    main(["export", str(run_dir), str(output), "--checkpoint", str(step)])
+
+
+def test_an_earlier_checkpoint_of_a_run_is_a_reference(corpora: Path, tmp_path: Path) -> None:
+    tree = training_tree(corpora, tmp_path / "run") | {"objective": "clm"}
+    run_ranks(train_in_process, 1, tree)
+    for step in (10, 20):
+        run_ranks(export_checkpoint, 1, tmp_path / "run", tmp_path / f"step-{step}", step)
+    tree = training_tree(corpora, tmp_path / "next") | {"selection": {"score": "loss_drop"}}
+    tree |= {"model": {"path": str(tmp_path / "step-20")}, "reference": {"path": str(tmp_path / "step-10")}}
+    run_ranks(train_in_process, 1, tree)
+    first = records(tmp_path / "next")[0]
+    assert first["loss/all"] < first["loss/reference"]
