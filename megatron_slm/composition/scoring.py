@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_slm.composition.corpora import Corpora, make_samples, open_corpora
 from megatron_slm.composition.models import frozen_model, make_backend
@@ -17,7 +17,7 @@ from megatron_slm.data.corpus import Corpus, file_sha256, unique_names
 from megatron_slm.data.loader import runs_beside
 from megatron_slm.data.progress import Meter
 from megatron_slm.data.samples import Samples
-from megatron_slm.data.staging import staging
+from megatron_slm.data.staging import staging, writing
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
 from megatron_slm.models.fingerprint import weights_fingerprint
@@ -31,11 +31,11 @@ from megatron_slm.scoring.work import Work
 from megatron_slm.signals.encoding import ENCODINGS
 from megatron_slm.signals.settings import PartSettings
 from megatron_slm.signals.store import ORDER, Manifest
-from megatron_slm.training.state import Plan
 
 DOING = "scoring"
 """End of the name of the folder beside the store, while it is made."""
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -71,10 +71,12 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
-        attempt = agree(lambda: _attempt(folder, manifest, settings, corpora) if world.is_main else None)
-        jobs = imported or _modelled(config, settings, corpora, plan, order, world)
-        _fill(jobs, attempt, world)
-        agree(lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
+        end = runs_beside(config.data.skip_samples, 0, plan.total_steps * plan.global_batch_size)[-1].stop
+        identity = _identity(config, settings, manifest, corpora, end)
+        attempt = _agree_writing(output, lambda: _attempt(folder, identity, manifest) if world.is_main else None)
+        jobs = imported or _modelled(config, settings, corpora, order, end, world)
+        _fill(jobs, attempt, output, world)
+        _agree_writing(output, lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
 
 
 def _hold(output: Path, stack: ExitStack) -> None:
@@ -135,20 +137,33 @@ def _manifest(
     )
 
 
-def _attempt(folder: Path, manifest: Manifest, settings: ScoreSettings, corpora: Corpora) -> Attempt:
-    identity = {
+def _attempt(folder: Path, identity: dict[str, Any], manifest: Manifest) -> Attempt:
+    return Attempt(folder, identity, manifest.columns, manifest.encoding)
+
+
+def _identity(
+    config: Config, settings: ScoreSettings, manifest: Manifest, corpora: Corpora, end: int
+) -> dict[str, Any]:
+    """Everything that decides the values, and which of them make a shard."""
+    packed = settings.kind == "packed"
+    names = unique_names([corpus.prefix for corpus in corpora.train])
+    return {
         "score.kind": manifest.kind,
         "score.encoding": manifest.encoding,
         "score.entropy": settings.entropy,
         "score.shard_tokens": settings.shard_tokens,
         "data.seq_length": manifest.seq_length,
-        "data.train (sha256)": [corpus.sha256[".bin"][:16] for corpus in corpora.train],
+        "data.train (name, sha256)": [
+            [name, *(corpus.sha256[suffix][:16] for suffix in (".bin", ".idx"))]
+            for name, corpus in zip(names, corpora.train, strict=True)
+        ],
         "the order of samples": manifest.order_fingerprint[:16],
+        "the samples": end if packed else None,
+        "reference.micro_batch_size": _model(config).micro_batch_size if packed else None,
         "data.reset_attention": manifest.reset_attention,
         "the reference (sha256)": manifest.reference["fingerprint"][:16],
         "training.precision": manifest.reference["precision"],
     }
-    return Attempt(folder, identity, manifest.columns, manifest.encoding)
 
 
 def _imported(corpora: Corpora, imports: Sequence[Path], settings: ScoreSettings) -> list[Job]:
@@ -165,12 +180,11 @@ def _imported(corpora: Corpora, imports: Sequence[Path], settings: ScoreSettings
 
 
 def _modelled(
-    config: Config, settings: ScoreSettings, corpora: Corpora, plan: Plan, order: Samples | None, world: World
+    config: Config, settings: ScoreSettings, corpora: Corpora, order: Samples | None, end: int, world: World
 ) -> list[Job]:
     part, length = _model(config), config.data.seq_length
     work: Work
     if order is not None:
-        end = runs_beside(config.data.skip_samples, 0, plan.total_steps * plan.global_batch_size)[-1].stop
         order.reach(end)
         reset = config.data.reset_attention
         work = PackedWork(order, end, length, part.micro_batch_size, settings.shard_tokens, reset)
@@ -186,7 +200,7 @@ def _modelled(
     return [Job(name, corpus, ModelSource(engine, work, settings.columns, world)) for name, corpus, work in works]
 
 
-def _fill(jobs: list[Job], attempt: Attempt | None, world: World) -> None:
+def _fill(jobs: list[Job], attempt: Attempt | None, output: Path, world: World) -> None:
     """Write the shards that are not there yet; every rank calls it."""
     found = {job.name: attempt.finished(job.name) for job in jobs} if attempt else {}
     finished: dict[str, tuple[int, int]] = gather_objects(found)[0]
@@ -196,9 +210,19 @@ def _fill(jobs: list[Job], attempt: Attempt | None, world: World) -> None:
         for job in jobs:
             for number in range(finished[job.name][0], job.source.num_shards):
                 values = job.source.shard(number, partial(_tell, meter, done))
-                agree(partial(attempt.write, job.name, values) if attempt else _nothing)
+                _agree_writing(output, partial(attempt.write, job.name, values) if attempt else _nothing)
                 done += len(values.values_NC)
                 meter.reach(done)
+
+
+def _agree_writing(output: Path, work: Callable[[], T]) -> T:
+    """What `agree` does, where a full disk is a sentence of all ranks."""
+
+    def write() -> T:
+        with writing(f"score.output {output}"):
+            return work()
+
+    return agree(write)
 
 
 def _tell(meter: Meter, before: int, done: int) -> None:

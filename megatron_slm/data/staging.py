@@ -39,7 +39,7 @@ def staging(output: Path, setting: str = "--output", doing: str = "preparing") -
     if not output.name:
         raise UserError(f"{setting} {output} names no file: give one such as data/corpus")
     folder = output.with_name(f".{output.name}.{doing}")
-    with _writing(f"{setting} {output}"):
+    with writing(f"{setting} {output}"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -104,7 +104,12 @@ def publish(folder: Path, parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(output: str) -> Iterator[None]:
+def writing(output: str) -> Iterator[None]:
+    """Say of an error of the operating system that ``output`` cannot be written.
+
+    Raises:
+        UserError: instead of it.
+    """
     try:
         yield
     except OSError as error:  # whoever reads has named its own errors

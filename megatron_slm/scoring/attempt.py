@@ -47,8 +47,10 @@ class Attempt:
 
     def __init__(self, folder: Path, identity: dict[str, Any], columns: list[str], encoding: str) -> None:
         self.ready = folder / "ready"
-        self.ready.mkdir(exist_ok=True)
         self._journal = folder / JOURNAL
+        if not self.ready.exists():  # the store was there, and its journal was about to go
+            self._journal.unlink(missing_ok=True)
+            self.ready.mkdir()
         self._identity = json.loads(json.dumps(identity))
         self._columns = columns
         self._encoding = encoding
