@@ -27,12 +27,8 @@ _EPILOG = """examples:
 document, its end-of-document token included) for each corpus of data.train, in their order.
 """
 
-_UNUSED = {
-    "run_dir": "",
-    "model": {"config": {"model_type": "llama"}},
-    "training": {"global_batch_size": 1, "train_tokens": 1},
-}
-"""What a configuration needs for training, and not for the scores of documents."""
+_UNUSED = {"run_dir": "", "model": {"config": {"model_type": "llama"}}}
+"""What a configuration needs for training, and not for scores."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +66,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     packed = isinstance(tree.get("score"), dict) and tree["score"].get("kind") == "packed"
     if packed and "training" not in tree:
         raise UserError("score.kind is packed, which scores the samples of one run: give its training group too.")
-    config = parse_config(_UNUSED | tree)
+    config = parse_config(_UNUSED | (tree if packed else tree | {"training": _training(tree.get("training"))}))
     if config.score is None:
         raise UserError("score.output is not set: name the folder to make, as in score.output=scores/web.")
     if arguments.imports and (packed or config.score.entropy):
@@ -82,11 +78,19 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     return config, config.score
 
 
+def _training(given: Any) -> Any:
+    """The training group, with what it needs for a run and not for the scores of documents."""
+    if not isinstance(given, dict | None):
+        return given
+    length = {} if given and {"train_tokens", "train_epochs"} & given.keys() else {"train_tokens": 1}
+    return {"global_batch_size": 1} | length | (given or {})
+
+
 def _verify(path: str) -> None:
     from megatron_slm.data.progress import Meter
     from megatron_slm.signals.store import open_store
 
-    store = open_store(path)
+    store = open_store(path, "score.output")
     with Meter(sum(entry.rows for entry in store.manifest.files), "tokens") as meter:
         before = 0
         for entry in store.manifest.files:

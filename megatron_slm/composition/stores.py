@@ -78,8 +78,11 @@ def _refuse_other_order(store: Store, config: Config, order: Order) -> None:
 
 def _refuse_other_model(store: Store, path: str) -> None:
     """A path beside a store names the model that the scores must be of."""
-    if Path(path).is_dir() and weights_fingerprint(path) != store.manifest.reference["fingerprint"]:
+    origin = store.manifest.reference
+    if path == origin.get("path") and not Path(path).is_dir():
+        return  # one name on the hub: its weights are not fetched to be compared
+    if weights_fingerprint(path) != origin["fingerprint"]:
         raise UserError(
-            f"reference.store is {store.path}, which holds scores of {store.manifest.reference.get('path')}, and the "
-            f"weights of reference.path {path} are others: score with this model, or leave reference.path out."
+            f"reference.store is {store.path}, which holds scores of {origin.get('path', 'no model, but imported')}, "
+            f"and the weights of reference.path {path} are others: score with this model, or leave reference.path out."
         )

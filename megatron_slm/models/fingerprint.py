@@ -33,6 +33,12 @@ def weights_fingerprint(path: str) -> str:
         raise UserError(f"reference.path is '{path}', which holds no *.safetensors: save the model as safetensors.")
     whole = hashlib.sha256()
     for file in (folder / "config.json", *files):
-        with file.open("rb") as stream:
-            whole.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with file.open("rb") as stream:
+                whole.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise UserError(
+                f"reference.path is '{path}', whose {file.name} cannot be read ({error.strerror}): save the model "
+                "again."
+            ) from error
     return whole.hexdigest()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -84,7 +85,7 @@ class ArraySource:
 
     def __init__(self, path: Path, corpus: Corpus, shard_tokens: int) -> None:
         try:
-            self._array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self._array = np.lib.format.open_memmap(path, mode="r")
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--import {path} cannot be read as a NumPy array ({error}): save it with np.save."
@@ -139,20 +140,26 @@ class LinesSource:
         index = open_tokens(self._corpus).index
         lengths = index.sequence_lengths
         number = 0
-        with (gzip.open if self._path.suffix == ".gz" else open)(self._path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if number <= len(lengths):
-                    yield self._document(line, number, int(lengths[number - 1]))
+        for number, line in enumerate(self._lines(), start=1):
+            if number <= len(lengths):
+                yield self._document(line, number, int(lengths[number - 1]))
         if number != len(lengths):
             raise UserError(
                 f"--import {self._path} has {number} lines, and {self._corpus.prefix} {len(lengths)} documents: give "
                 "one line for every document, in their order."
             )
 
+    def _lines(self) -> Iterator[str]:
+        try:
+            with (gzip.open if self._path.suffix == ".gz" else open)(self._path, "rt", encoding="utf-8") as lines:
+                yield from lines
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise UserError(f"--import {self._path} cannot be read ({error}): write it again.") from error
+
     def _document(self, line: str, number: int, length: int) -> NDArray[np.float32]:
         try:
             found = np.asarray(json.loads(line)["logprobs"], dtype=np.float32)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(
                 f'--import {self._path}, line {number}, is not {{"logprobs": [numbers]}} ({error}): mend that line; '
                 "a first token is scored after an end-of-document token."

@@ -121,8 +121,12 @@ class Store:
         )
 
 
-def open_store(path: str) -> Store:
+def open_store(path: str, setting: str = "reference.store") -> Store:
     """Read the manifest of a store.
+
+    Args:
+        path: of its folder.
+        setting: that named it, for messages.
 
     Raises:
         UserError: there is none, it cannot be read, or it is of another version.
@@ -131,17 +135,15 @@ def open_store(path: str) -> Store:
         fields: dict[str, Any] = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
         if fields["format_version"] != FORMAT_VERSION or fields["encoding"] not in ENCODINGS:
             raise UserError(
-                f"reference.store is {path}, of format version {fields['format_version']} and encoding "
+                f"{setting} is {path}, of format version {fields['format_version']} and encoding "
                 f"{fields['encoding']}, which this program does not read: score the corpus again."
             )
         fields["files"] = [FileEntry(**entry) for entry in fields["files"]]
         return Store(Path(path), Manifest(**fields))
     except FileNotFoundError:
         raise UserError(
-            f"reference.store is {path}, which holds no {MANIFEST}: name the folder that megatron-slm score wrote; one "
+            f"{setting} is {path}, which holds no {MANIFEST}: name the folder that megatron-slm score wrote; one "
             "that was not completed does not count."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"reference.store is {path}, whose {MANIFEST} cannot be read ({error}): copy it again."
-        ) from error
+        raise UserError(f"{setting} is {path}, whose {MANIFEST} cannot be read ({error}): copy it again.") from error

@@ -1,5 +1,7 @@
 """Scoring a corpus once, and training on what was stored."""
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -14,7 +16,7 @@ import torch
 from megatron_slm.__main__ import main
 from megatron_slm.config import parse_config
 from megatron_slm.dist import World, disconnect
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.signals.store import Store, open_store
 from tests.end_to_end.test_bad_input import command_lines, sentence_of
 from tests.gloo import RankError, run_ranks
@@ -184,6 +186,81 @@ def test_an_attempt_at_something_else_is_not_gone_on_with(corpora: Path, tmp_pat
     assert (tmp_path / ".documents.scoring").exists()
 
 
+def test_shards_of_samples_are_not_gone_on_with_at_another_size(corpora: Path, tmp_path: Path) -> None:
+    """Of 32 samples at 8 a batch, of 30 at 3: the second attempt would leave a gap."""
+    tree, count = scoring_tree(corpora, tmp_path / "packed", kind="packed"), tmp_path / "count"
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
+    longer = tree | {"training": tree["training"] | {"train_tokens": 40 * 8 * 32}}
+    longer |= {"data": tree["data"] | {"order_tokens": 20 * 8 * 32}}
+    smaller = tree | {"reference": tree["reference"] | {"micro_batch_size": 3}}
+    for other, said in (
+        (smaller, r"reference\.micro_batch_size was 8 and is 3"),
+        (longer, "the samples was 160 and is 320"),
+    ):
+        with pytest.raises(RankError, match=said):
+            run_ranks(score_in_process, 1, other)
+
+
+def test_documents_with_other_ends_are_another_attempt(corpora: Path, tmp_path: Path) -> None:
+    """The same .bin beside another .idx; and a corpus that moved would leave a file of its former name."""
+    copy = Path(shutil.copytree(corpora, tmp_path / "corpora"))
+    tree, count = scoring_tree(copy, tmp_path / "documents"), tmp_path / "count"
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
+    description = copy / "books.json"
+    described = json.loads(description.read_text())
+    described["sha256"][".idx"] = "0" * 64
+    description.write_text(json.dumps(described))
+    with pytest.raises(RankError, match=r"data\.train \(name, sha256\) was"):
+        run_ranks(score_in_process, 1, tree)
+
+
+def score_on_a_full_disk(world: World, tree: dict[str, Any]) -> str:
+    """The sentence that this rank hears; rank 0 alone writes."""
+    from megatron_slm.scoring import attempt
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    attempt.sync = full  # type: ignore[assignment]
+    with pytest.raises(AgreedError) as heard:
+        score_in_process(world, tree)
+    return str(heard.value)
+
+
+def test_a_full_disk_is_one_sentence_of_all_ranks(corpora: Path, tmp_path: Path) -> None:
+    heard = run_ranks(score_on_a_full_disk, 2, scoring_tree(corpora, tmp_path / "scores"))
+    assert heard[0] == heard[1]
+    assert heard[0].startswith(f"score.output {tmp_path}/scores cannot be written ([Errno 28] No space left")
+
+
+def score_and_be_killed_at_the_end(world: World, tree: dict[str, Any]) -> None:
+    """The store is there, and what was needed to make it is not yet gone."""
+    from megatron_slm.scoring.attempt import Attempt
+
+    original = Attempt.publish
+
+    def deadly(*args: Any) -> None:
+        original(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Attempt.publish = deadly  # type: ignore[method-assign]
+    score_in_process(world, tree)
+
+
+def test_a_store_that_was_removed_is_made_again_whatever_its_attempt_left(
+    corpora: Path, stored: Path, tmp_path: Path
+) -> None:
+    tree = scoring_tree(corpora, tmp_path / "documents")
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(score_and_be_killed_at_the_end, 1, tree)
+    assert (tmp_path / ".documents.scoring" / "progress.json").exists()
+    shutil.rmtree(tmp_path / "documents")
+    run_ranks(score_in_process, 1, tree)
+    assert files_of(tmp_path / "documents") == files_of(stored / "documents")
+
+
 def train_and_record(corpora: Path, run_dir: Path, ranks: int, **reference: Any) -> list[dict[str, Any]]:
     tree = training_tree(corpora, run_dir)
     tree["reference"] = reference
@@ -279,6 +356,17 @@ def _other_model(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
     tree["reference"]["path"] = str(store.parent / "changed")
 
 
+def _imported(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["reference"] = {"imported": ["web.npy"], "fingerprint": "0", "precision": None}
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    tree["reference"]["path"] = str(corpora / "reference")
+
+
+def _hub_name(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
+    tree["reference"]["path"] = "nobody/nothing"
+
+
 def _entropy(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
     tree["selection"] = {"score": "tests.end_to_end.deadly:lowest_reference_entropy"}
 
@@ -290,6 +378,8 @@ BAD_STORES: dict[str, tuple[Change, str]] = {
     "of other tokens": (_other_corpus, r"which holds no scores of .*web, but those of .*books, .*held_out"),
     "of another tokenizer": (_other_tokenizer, "whose tokens are of another tokenizer"),
     "of another model": (_other_model, r"the weights of reference.path .*changed are others"),
+    "imported, beside a model": (_imported, "scores of no model, but imported, and the weights of reference.path"),
+    "beside a model of the hub that is not here": (_hub_name, "reference.path is 'nobody/nothing', which cannot"),
     "without entropies": (_entropy, "which holds no entropy"),
 }
 
@@ -401,7 +491,13 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "an import that is not there": (["--import", "nowhere.npy"], "--import nowhere.npy is not there"),
     "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "--import takes a loss a token"),
     "an import to look at": (["--verify", "--import", "a.npy"], "leave --import out"),
-    "nothing to look at": (["--verify"], "holds no manifest.json"),
+    "nothing to look at": (["--verify"], "scores, which holds no manifest.json"),
+    "a model without its configuration": (["reference.path=BARE"], "whose config.json cannot be read"),
+    "a precision that backend plain has not": (
+        ["training={precision: bf16, backend: plain}"],
+        "training.precision is bf16, which training.backend plain has not",
+    ),
+    "a length in words": (["training.train_epochs=many"], "training.train_epochs is 'many'"),
 }
 
 
@@ -412,10 +508,14 @@ def test_mistakes_of_the_command_are_sentences(corpora: Path, tmp_path: Path) ->
         "score": {"output": str(tmp_path / "scores")},
     }
     config = str(write_config(tmp_path / "score.yaml", tree))
-    answers = run_ranks(command_lines, 1, [["score", config, *arguments] for arguments, _ in COMMANDS.values()])[0]
+    bare = tmp_path / "bare"
+    shutil.copytree(corpora / "reference", bare)
+    (bare / "config.json").unlink()
+    given = [[argument.replace("BARE", str(bare)) for argument in arguments] for arguments, _ in COMMANDS.values()]
+    answers = run_ranks(command_lines, 1, [["score", config, *arguments] for arguments in given])[0]
     for (_, said), (status, heard) in zip(COMMANDS.values(), answers, strict=True):
         assert said in sentence_of("score", status, heard)
-    assert [path.name for path in tmp_path.iterdir()] == ["score.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"score.yaml", "bare"}
 
 
 def export_checkpoint(_: World, run_dir: Path, output: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """Which windows score a corpus: every token once, in the context that the store promises."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -119,6 +120,7 @@ def test_imported_log_probabilities_are_losses_of_the_tokens_in_order(
         ('{"logprobs": [-1, -Infinity, -3]}', "gives -inf for token 4"),
         ('{"logprobs": [-1, -2, -3]}\n{"logprobs": []}', "has 3 lines, and .* 2 documents"),
         ("", "has 1 lines, and .* 2 documents"),
+        (f'{{"logprobs": [-1, -{"9" * 400}, -3]}}', "line 2, is not"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -129,6 +131,22 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
         read_all(path, corpus, 100)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("all.jsonl", b"\xff\xfe"),
+        ("all.jsonl.gz", b'{"logprobs": [-1, -2, -3]}'),
+        ("all.jsonl.gz", gzip.compress(b'{"logprobs": [-1, -2, -3]}\n' * 2)[:-12]),
+        ("all.jsonl.gz", gzip.compress(b'{"logprobs": [-1, -2, -3]}\n' * 2)[:10] + b"nonsense"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    corpus = write_corpus(tmp_path / "c", [3, 3])
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"--import .*{name} cannot be read"):
+        read_all(tmp_path / name, corpus, 100)
+
+
 def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c", [3, 3])
     np.save(tmp_path / "short.npy", np.zeros(5))
@@ -136,11 +154,16 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.npy").write_text("not an array")
     (tmp_path / "all.csv").write_text("1")
     np.save(tmp_path / "pickled.npy", np.array([{}] * 6), allow_pickle=True)
+    (tmp_path / "empty.npy").touch()
+    with (tmp_path / "several.npy").open("wb") as stream:
+        np.savez(stream, np.zeros(6))
     for name, said in {
         "short.npy": r"holds float64 \[5\], and .* has 6 tokens",
         "whole.npy": "holds int64",
         "broken.npy": "no NumPy array|cannot be read as a NumPy array",
         "pickled.npy": "NumPy array",
+        "empty.npy": "cannot be read as a NumPy array",
+        "several.npy": "cannot be read as a NumPy array",
         "all.csv": "is neither",
         "none.npy": "is not there",
     }.items():
