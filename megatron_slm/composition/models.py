@@ -12,7 +12,6 @@ from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.dist import World, agree
-from megatron_slm.errors import AgreedError
 from megatron_slm.models.causal_lm import (
     CausalLM,
     build_student,
@@ -95,11 +94,6 @@ def make_reference(
     settings = config.reference
     if settings is None or config.objective == "clm":
         return NoReference(), 0.0
-    if settings.of and settings.mix != "mean" and "reference.entropy" in needs:
-        raise AgreedError(
-            f"reference.mix is {settings.mix}, which mixes losses, and selection.score needs reference.entropy: use "
-            "reference.mix=mean, or one reference."
-        )
     references: list[Reference] = []
     flops = 0.0
     for part in settings.parts:

@@ -7,6 +7,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.schedule import ratio_at
 from megatron_slm.selection.scoring import find_score
+from megatron_slm.signals.settings import ReferenceSettings
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.state import Plan
 from megatron_slm.types import SIGNALS
@@ -25,7 +26,9 @@ def make_rule(config: Config, world: World) -> Rule | None:
     combined = [(f"selection.of[{index}].score", part.score) for index, part in enumerate(settings.of)]
     for setting, name in combined or [("selection.score", settings.score)]:
         _check_score(setting, name, config.reference is not None)
-    return Rule(settings)
+    rule = Rule(settings)
+    _check_mix(config.reference, rule)
+    return rule
 
 
 def objective_at(config: Config, plan: Plan, rule: Rule | None, tokens: int) -> Objective:
@@ -34,6 +37,14 @@ def objective_at(config: Config, plan: Plan, rule: Rule | None, tokens: int) -> 
     if rule is None or ratio is None:
         return CausalLanguageModeling()
     return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step")
+
+
+def _check_mix(settings: ReferenceSettings | None, rule: Rule) -> None:
+    if settings is not None and settings.of and settings.mix != "mean" and "reference.entropy" in rule.needs:
+        raise UserError(
+            f"reference.mix is {settings.mix}, which mixes losses, and selection.score needs reference.entropy: use "
+            "reference.mix=mean, or one reference."
+        )
 
 
 def _check_score(setting: str, name: str, has_reference: bool) -> None:

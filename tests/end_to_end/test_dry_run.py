@@ -49,6 +49,12 @@ def test_weights_that_are_pickles_are_seen_before_they_are_loaded(corpora: Path,
 ORDER = ("--rollback is 5", "data.skip_samples leaves out 9000 samples")
 
 
+def test_a_mixture_that_has_no_entropy_is_seen_before_a_model_is_loaded(corpora: Path, tmp_path: Path) -> None:
+    mixed = f"reference={{mix: minimum, of: [{{path: {corpora / 'reference'}}}]}}"
+    answer = dry_run(corpora, tmp_path / "run", mixed, "selection.score=reference_entropy")
+    assert "reference.mix is minimum, which mixes losses" in sentence_of("train", *answer[:2])
+
+
 def test_a_dry_run_finds_every_mistake_at_once(corpora: Path, tmp_path: Path) -> None:
     mistakes = ("reference.path=/nowhere/model", "callbacks=[nowhere:Found]", "--ranks", "3", "data.seq_length=128")
     mistakes += ("--rollback", "5", "data.skip_samples=[[0, 9000], [0, 10]]")
