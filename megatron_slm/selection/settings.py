@@ -1,5 +1,5 @@
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_origin
 
 
 @dataclass
@@ -61,6 +61,7 @@ class SelectionSettings:
     start: float = 0.0
 
     def __post_init__(self) -> None:
+        self._check_choices()
         if not 0 < self.ratio <= 1:
             raise ValueError("ratio is the share of tokens to keep: give a number above 0 and at most 1")
         if any(not 0 < q < 1 for q in self.quantiles):
@@ -70,6 +71,14 @@ class SelectionSettings:
         self._check_combination()
         self._check_unit()
         self._check_schedule()
+
+    def _check_choices(self) -> None:
+        """What a configuration refuses anyway; in a loop of one's own a misspelt rule would be another rule."""
+        for setting in fields(self):
+            hints = [hint for hint in (setting.type, *get_args(setting.type)) if get_origin(hint) is Literal]
+            choices, value = [choice for hint in hints for choice in get_args(hint)], getattr(self, setting.name)
+            if choices and value not in (*choices, setting.default):
+                raise ValueError(f"{setting.name} is '{value}': use one of {', '.join(choices)}")
 
     def _check_combination(self) -> None:
         if self.combine is None:

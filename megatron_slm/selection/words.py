@@ -16,7 +16,7 @@ def _kept(settings: SelectionSettings) -> str:
         "both": f"within the {_share(settings.sequence_ratio or 1.0)} of sequences of highest mean: ",
     }[settings.unit]
     if settings.combine is None:
-        return within + _highest(settings.score, settings.ratio)
+        return within + (settings.score if settings.ratio_steps else _highest(settings.score, settings.ratio))
     parts = " and ".join(f"({_highest(part.score, part.ratio)})" for part in settings.of)
     return f"{within}{settings.combine} of {parts}"
 

@@ -250,10 +250,15 @@ def test_a_scheduled_ratio_never_rises_and_ends_exactly_at_the_ratio(schedule, r
         ),
         (
             {"schedule": "steps", "ratio_steps": [(1000, 0.8), (2000, 0.6)]},
-            "excess, the highest 60%; scope global, pool micro_step; "
-            "ratio 80% from 1,000 tokens on, 60% from 2,000 tokens on",
+            "excess; scope global, pool micro_step; ratio 80% from 1,000 tokens on, 60% from 2,000 tokens on",
         ),
     ],
 )
 def test_a_rule_is_told_in_words(options, words):
     assert rule_in_words(SelectionSettings(**options)) == words
+
+
+@pytest.mark.parametrize("name", ["scope", "pool", "combine", "unit", "weighting", "schedule"])
+def test_a_misspelt_choice_is_not_another_rule(name):
+    with pytest.raises(ValueError, match=f"{name} is 'loud': use one of "):
+        SelectionSettings(**{name: "loud"})
