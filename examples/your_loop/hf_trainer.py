@@ -35,6 +35,8 @@ class SelectiveTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
         """The batches of an optimizer step, and the tokens of them that will be kept on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:  # an iterable dataset has come to its end
+            return batches, None
         return batches, self.rule.plan([batch["labels"][:, 1:].to(device) != -100 for batch in batches]).sum()
 
     def compute_loss(

@@ -178,6 +178,30 @@ def test_hugging_faces_trainer_takes_the_steps_of_the_plain_loop(
         assert found["held_out"][0] == found["held_out"][1]
 
 
+def steps_of_a_stream(_: World, folder: str) -> int:
+    """Three steps an epoch, and five are wanted: the Trainer asks for batches where there are none."""
+    from torch.utils.data import IterableDataset
+    from transformers import TrainingArguments
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            for tokens, _ in texts(micro_steps=6, samples=4):
+                yield from ({"input_ids": text, "labels": text} for text in tokens)
+
+    arguments = TrainingArguments(
+        folder, use_cpu=True, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=5, report_to=[]
+    )
+    rule = Rule(RULES["hard"])
+    trainer = example("hf_trainer").SelectiveTrainer(
+        causal_lm(1), arguments, train_dataset=Stream(), reference=causal_lm(2), rule=rule
+    )
+    return trainer.train().global_step
+
+
+def test_hugging_faces_trainer_reads_a_stream_to_its_end_and_again(tmp_path: Path) -> None:
+    assert run_ranks(steps_of_a_stream, 1, str(tmp_path)) == [5]
+
+
 def test_the_plain_example_learns(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(FOLDER / "plain.py"), run_name="__main__")
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
