@@ -53,7 +53,7 @@ def type_in_words(hint: Any) -> str:
     arguments = [part for part in typing.get_args(hint) if part is not Ellipsis]
     origin = typing.get_origin(hint)
     if origin in (list, tuple):
-        return f"list of {type_in_words(arguments[0])}"
+        return f"list of {' and '.join(dict.fromkeys(map(type_in_words, arguments)))}"
     if origin is dict and arguments[1] is str:
         return "group of names and texts"
     return WORDS[origin or hint]
