@@ -4,11 +4,16 @@ A corpus is PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json (counts, 
 checksums) and PREFIX.tokenizer/; it appears when it is complete, and an existing one is never
 overwritten. Input files are .jsonl, .ndjson or .json (a document a line), .parquet (a document a
 row), or text (a file is one document), each plain, .gz or .zst. After a kill, the same command
-goes on: input files that were finished are not encoded again.
+goes on: input files that were finished are not encoded again. Of prompts with completions, and of
+chats, only the answers are learned from: PREFIX.mask says which tokens those are.
 """
 
 import argparse
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_slm.data.documents import Fields
 
 _EPILOG = """examples:
   text, with a tokenizer that exists, or a new one:
@@ -18,6 +23,10 @@ _EPILOG = """examples:
     megatron-slm prepare --input web.parquet --by meta.source --tokenizer T --output data/web
   a data set of the hub, streamed:
     megatron-slm prepare --dataset open-web-math/open-web-math --tokenizer T --output data/owm
+  to fine-tune on: questions with answers, of which the answers count; or chats, as the tokenizer's template writes them
+    megatron-slm prepare --input gsm8k.jsonl --format prompt-completion --prompt-key question --completion-key answer \
+        --separator '\n' --tokenizer T --output data/gsm8k
+    megatron-slm prepare --input chats.jsonl --format messages --tokenizer T --output data/chats
   up to 100 bad documents left out; evaluation files looked for, report in data/web.contamination.json:
     megatron-slm prepare --input web/ --tokenizer T --output data/web --skip-bad 100 --contamination test.jsonl
   shards made on several machines, put together:
@@ -27,6 +36,12 @@ _EPILOG = """examples:
   checksums:
     megatron-slm prepare --output data/web --verify
 """
+_KEYS = {"--json-key": "text", "--prompt-key": "prompt", "--completion-key": "completion", "--messages-key": "messages"}
+_FORMATS = {  # the options that say something to each
+    "text": {"--json-key"},
+    "prompt-completion": {"--prompt-key", "--completion-key", "--separator"},
+    "messages": {"--messages-key"},
+}
 _MODES = {"--merge", "--adopt", "--verify"}
 _ALLOWED = {"--merge": {"--output"}, "--adopt": {"--tokenizer"}, "--verify": {"--output"}}
 
@@ -60,7 +75,16 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     source.add_argument("--dataset", metavar="NAME", help="a Hugging Face data set, streamed: a hub name or a folder")
     group.add_argument("--dataset-config", metavar="C", help="its configuration, where it has several")
     group.add_argument("--dataset-split", metavar="S", help="its split (default: train)")
-    group.add_argument("--json-key", metavar="KEY", help="the field of a record that holds its text (default: text)")
+    group.add_argument(
+        "--format", choices=tuple(_FORMATS),
+        help="what a record holds: a text (default), a prompt and its completion, or the messages of a chat; of the "
+        "last two the answers alone count, in loss and selection",
+    )  # fmt: skip
+    for option, name in _KEYS.items():
+        group.add_argument(option, metavar="KEY", help=f"the field of a record that holds its {name} (default: {name})")
+    group.add_argument(
+        "--separator", metavar="S", help=r"written between prompt and completion; \n is a new line (default: nothing)"
+    )
     group.add_argument(
         "--skip-bad", metavar="N", type=int, help="leave out up to N documents that cannot be read (default: 0)"
     )
@@ -118,14 +142,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from megatron_slm.data.attempt import Options
-    from megatron_slm.data.documents import Fields
     from megatron_slm.data.inputs import find_dataset, find_files
     from megatron_slm.data.prepare import prepare_corpora
 
     options = Options(
         tokenizer=arguments.tokenizer,
         train_size=arguments.train_tokenizer,
-        fields=Fields(arguments.json_key or "text", arguments.by, arguments.source_key or "source"),
+        fields=_fields(arguments),
         skip_bad=arguments.skip_bad or 0,
         evaluation=tuple(arguments.contamination or ()),
         workers=arguments.workers or _cores(),
@@ -135,6 +158,22 @@ def _prepare(arguments: argparse.Namespace) -> None:
     else:
         inputs = find_files(arguments.input)
     prepare_corpora(inputs, arguments.output, options)
+
+
+def _fields(arguments: argparse.Namespace) -> "Fields":
+    from megatron_slm.data.documents import Fields
+
+    given = {
+        "text": arguments.json_key,
+        "by": arguments.by,
+        "source": arguments.source_key,
+        "format": arguments.format,
+        "prompt": arguments.prompt_key,
+        "completion": arguments.completion_key,
+        "separator": arguments.separator and arguments.separator.replace("\\n", "\n").replace("\\t", "\t"),
+        "messages": arguments.messages_key,
+    }
+    return Fields(**{name: value for name, value in given.items() if value is not None})
 
 
 def _cores() -> int:
@@ -149,7 +188,8 @@ def _check(arguments: argparse.Namespace) -> None:
         for name, value in vars(arguments).items()
         if value is not None and value is not False
     }
-    for name in ("output", "tokenizer", "by", "dataset", "json_key", "source_key"):
+    keys = (option.removeprefix("--").replace("-", "_") for option in _KEYS)
+    for name in ("output", "tokenizer", "by", "dataset", "source_key", *keys):
         if getattr(arguments, name) == "":
             raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     mode = next(iter(given & _MODES), None)
@@ -167,7 +207,16 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("no tokenizer is given: name one with --tokenizer, or train one with --train-tokenizer")
     if "--dataset" not in given and (alone := given & {"--dataset-config", "--dataset-split"}):
         raise UserError(f"{min(alone)} says nothing to --input: leave it out, or give --dataset")
+    _check_format(arguments.format or "text", given)
     _check_numbers(arguments)
+
+
+def _check_format(chosen: str, given: set[str]) -> None:
+    from megatron_slm.errors import UserError
+
+    for name, options in _FORMATS.items():
+        if name != chosen and (others := given & options):
+            raise UserError(f"{min(others)} says nothing to --format {chosen}: leave it out, or give --format {name}")
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:

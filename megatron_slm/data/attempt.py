@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.contamination_report import REPORT_SUFFIX, ContaminationReport
+from megatron_slm.data.corpus import MASK
 from megatron_slm.data.documents import Fields
 from megatron_slm.data.encoding import Encoded
 from megatron_slm.data.journal import JOURNAL, Progress, save_progress
@@ -68,7 +69,7 @@ class Attempt:
     ) -> None:
         self.progress = progress
         self._folder, self._output, self._dtype, self._report = folder, output, dtype, report
-        self._by, self._skip_bad = options.fields.by, options.skip_bad
+        self._fields, self._skip_bad = options.fields, options.skip_bad
         self._corpora: dict[str, StagedCorpus] = {}
         for group, state in progress.corpora.items():
             self._open(group, state["name"], state["counts"])
@@ -86,7 +87,8 @@ class Attempt:
             self._skip(sentence)
         for value, group in encoded.groups.items():
             corpus = self._corpora.get(value) or self._open(value, self._new_name(value))
-            corpus.append(group.pieces[0], np.array(group.lengths), group.num_bytes)
+            mask = group.masks[0] if group.masks else None
+            corpus.append(group.pieces[0], np.array(group.lengths), group.num_bytes, mask)
             corpus.add_labels(group.sources, group.licenses)
             self._dirty.add(value)
         if self._report and encoded.found is not None:
@@ -137,14 +139,15 @@ class Attempt:
 
     def _open(self, value: str, name: str, counts: dict[str, Any] | None = None) -> StagedCorpus:
         refuse_existing(self._output.with_name(name))
-        self._corpora[value] = StagedCorpus(self._folder / READY, name, self._dtype, counts)
+        ready, masked = self._folder / READY, self._fields.masked
+        self._corpora[value] = StagedCorpus(ready, name, self._dtype, masked, counts)
         return self._corpora[value]
 
     def _new_name(self, value: str) -> str:
-        if self._by is None:
+        if self._fields.by is None:
             return self._output.name
         if len(self._corpora) == MAX_GROUPS:
-            raise UserError(f"--by {self._by} has more than {MAX_GROUPS:,} values: choose a field with fewer")
+            raise UserError(f"--by {self._fields.by} has more than {MAX_GROUPS:,} values: choose a field with fewer")
         return safe_name(self._output.name, value, [c.prefix.name for c in self._corpora.values()])
 
     def _skip(self, sentence: str) -> None:
@@ -157,8 +160,8 @@ class Attempt:
     def _remove_unknown(self) -> None:
         """Remove what an earlier attempt began after it last wrote its journal."""
         known = {corpus.prefix.name for corpus in self._corpora.values()}
-        for path in (self._folder / READY).glob("*.bin"):
-            if path.stem not in known:
+        for path in (self._folder / READY).iterdir():
+            if path.suffix in (".bin", MASK) and path.stem not in known:
                 path.unlink()
 
 

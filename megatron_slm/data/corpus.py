@@ -1,4 +1,7 @@
-"""A prepared corpus: PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json, PREFIX.tokenizer/."""
+"""A prepared corpus: PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json, PREFIX.tokenizer/.
+
+Where only answers count there is PREFIX.mask too: a byte a token of the .bin, 1 where it counts.
+"""
 
 import hashlib
 import json
@@ -6,20 +9,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from megatron_slm.data.index import index_size, read_index
 from megatron_slm.data.tally import Tally
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
+MASK = ".mask"
 _AGAIN = "prepare it again with megatron-slm prepare"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What PREFIX.json says of a corpus. ``num_bytes`` counts the UTF-8 bytes of its text."""
+    """What PREFIX.json says of a corpus. ``num_bytes`` counts the UTF-8 bytes of its text, as far as it counts."""
 
     prefix: str
     name: str  # the prefix's basename
@@ -27,11 +34,16 @@ class Corpus:
     num_tokens: int  # end-of-document tokens included
     num_bytes: int
     tokenizer_fingerprint: str
-    sha256: dict[str, str]  # ".bin" and ".idx" -> hex
+    sha256: dict[str, str]  # ".bin", ".idx" and, where only answers count, ".mask" -> hex
     format_version: int = FORMAT_VERSION
     sources: Tally = field(default_factory=dict)  # where its records name one
     licenses: Tally = field(default_factory=dict)
     skipped: int = 0  # documents that could not be read, in the whole input
+
+    @property
+    def masked(self) -> bool:
+        """Whether only some of its tokens count."""
+        return MASK in self.sha256
 
 
 def open_corpus(prefix: str) -> Corpus:
@@ -41,7 +53,7 @@ def open_corpus(prefix: str) -> Corpus:
         UserError: a file is missing, of another version, of another size or not an index.
     """
     corpus = _read_description(prefix)
-    for suffix in (".bin", ".idx"):
+    for suffix in (".bin", ".idx", *([MASK] if corpus.masked else [])):
         if not Path(prefix + suffix).is_file():
             raise UserError(f"{prefix}{suffix} is missing: {_AGAIN}")
     if not corpus_tokenizer_path(corpus).is_dir():
@@ -50,6 +62,8 @@ def open_corpus(prefix: str) -> Corpus:
         raise UserError(f"{prefix}.json describes an empty corpus: prepare it from text")
     item_size = _check_index(corpus)
     _check_size(Path(prefix + ".bin"), corpus.num_tokens * item_size)
+    if corpus.masked:
+        _check_size(Path(prefix + MASK), corpus.num_tokens)
     return corpus
 
 
@@ -80,6 +94,11 @@ def open_tokens(corpus: Corpus) -> "IndexedDataset":
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     return IndexedDataset(corpus.prefix, multimodal=False, mmap=True)
+
+
+def open_mask(corpus: Corpus) -> "NDArray[np.uint8] | None":
+    """Map the mask into memory, uint8 `[num_tokens]`, 1 where a token counts; None where all do."""
+    return np.memmap(corpus.prefix + MASK, dtype=np.uint8, mode="r") if corpus.masked else None
 
 
 def corpus_tokenizer_path(corpus: Corpus) -> Path:

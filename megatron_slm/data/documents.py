@@ -1,10 +1,16 @@
-"""What a document says: its text, the value it is sorted by, its source and its licence."""
+"""What a document says: its text, what of it counts, the value it is sorted by, its source and its licence."""
 
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from megatron_slm.data.answers import Answered, Span, join_completion, render_chat
 from megatron_slm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Format = Literal["text", "prompt-completion", "messages"]
 
 _LICENSE_KEYS = ("license", "licence")
 _LABEL_CHARACTERS = 200  # of a source or a licence: enough for a name, and memory stays bounded
@@ -17,10 +23,29 @@ class Fields:
     text: str = "text"
     by: str | None = None  # one corpus for each of its values
     source: str = "source"  # counted in PREFIX.json; also looked for under ``meta``
+    format: Format = "text"  # which of text, prompt and completion, and messages is read
+    prompt: str = "prompt"
+    completion: str = "completion"
+    separator: str = ""  # written between prompt and completion
+    messages: str = "messages"
+
+    @property
+    def masked(self) -> bool:
+        """Whether only answers count."""
+        return self.format != "text"
+
+    def needed(self) -> dict[str, str]:
+        """The fields that every record must have, by the option that names each."""
+        needed = {
+            "text": {"--json-key": self.text},
+            "prompt-completion": {"--prompt-key": self.prompt, "--completion-key": self.completion},
+            "messages": {"--messages-key": self.messages},
+        }[self.format]
+        return needed | ({} if self.by is None else {"--by": self.by})
 
     def columns(self) -> set[str]:
         """The top-level columns of a table that may be needed."""
-        names = {self.text, self.by or self.text, self.source, "meta", *_LICENSE_KEYS}
+        names = {*self.needed().values(), self.source, "meta", *_LICENSE_KEYS}
         return names | {name.partition(".")[0] for name in names}
 
 
@@ -38,31 +63,36 @@ class RawDocument(NamedTuple):
 
 
 class Document(NamedTuple):
-    """The parts of a record that count."""
+    """The parts of a record that are used."""
 
     text: str
     group: str = ""  # its value of the field ``by``
     source: str | None = None
     license: str | None = None
+    spans: tuple[Span, ...] | None = None  # characters that count; None: all of them
 
 
-def decode_document(raw: RawDocument, fields: Fields) -> Document:
+def decode_document(raw: RawDocument, fields: Fields, tokenizer: "PreTrainedTokenizerFast | None" = None) -> Document:
     """Return what a document says; a blank line has no text.
 
+    Args:
+        raw: as it was read.
+        fields: where it holds what.
+        tokenizer: whose chat template writes messages as text; other formats need none.
+
     Raises:
-        UserError: it is not UTF-8 or not a JSON object, or it lacks a text or a value to sort by.
+        UserError: it is not UTF-8 or not a JSON object, or it lacks a text, an answer or a value to sort by.
     """
     record = decode_record(raw, fields.text)
     if record is None:
         return Document("")
-    text = lookup(record, fields.text)
-    if text is None and fields.text not in record:
-        raise UserError(f"{raw.place} has no key {fields.text!r}: choose one of {sorted(record)} with --json-key")
-    if not isinstance(text, str):
-        raise UserError(f"{raw.place} has no text under {fields.text!r}: correct it, or choose another --json-key")
+    if fields.masked:
+        text, spans = _answered(raw, record, fields, tokenizer)
+    else:
+        text, spans = _string(raw, record, "--json-key", fields.text), None
     _refuse_half_characters(raw, text)
     group = _group(raw, record, fields.by) if fields.by and text else ""
-    return Document(text, group, _label(record, fields.source), _label(record, *_LICENSE_KEYS))
+    return Document(text, group, _label(record, fields.source), _label(record, *_LICENSE_KEYS), spans)
 
 
 def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
@@ -89,6 +119,33 @@ def lookup(record: dict[str, Any], path: str) -> Any:
     head, _, rest = path.partition(".")
     inner = record.get(head)
     return lookup(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _answered(
+    raw: RawDocument, record: dict[str, Any], fields: Fields, tokenizer: "PreTrainedTokenizerFast | None"
+) -> Answered:
+    if not raw.line:
+        raise UserError(f"{raw.place} is plain text, without an answer in it: give jsonl or parquet to --format")
+    if fields.format == "messages":
+        assert tokenizer is not None
+        return render_chat(tokenizer, _value(raw, record, "--messages-key", fields.messages), raw.place)
+    prompt = _string(raw, record, "--prompt-key", fields.prompt)
+    completion = _string(raw, record, "--completion-key", fields.completion)
+    return join_completion(prompt, fields.separator, completion, raw.place)
+
+
+def _value(raw: RawDocument, record: dict[str, Any], option: str, key: str) -> Any:
+    value = lookup(record, key)
+    if value is None and key not in record:
+        raise UserError(f"{raw.place} has no key {key!r}: choose one of {sorted(record)} with {option}")
+    return value
+
+
+def _string(raw: RawDocument, record: dict[str, Any], option: str, key: str) -> str:
+    value = _value(raw, record, option, key)
+    if not isinstance(value, str):
+        raise UserError(f"{raw.place} has no text under {key!r}: correct it, or choose another {option}")
+    return value
 
 
 def _json_object(line: str, raw: RawDocument) -> dict[str, Any]:

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from megatron_slm.data.answers import token_mask
 from megatron_slm.data.contamination import hash_ngrams
 from megatron_slm.data.documents import Document, Fields, RawDocument, decode_document
 from megatron_slm.data.tally import Tally, add_label, counts
+from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding as TokenizerEncoding
     from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 _WINDOW, _OVERLAP = 65_536, 4_096  # characters; longer documents are encoded window by window
 
@@ -37,20 +41,30 @@ class Group:
     """Documents of one corpus as tokens, end tokens included."""
 
     pieces: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)  # uint8, of the same tokens; empty where all of them count
     lengths: list[int] = field(default_factory=list)
-    num_bytes: int = 0  # of their text in UTF-8
+    num_bytes: int = 0  # of their text in UTF-8, as far as it counts
     sources: Tally = field(default_factory=dict)
     licenses: Tally = field(default_factory=dict)
 
-    def add(self, document: Document, pieces: list[np.ndarray]) -> None:
+    def add(self, document: Document, tokens: "Tokens") -> None:
         """Append a document."""
-        count = counts(1, sum(map(len, pieces)), len(document.text.encode()))
-        self.pieces += pieces
+        count = counts(1, sum(map(len, tokens.pieces)), tokens.num_bytes)
+        self.pieces += tokens.pieces
+        self.masks += tokens.masks
         self.lengths.append(count["tokens"])
         self.num_bytes += count["bytes"]
         for tally, label in ((self.sources, document.source), (self.licenses, document.license)):
             if label is not None:
                 add_label(tally, label, count)
+
+
+class Tokens(NamedTuple):
+    """A document's tokens, its end token included; no pieces where it has none."""
+
+    pieces: list[np.ndarray]
+    masks: list[np.ndarray]
+    num_bytes: int  # of the text that counts
 
 
 class Encoded(NamedTuple):
@@ -64,44 +78,81 @@ class Encoded(NamedTuple):
 def encode_documents(encoding: Encoding, raw: list[RawDocument]) -> Encoded:
     """Encode documents; those without text or tokens are left out."""
     bad: list[str] = []
-    documents = list(_decoded(raw, encoding.fields, bad))
-    end = np.array([encoding.end_id], dtype=encoding.dtype)
+    documents = list(_decoded(raw, encoding, bad))
     groups: dict[str, Group] = {}
-    for document, parts in zip(documents, _encode(load_encoder(encoding.tokenizer_file), documents), strict=True):
-        if any(map(len, parts)):
-            pieces = [*(np.asarray(part, dtype=encoding.dtype) for part in parts), end]
-            groups.setdefault(document.group, Group()).add(document, pieces)
+    encode = _encode_answers if encoding.fields.masked else _encode
+    for document, tokens in zip(documents, encode(encoding, documents), strict=True):
+        if tokens.pieces:
+            groups.setdefault(document.group, Group()).add(document, tokens)
     for group in groups.values():
         group.pieces = [np.concatenate(group.pieces)]
+        group.masks = [np.concatenate(group.masks)] if group.masks else []
     return Encoded(groups, bad, _found(encoding.evaluation_file, documents) if encoding.evaluation_file else None)
 
 
 @functools.lru_cache(maxsize=1)
-def load_encoder(tokenizer_file: str) -> "Tokenizer":
-    """Load a tokenizer.json for text alone: nothing is cut, padded, or read as a special token."""
+def load_encoder(tokenizer_file: str, special_tokens: bool = False) -> "Tokenizer":
+    """Load a tokenizer.json for whole texts: nothing is cut, padded or added.
+
+    Args:
+        tokenizer_file: its path.
+        special_tokens: read them where they are spelled out, as a chat template does; otherwise that is text.
+    """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(tokenizer_file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # an end token spelled out in a text does not end a document
+    tokenizer.post_processor = None  # some take the space that a token begins with out of its offsets
+    tokenizer.encode_special_tokens = not special_tokens  # an end token in a plain text does not end a document
     return tokenizer
 
 
-def _decoded(raw: list[RawDocument], fields: Fields, bad: list[str]) -> Iterator[Document]:
+@functools.lru_cache(maxsize=1)
+def _chat_tokenizer(tokenizer_file: str) -> "PreTrainedTokenizerFast":
+    return load_tokenizer(str(Path(tokenizer_file).parent))
+
+
+def _decoded(raw: list[RawDocument], encoding: Encoding, bad: list[str]) -> Iterator[Document]:
+    tokenizer = _chat_tokenizer(encoding.tokenizer_file) if encoding.fields.format == "messages" else None
     for one in raw:
         try:
-            yield decode_document(one, fields)
+            yield decode_document(one, encoding.fields, tokenizer)
         except UserError as error:
             bad.append(str(error))
 
 
-def _encode(tokenizer: "Tokenizer", documents: list[Document]) -> Iterator[list[list[int] | array]]:
+def _encode(encoding: Encoding, documents: list[Document]) -> Iterator[Tokens]:
+    encoder = load_encoder(encoding.tokenizer_file)
+    end = np.array([encoding.end_id], dtype=encoding.dtype)
     texts = [document.text for document in documents]
     short = [text for text in texts if len(text) <= _WINDOW]
-    encoded = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    encoded = iter(encoder.encode_batch_fast(short, add_special_tokens=False))
     for text in texts:
-        yield [next(encoded).ids] if len(text) <= _WINDOW else [*_encode_long(tokenizer, text)]
+        parts = [next(encoded).ids] if len(text) <= _WINDOW else [*_encode_long(encoder, text)]
+        pieces = [*(np.asarray(part, dtype=encoding.dtype) for part in parts), end]
+        yield Tokens(pieces if any(map(len, parts)) else [], [], len(text.encode()))
+
+
+def _encode_answers(encoding: Encoding, documents: list[Document]) -> Iterator[Tokens]:
+    """Encode each text in one pass, for its tokens not to depend on where the answer begins."""
+    encoder = load_encoder(encoding.tokenizer_file, special_tokens=encoding.fields.format == "messages")
+    encoded = encoder.encode_batch([document.text for document in documents], add_special_tokens=False)
+    for document, one in zip(documents, encoded, strict=True):
+        yield _masked(encoding, document, one) if one.ids else Tokens([], [], 0)
+
+
+def _masked(encoding: Encoding, document: Document, encoded: "TokenizerEncoding") -> Tokens:
+    """The tokens and their mask. The end token counts after an answer; it is no text, however it is spelled."""
+    assert document.spans is not None
+    ids, text = encoded.ids, document.text
+    mask = token_mask([begin for begin, _ in encoded.offsets], document.spans)
+    size = sum(len(text[first:last].encode()) for first, last in document.spans)
+    ends = (place for place, index in enumerate(ids) if index == encoding.end_id and mask[place])
+    size -= sum(len(text[slice(*encoded.offsets[place])].encode()) for place in ends)
+    if ids[-1] != encoding.end_id:
+        ids, mask = [*ids, encoding.end_id], np.append(mask, np.uint8(document.spans[-1][1] == len(text)))
+    return Tokens([np.array(ids, dtype=encoding.dtype)], [mask], size)
 
 
 def _encode_long(tokenizer: "Tokenizer", text: str) -> list[array]:

@@ -275,7 +275,7 @@ def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _columns(title: str, names: list[str], fields: Fields) -> list[str]:
-    for option, column in (("--json-key", fields.text), ("--by", fields.by or fields.text)):
+    for option, column in fields.needed().items():
         if not {column, column.partition(".")[0]} & set(names):
             raise UserError(f"{title} has no column {column!r}: choose one of {sorted(names)} with {option}")
     needed = fields.columns()

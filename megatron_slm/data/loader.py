@@ -100,7 +100,7 @@ class StepLoader:
 
 
 def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool) -> Batch:
-    """Samples side by side: every label is valid."""
+    """Samples side by side: a label is valid where its token counts."""
     text_BS = _stack([sample.text for sample in samples])
     offset_BS = _stack([sample.offset for sample in samples])
     if reset_attention:
@@ -110,12 +110,16 @@ def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool
     return Batch(
         tokens_BT=text_BS[:, :-1],
         labels_BT=text_BS[:, 1:],
-        valid_BT=torch.ones_like(text_BS[:, 1:], dtype=torch.bool),
+        valid_BT=_stack([_valid(sample) for sample in samples])[:, 1:],
         position_ids_BT=position_BT,
         sample_index_B=torch.tensor(ordinals),
         source_B=torch.tensor([sample.source for sample in samples]),
         label_offset_BT=offset_BS[:, 1:],
     )
+
+
+def _valid(sample: Sample) -> np.ndarray:
+    return np.ones(len(sample.text), dtype=bool) if sample.valid is None else sample.valid
 
 
 def _stack(rows: list[np.ndarray]) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, file_sha256, open_corpus
+from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, file_sha256, open_corpus, open_mask
 from megatron_slm.data.index import Index, read_index, read_lengths
 from megatron_slm.data.journal import JOURNAL, Progress, load_progress, save_progress
 from megatron_slm.data.staged_corpus import StagedCorpus
@@ -25,14 +25,14 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     The result is the corpus that all their inputs would have given at once.
 
     Raises:
-        UserError: a corpus is missing, has changed, is given twice, or was made with another
-            tokenizer; or something exists at ``output``.
+        UserError: a corpus is missing, has changed, is given twice, was made with another tokenizer,
+            or alone has answers that count; or something exists at ``output``.
     """
     corpora = [open_corpus(str(Path(prefix))) for prefix in prefixes]
     indices = [read_index(Path(f"{corpus.prefix}.idx"), _AGAIN) for corpus in corpora]
     _refuse_unlike(corpora, indices)
     prefix = Path(output)
-    settings = {"--merge": [[corpus.prefix, corpus.sha256[".bin"]] for corpus in corpora]}
+    settings = {"--merge": [[corpus.prefix, corpus.sha256] for corpus in corpora]}
     with staging(prefix) as folder:
         if not (folder / JOURNAL).exists():
             refuse_existing(prefix)
@@ -60,6 +60,11 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
                 f"--merge {corpora[0].prefix} and {corpus.prefix} were prepared with different tokenizers: "
                 "prepare one of them again with the tokenizer of the other"
             )
+        if corpus.masked != corpora[0].masked:
+            raise UserError(
+                f"--merge {corpora[0].prefix} and {corpus.prefix} do not go together: only answers count in one "
+                "of them; blend them with data.train instead"
+            )
         if index.dtype != indices[0].dtype:
             raise UserError(
                 f"--merge {corpora[0].prefix} holds {indices[0].dtype} and {corpus.prefix} {index.dtype}: {_AGAIN}"
@@ -67,7 +72,7 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
 
 
 def _stage(corpora: list[Corpus], indices: list[Index], ready: Path, name: str) -> None:
-    staged = StagedCorpus(ready, name, indices[0].dtype)
+    staged = StagedCorpus(ready, name, indices[0].dtype, corpora[0].masked)
     for corpus, index in zip(corpora, indices, strict=True):
         logger.info("adding %s: %d tokens", corpus.prefix, corpus.num_tokens)
         _append(staged, corpus, index)
@@ -79,14 +84,17 @@ def _stage(corpora: list[Corpus], indices: list[Index], ready: Path, name: str) 
 
 def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:
     nothing = np.zeros(0, np.int32)
-    sha256 = hashlib.sha256()
+    mask = open_mask(corpus)
+    place, sha256 = 0, hashlib.sha256()
     with open(f"{corpus.prefix}.bin", "rb") as stream:
         while len(tokens := np.fromfile(stream, index.dtype, _BLOCK)):
             sha256.update(tokens.data)
-            staged.append(tokens, nothing, 0)
+            staged.append(tokens, nothing, 0, None if mask is None else mask[place : place + len(tokens)])
+            place += len(tokens)
     path = Path(f"{corpus.prefix}.idx")
-    for suffix, actual in ((".bin", sha256.hexdigest()), (".idx", file_sha256(path))):
-        if actual != corpus.sha256[suffix]:
+    for suffix, expected in corpus.sha256.items():
+        actual = sha256.hexdigest() if suffix == ".bin" else file_sha256(Path(corpus.prefix + suffix))
+        if actual != expected:
             raise UserError(f"{corpus.prefix}{suffix} has changed since it was written (its sha256 differs): {_AGAIN}")
     for lengths in read_lengths(path, index):
         staged.append(nothing, lengths, 0)

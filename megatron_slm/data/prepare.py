@@ -53,8 +53,8 @@ def prepare_corpora(inputs: list[Input], output: str, options: Options) -> list[
     """Write the documents of ``inputs``, in order, as one corpus, or as one for each value of ``options.fields.by``.
 
     Empty documents are left out. No token begins a document, one end token ends it; special
-    tokens spelled out in a text are text. The bytes written depend neither on the number of
-    workers nor on how often the work was interrupted.
+    tokens spelled out in a text are text, unless a chat template wrote it. The bytes written depend
+    neither on the number of workers nor on how often the work was interrupted.
 
     Raises:
         UserError: the input cannot be read, holds no text, something exists at ``output``, or an
@@ -78,18 +78,19 @@ def verify_corpus(prefix: str) -> Corpus:
     folder = corpus_tokenizer_path(corpus)
     if tokenizer_fingerprint(load_tokenizer(str(folder))) != corpus.tokenizer_fingerprint:
         raise UserError(f"{folder} is not the tokenizer that {prefix} was prepared with: prepare it again")
-    logger.info("%s is intact: %d documents, %d tokens, %d bytes of text", prefix, *_counts(corpus))
+    logger.info("%s is intact: %d documents, %d tokens, %d bytes of %s", prefix, *_counts(corpus))
     return corpus
 
 
 def _opened(prefix: str) -> Corpus:
     corpus = open_corpus(prefix)
-    logger.info("%s: %d documents, %d tokens, %d bytes of text", prefix, *_counts(corpus))
+    logger.info("%s: %d documents, %d tokens, %d bytes of %s", prefix, *_counts(corpus))
     return corpus
 
 
-def _counts(corpus: Corpus) -> tuple[int, int, int]:
-    return corpus.num_documents, corpus.num_tokens, corpus.num_bytes
+def _counts(corpus: Corpus) -> tuple[int, int, int, str]:
+    what = "answers" if corpus.masked else "text"
+    return corpus.num_documents, corpus.num_tokens, corpus.num_bytes, what
 
 
 def _made(inputs: list[Input], folder: Path, output: Path, options: Options) -> Progress:
@@ -98,6 +99,7 @@ def _made(inputs: list[Input], folder: Path, output: Path, options: Options) -> 
         _refuse_existing(output, options)
     report = ContaminationReport(list(options.evaluation)) if options.evaluation else None
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    _refuse_missing_template(given, options)
     stamps = [[source.name, *source.stamp()] for source in inputs]
     settings = _settings(options, stamps, given, report)
     progress = load_progress(folder, settings) or _begun(inputs, folder, options, given, settings)
@@ -114,6 +116,15 @@ def _made(inputs: list[Input], folder: Path, output: Path, options: Options) -> 
     _encode(inputs, stamps, encoding, attempt, options.workers)
     attempt.finish(folder / TOKENIZER, tokenizer_fingerprint(tokenizer))
     return progress
+
+
+def _refuse_missing_template(tokenizer: "PreTrainedTokenizerFast | None", options: Options) -> None:
+    if options.fields.format == "messages" and not (tokenizer and tokenizer.chat_template):
+        given = f"--tokenizer {options.tokenizer}" if tokenizer else f"--train-tokenizer {options.train_size}"
+        raise UserError(
+            f"{given} has no chat template, which --format messages needs: give a --tokenizer that has one, "
+            "or use --format prompt-completion"
+        )
 
 
 def _refuse_existing(output: Path, options: Options) -> None:
@@ -135,9 +146,11 @@ def _settings(
         # A tokenizer is trained on all of them; otherwise an input that is not yet encoded may change.
         "--input": [stamp if options.train_size else stamp[0] for stamp in stamps],
         "--tokenizer": tokenizer and tokenizer_fingerprint(tokenizer),
+        "chat template": tokenizer.chat_template if tokenizer and options.fields.format == "messages" else None,
         "--train-tokenizer": options.train_size,
-        "--json-key": options.fields.text,
-        "--by": options.fields.by,
+        "--format": options.fields.format,
+        **options.fields.needed(),
+        "--separator": options.fields.separator,
         "--source-key": options.fields.source,
         "--contamination": report and report.fingerprint(),
     }

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import parse_and_nor
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from numpy.typing import NDArray
 
-from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.corpus import Corpus, open_mask
 from megatron_slm.data.settings import DataSettings, blend
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError
@@ -41,12 +41,14 @@ class Sample(NamedTuple):
     offset    int64 `[T + 1]`, offset in tokens in the source's `.bin`
     position  int64 `[T + 1]`, counted from the last document start within the sample
     source    entry of the blend
+    valid     bool `[T + 1]`, whether a token counts; None where all of them do
     """
 
     text: NDArray[np.int64]
     offset: NDArray[np.int64]
     position: NDArray[np.int64]
     source: int
+    valid: NDArray[np.bool_] | None = None
 
 
 class PackedDocuments(GPTDataset):
@@ -81,12 +83,20 @@ class Samples:
         build_cycle: the dataset of cycle number 0, 1, and so on; every rank calls it.
         cycle_length: samples taken from each.
         fingerprint: of everything that the order depends on.
+        masks: uint8 of each entry of the blend, by offset; None for one whose tokens all count.
     """
 
-    def __init__(self, build_cycle: Callable[[int], PackedDocuments], cycle_length: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        build_cycle: Callable[[int], PackedDocuments],
+        cycle_length: int,
+        fingerprint: str,
+        masks: Sequence[NDArray[np.uint8] | None],
+    ) -> None:
         self._build_cycle = build_cycle
         self._cycles: list[PackedDocuments] = []
         self._cycle_length = cycle_length
+        self._masks = masks
         self.fingerprint = fingerprint
 
     def reach(self, total_samples: int) -> None:
@@ -101,7 +111,10 @@ class Samples:
         cycle, index = divmod(ordinal, self._cycle_length)
         item = self._cycles[cycle][index]
         # A blend of one corpus is that corpus's dataset itself, which names no source.
-        return Sample(item["text"], item["offset"], item["position"], int(item.get("dataset_id", 0)))
+        source = int(item.get("dataset_id", 0))
+        mask = self._masks[source]
+        valid = None if mask is None else mask[item["offset"]].astype(bool)
+        return Sample(item["text"], item["offset"], item["position"], source, valid)
 
 
 def build_samples(
@@ -136,7 +149,7 @@ def build_samples(
         folder = cache / f"{fingerprint[:16]}-{cycle}"
         return _build_cycle(settings, corpora, cycle_seed(seed, cycle), cycle_length, folder, world)
 
-    samples = Samples(build_cycle, cycle_length, fingerprint)
+    samples = Samples(build_cycle, cycle_length, fingerprint, [open_mask(corpus) for corpus in corpora])
     samples.reach(total_samples)
     return samples
 

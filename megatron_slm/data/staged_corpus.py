@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.corpus import Corpus, file_sha256
+from megatron_slm.data.corpus import MASK, Corpus, file_sha256
 from megatron_slm.data.index import write_index
 from megatron_slm.data.tally import Tally, add_tally
 from megatron_slm.errors import UserError
@@ -15,28 +15,39 @@ from megatron_slm.files import sync
 
 
 class StagedCorpus:
-    """Appends to NAME.bin and to a file of lengths; ``counts`` says how far both are.
+    """Appends to NAME.bin, to a file of lengths, and to NAME.mask if it has one; ``counts`` says how far they are.
 
     Args:
         ready: the folder of the files to publish; the lengths lie beside it.
         name: the basename of the prefix.
         dtype: of the tokens, "uint16" or "int32".
+        masked: whether only some tokens count.
         counts: what an earlier attempt had committed; what it wrote after that is cut off.
     """
 
-    def __init__(self, ready: Path, name: str, dtype: str, counts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, ready: Path, name: str, dtype: str, masked: bool = False, counts: dict[str, Any] | None = None
+    ) -> None:
         self.prefix = ready / name
         self.dtype = dtype
         self.counts = counts or {"documents": 0, "tokens": 0, "bytes": 0, "sources": {}, "licenses": {}}
         self._bin = ready / f"{name}.bin"
+        self._mask = ready / f"{name}{MASK}" if masked else None
         self._folder = ready.parent
         self._lengths = self._folder / f"{name}.lengths"
         self._cut(self._bin, self.counts["tokens"] * np.dtype(dtype).itemsize)
         self._cut(self._lengths, self.counts["documents"] * 4)
+        if self._mask:
+            self._cut(self._mask, self.counts["tokens"])
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int) -> None:
-        """Append documents; tokens and lengths may also come one after the other."""
-        for path, block in ((self._bin, tokens.astype(self.dtype)), (self._lengths, lengths.astype(np.int32))):
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int, mask: np.ndarray | None = None) -> None:
+        """Append documents; tokens, with their mask, and lengths may also come one after the other."""
+        blocks = [(self._bin, tokens.astype(self.dtype)), (self._lengths, lengths.astype(np.int32))]
+        if self._mask:
+            values = np.zeros(0, np.uint8) if mask is None else mask.astype(np.uint8)
+            assert len(values) == len(tokens)
+            blocks.append((self._mask, values))
+        for path, block in blocks:
             with path.open("ab") as stream:  # not held open: there may be a thousand corpora
                 stream.write(block.data)
         self.counts["documents"] += len(lengths)
@@ -50,7 +61,7 @@ class StagedCorpus:
 
     def sync(self) -> None:
         """Flush what was appended to the disk."""
-        for path in (self._bin, self._lengths):
+        for path in filter(None, (self._bin, self._lengths, self._mask)):
             sync(path)
 
     def finish(self, tokenizer: Path, fingerprint: str, skipped: int) -> Corpus:
@@ -65,7 +76,7 @@ class StagedCorpus:
             num_tokens=self.counts["tokens"],
             num_bytes=self.counts["bytes"],
             tokenizer_fingerprint=fingerprint,
-            sha256={".bin": file_sha256(self._bin), ".idx": file_sha256(index)},
+            sha256={path.suffix: file_sha256(path) for path in filter(None, (self._bin, index, self._mask))},
             sources=self.counts["sources"],
             licenses=self.counts["licenses"],
             skipped=skipped,

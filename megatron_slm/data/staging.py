@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_slm.data.corpus import Corpus, describe
+from megatron_slm.data.corpus import MASK, Corpus, describe
 from megatron_slm.data.journal import JOURNAL
 from megatron_slm.errors import UserError
 from megatron_slm.files import sync
@@ -21,7 +21,7 @@ from megatron_slm.files import sync
 logger = logging.getLogger(__name__)
 
 READY, TOKENIZER = "ready", "tokenizer"
-PARTS = (".bin", ".idx", ".tokenizer")  # .json comes last: it makes the others a corpus
+PARTS = (".bin", ".idx", MASK, ".tokenizer")  # .json comes last: it makes the others a corpus
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from megatron_slm.data.corpus import Corpus, open_tokens
+from megatron_slm.data.corpus import Corpus, open_mask, open_tokens
 from megatron_slm.types import Batch
 
 
@@ -13,14 +13,14 @@ class EvaluationStream:
     """Windows of `seq_length` over a corpus in the order of its `.bin`, the last one padded.
 
     Every token is a label once, except the stream's first; end-of-document tokens are not
-    scored, since they are no text. Windows do not overlap: a window's first label is predicted
-    from one token.
+    scored, since they are no text, nor is what a mask leaves out. Windows do not overlap: a
+    window's first label is predicted from one token.
 
     Args:
         corpus: an opened corpus.
         seq_length: tokens a window, T.
         eod: id of the end-of-document token.
-        reset_attention: positions restart after each end-of-document token.
+        reset_attention: positions restart at each document.
     """
 
     def __init__(self, corpus: Corpus, seq_length: int, eod: int, reset_attention: bool) -> None:
@@ -30,6 +30,9 @@ class EvaluationStream:
         self._reset_attention = reset_attention
         tokens = open_tokens(corpus)
         self._tokens = np.memmap(f"{corpus.prefix}.bin", dtype=tokens.index.dtype, mode="r")
+        self._mask = open_mask(corpus)
+        # Of the index, since an end token may also end a turn of a chat.
+        self._document_start = np.asarray(tokens.index.sequence_pointers) // tokens.index.dtype_size
 
     def __len__(self) -> int:
         """Windows; a corpus of one token has one, with nothing to score."""
@@ -41,12 +44,11 @@ class EvaluationStream:
             torch.from_numpy(np.stack(rows)) for rows in zip(*map(self._window, windows), strict=True)
         )
         labels_BT, offset_BT = text_BS[:, 1:], offset_BS[:, 1:]
-        padding_BT = offset_BT < 0
         return Batch(
             tokens_BT=text_BS[:, :-1],
             labels_BT=labels_BT,
-            valid_BT=~padding_BT & (labels_BT != self._eod),
-            position_ids_BT=self._positions(text_BS[:, :-1]),
+            valid_BT=self._counts(offset_BT) & (labels_BT != self._eod),
+            position_ids_BT=self._positions(np.array(windows)),
             sample_index_B=torch.tensor(windows),
             source_B=torch.zeros(len(windows), dtype=torch.long),
             label_offset_BT=offset_BT,
@@ -59,10 +61,15 @@ class EvaluationStream:
         offset = np.concatenate([start + np.arange(len(text)), np.full(missing, -1)])
         return np.concatenate([text, np.full(missing, self._eod)]), offset
 
-    def _positions(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        position_BT = torch.arange(self._seq_length).expand(tokens_BT.shape)
+    def _counts(self, offset_BT: torch.Tensor) -> torch.Tensor:
+        """False for padding, and for what the mask leaves out."""
+        real_BT = offset_BT >= 0
+        return real_BT if self._mask is None else real_BT & torch.from_numpy(self._mask[offset_BT.numpy()]).bool()
+
+    def _positions(self, window_B: np.ndarray) -> torch.Tensor:
+        start_B1 = window_B[:, None] * self._seq_length
+        place_BT = start_B1 + np.arange(self._seq_length)
         if not self._reset_attention:
-            return position_BT
-        starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-        starts_BT[:, 1:] = tokens_BT[:, :-1] == self._eod
-        return position_BT - position_BT.masked_fill(~starts_BT, 0).cummax(-1).values
+            return torch.from_numpy(place_BT - start_B1)
+        document_BT = np.searchsorted(self._document_start, place_BT, side="right") - 1
+        return torch.from_numpy(place_BT - np.maximum(self._document_start[document_BT], start_B1))
