@@ -19,6 +19,6 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def contents(prefix: Path) -> dict[str, bytes]:
-    parts = [Path(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".json")]
+    parts = [path for s in (".bin", ".idx", ".json", ".mask") if (path := Path(f"{prefix}{s}")).exists()]
     parts += sorted(Path(f"{prefix}.tokenizer").iterdir())
     return {path.name.removeprefix(prefix.name): path.read_bytes() for path in parts}

@@ -112,6 +112,21 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(web, evaluation, model,
     assert instant > 100
 
 
+def test_masks_survive_a_kill_at_any_instant(web, evaluation, model, tmp_path, monkeypatch):
+    fields = Fields(by="source", format="prompt-completion", prompt="source", separator=": ", completion="text")
+    prepared(web, tmp_path / "whole" / "web", model, evaluation, fields=fields)
+    whole = everything(tmp_path / "whole")
+    assert {"web-a.mask", "web-b.mask"} <= whole.keys()
+    for instant in itertools.count(start=5, step=23):
+        output = tmp_path / str(instant) / "web"
+        work = functools.partial(prepared, web, output, model, evaluation, fields=fields)
+        if not killed_at(instant, monkeypatch, work):
+            break
+        work()
+        assert everything(output.parent) == whole, f"instant {instant}"
+    assert instant > 100
+
+
 def test_finished_files_are_not_read_again(web, evaluation, model, tmp_path, monkeypatch):
     bad = web / "3.jsonl"
     bad.write_text(bad.read_text() + "{bad\n")
@@ -143,6 +158,7 @@ def left(web, evaluation, model, tmp_path) -> Path:
     ("changes", "reason"),
     [
         ({"fields": Fields(by="source", text="body")}, r'--json-key was "text" and is "body"'),
+        ({"fields": Fields(by="source", format="messages")}, '--format was "text" and is "messages"'),
         ({"fields": Fields()}, r'--by was "source" and is null'),
         ({"fields": Fields(by="source", source="kind")}, "--source-key was"),
         ({"evaluation": ()}, "--contamination was"),

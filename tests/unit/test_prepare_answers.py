@@ -1,0 +1,322 @@
+"""Which tokens of prompts with completions, and of chats, count: told by brute force, from the bytes of the pieces."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_slm.__main__ import main
+from megatron_slm.data import encoding, prepare
+from megatron_slm.data.attempt import Options
+from megatron_slm.data.corpus import Corpus, open_corpus, open_mask, open_tokens
+from megatron_slm.data.documents import Fields
+from megatron_slm.data.inputs import find_files
+from megatron_slm.data.merge import merge_corpora
+from megatron_slm.data.prepare import prepare_corpora, prepare_corpus, verify_corpus
+from megatron_slm.data.tokenizer import load_tokenizer
+from megatron_slm.errors import UserError
+from tests.texts import contents, sentence, write_jsonl
+from tests.unit.test_prepare_bad_input import refused
+
+CHATML = (
+    "{% for m in messages %}{% if m['role'] == 'bot' %}{{ raise_exception('no bots') }}{% endif %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + END }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PAIRS = [
+    ("the slope of", " a line is 12.5"),
+    ("", "the area under a curve"),
+    ("the slope ", "of a line"),  # the token ' of' begins in the prompt
+    ("日本 🙂 x =", "é 日本 🙂\n and"),
+    ("x = 3", "🙂"),
+    ("the </s> of a <|im_end|>", " </s> is text"),
+    ("the slope of a line " * 5000, "is rise over run"),  # longer than a window of plain text
+]
+CHATS = [
+    [
+        ("system", "the area is x"),
+        ("user", "rise?"),
+        ("assistant", "over run é 🙂"),
+        ("user", "y"),
+        ("assistant", "12"),
+    ],
+    [("user", "日本 the slope"), ("assistant", " of a line"), ("user", "so the last word is the user's")],
+]
+
+
+def byte_level(folder: Path, end: str = "\n", template: str = CHATML) -> str:
+    """A tokenizer of bytes, as GPT-2 has it, whose offsets leave out spaces, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet, special_tokens=special)
+    tokenizer.train_from_iterator([sentence(i) for i in range(100)], trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    whole.chat_template = template.replace("END", repr(end))
+    whole.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory) -> str:
+    return byte_level(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """A worker takes seconds to start."""
+    monkeypatch.setattr(
+        prepare, "encode_chunks",
+        lambda chunks, how, workers, total: ((encoding.encode_documents(how, c.documents), c) for c in chunks),
+    )  # fmt: skip
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> Path:
+    lines = [
+        json.dumps({"question": q, "meta": {"answer": a, "source": f"s{i % 2}"}}) for i, (q, a) in enumerate(pairs)
+    ]
+    path.write_text("".join(line + "\n" for line in lines) + "\n")
+    return path
+
+
+def write_chats(path: Path, chats: list[list[tuple[str, str]]]) -> Path:
+    records = [{"messages": [{"role": r, "content": c, "name": None} for r, c in chat]} for chat in chats]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def prepared(path: Path, output: Path, tokenizer: str, workers: int = 1, **fields: str) -> Corpus:
+    options = Options(tokenizer=tokenizer, fields=Fields(**fields), workers=workers)
+    return prepare_corpora(find_files([str(path)]), str(output), options)[0]
+
+
+QUESTIONS = {"format": "prompt-completion", "prompt": "question", "completion": "meta.answer"}
+
+
+def piece_bytes(tokenizer, index: int) -> bytes:
+    piece = tokenizer.convert_ids_to_tokens(index)
+    if index in tokenizer.all_special_ids:
+        return piece.encode()
+    if tokenizer.unk_token:  # sentencepiece
+        return bytes.fromhex(piece[3:5]) if piece.startswith("<0x") else piece.replace("\u2581", " ").encode()
+    # GPT-2's table: printable bytes stand for themselves, the rest follow from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return bytes(ord(c) if ord(c) < 256 else rest[ord(c) - 256] for c in piece)
+
+
+def brute_mask(tokenizer, ids: list[int], text: str, counts: list[bool]) -> list[int]:
+    """A token counts when the character in which its first byte lies does."""
+    place, mask = 0, []
+    for index in ids:
+        mask.append(int(counts[len(text.encode()[:place].decode(errors="ignore"))]))
+        place += len(piece_bytes(tokenizer, index))
+    assert place == len(text.encode())
+    return mask
+
+
+def documents(corpus: Corpus) -> list[tuple[list[int], list[int]]]:
+    """Tokens and mask of each document."""
+    tokens, mask = open_tokens(corpus), open_mask(corpus)
+    stops = np.cumsum([len(tokens[i]) for i in range(len(tokens))])
+    return [(tokens[i].tolist(), mask[stop - len(tokens[i]) : stop].tolist()) for i, stop in enumerate(stops)]
+
+
+@pytest.mark.parametrize("separator", ["", "\n"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_the_tokens_that_begin_in_the_completion_count(model, chat_tokenizer, tmp_path, kind, separator):
+    name = model if kind == "sentencepiece" else chat_tokenizer
+    path = write_pairs(tmp_path / "qa.jsonl", PAIRS)
+    corpus = prepared(path, tmp_path / "qa", name, **QUESTIONS, separator=separator)
+    tokenizer, seams = load_tokenizer(name), 0
+    for (ids, mask), (prompt, completion) in zip(documents(corpus), PAIRS, strict=True):
+        text = prompt + separator + completion
+        assert ids == [*encoded(tokenizer, text), tokenizer.eos_token_id]
+        counts = [False] * len(prompt + separator) + [True] * len(completion)
+        assert mask == [*brute_mask(tokenizer, ids[:-1], text, counts), 1]
+        seams += ids[:-1] != encoded(tokenizer, prompt + separator) + encoded(tokenizer, completion)
+    assert seams or separator, "two encodes would give other tokens where a piece lies across the seam"
+    assert corpus.num_bytes == sum(len(completion.encode()) for _, completion in PAIRS)
+    assert verify_corpus(str(tmp_path / "qa")).masked
+
+
+def encoded(tokenizer, text: str, special: bool = False) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_what_the_assistant_writes_counts(tmp_path, end, suffix):
+    name = byte_level(tmp_path / "tokenizer", end)
+    corpus = prepared(write_chats(tmp_path / f"c.{suffix}", CHATS), tmp_path / "c", name, format="messages")
+    tokenizer, size = load_tokenizer(name), 0
+    for (ids, mask), chat in zip(documents(corpus), CHATS, strict=True):
+        text, counts = "", []
+        for role, content in chat:
+            head, body = f"<|im_start|>{role}\n", f"{content}<|im_end|>{end}"
+            text += head + body
+            counts += [False] * len(head) + [role == "assistant"] * len(body)
+            size += len(f"{content}{end}".encode()) if role == "assistant" else 0
+        expected = encoded(tokenizer, text, special=True)
+        marks = brute_mask(tokenizer, expected, text, counts)
+        if end:  # otherwise the end of the last turn ends the document
+            expected, marks = [*expected, tokenizer.eos_token_id], [*marks, int(chat[-1][0] == "assistant")]
+        assert (ids, mask) == (expected, marks)
+        assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == len(chat)
+    assert corpus.num_bytes == size, "an end token is no text"
+
+
+def test_any_number_of_workers_gives_the_same_bytes_and_so_does_merging(model, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    pairs = [(sentence(i, i % 50), sentence(i + 1, 1 + i % 30)) for i in range(700)]
+    write_pairs(tmp_path / "all.jsonl", pairs)
+    write_pairs(tmp_path / "a.jsonl", pairs[:300])
+    write_pairs(tmp_path / "b.jsonl", pairs[300:])
+    for name in ("all", "a", "b"):
+        prepared(tmp_path / f"{name}.jsonl", tmp_path / name, model, **QUESTIONS)
+    prepared(tmp_path / "all.jsonl", tmp_path / "three", model, 3, **QUESTIONS)
+    merge_corpora([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "merged"))
+    assert ".mask" in contents(tmp_path / "all")
+    assert contents(tmp_path / "three") == contents(tmp_path / "all") == contents(tmp_path / "merged")
+
+
+def test_workers_know_the_template(chat_tokenizer, tmp_path, monkeypatch):
+    path = write_chats(tmp_path / "c.jsonl", CHATS)
+    prepared(path, tmp_path / "here", chat_tokenizer, format="messages")
+    monkeypatch.undo()
+    prepared(path, tmp_path / "there", chat_tokenizer, 2, format="messages")
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
+def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
+    """Workers keep their tokenizer, and only a template's special tokens are meant."""
+    raw = [("f", 1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
+    file, end = str(Path(chat_tokenizer) / "tokenizer.json"), load_tokenizer(chat_tokenizer).eos_token_id
+    for kind, expected in (("messages", 3), ("text", 1)):
+        how = encoding.Encoding(file, end, "uint16", Fields(format=kind))
+        content = {"text": "a <|im_end|>", **raw[0][2]}
+        group = encoding.encode_documents(how, [encoding.RawDocument("f", 1, content)]).groups[""]
+        assert (group.pieces[0] == end).sum() == expected
+        assert bool(group.masks) == (kind == "messages")
+
+
+@pytest.fixture
+def masked(model, tmp_path) -> Path:
+    """A corpus `qa` with a mask, and `plain` without one."""
+    prepared(write_pairs(tmp_path / "qa.jsonl", PAIRS), tmp_path / "qa", model, **QUESTIONS)
+    prepare_corpus([str(write_jsonl(tmp_path / "p.jsonl", [sentence(1)]))], str(tmp_path / "plain"), tokenizer=model)
+    return tmp_path
+
+
+def test_a_mask_that_is_gone_cut_or_changed_is_found(masked):
+    mask = masked / "qa.mask"
+    content = mask.read_bytes()
+    mask.write_bytes(content[:50] + bytes([1 - content[50]]) + content[51:])
+    open_corpus(str(masked / "qa"))
+    with pytest.raises(UserError, match=r"qa\.mask has changed"):
+        verify_corpus(str(masked / "qa"))
+    with pytest.raises(UserError, match=r"qa\.mask has changed"):
+        merge_corpora([str(masked / "qa")], str(masked / "merged"))
+    os.truncate(mask, len(content) - 1)
+    with pytest.raises(UserError, match=r"qa\.mask has \d+ bytes instead of"):
+        open_corpus(str(masked / "qa"))
+    mask.unlink()
+    with pytest.raises(UserError, match=r"qa\.mask is missing"):
+        open_corpus(str(masked / "qa"))
+
+
+def test_corpora_with_and_without_a_mask_are_not_merged(masked):
+    for names in (["qa", "plain"], ["plain", "qa"]):
+        with pytest.raises(UserError, match=r"do not go together: only answers count in one"):
+            merge_corpora([str(masked / name) for name in names], str(masked / "merged"))
+
+
+BAD = {
+    "no_answer.jsonl": {"prompt": "x"},
+    "null.jsonl": {"prompt": "x", "completion": None},
+    "empty.jsonl": {"prompt": "x", "completion": " \n"},
+    "half.jsonl": {"prompt": "x", "completion": "\ud83d"},
+    "no_list.jsonl": {"messages": "x"},
+    "no_role.jsonl": {"messages": [{"from": "human", "value": "x"}]},
+    "silent.jsonl": {"messages": [{"role": "user", "content": "x"}]},
+    "hollow.jsonl": {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]},
+    "bot.jsonl": {"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]},
+    "no_content.jsonl": {"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]},
+}
+PAIR, CHAT = (
+    "--format prompt-completion --tokenizer CHAT --output out/web",
+    "--format messages --tokenizer CHAT --output out/web",
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (f"--input no_answer.jsonl {PAIR}", "no_answer.jsonl:1 has no key 'completion': choose one of ['prompt']"),
+        (f"--input null.jsonl {PAIR}", "null.jsonl:1 has no text under 'completion'"),
+        (f"--input empty.jsonl {PAIR}", "empty.jsonl:1 has an empty answer"),
+        (f"--input half.jsonl {PAIR}", "half.jsonl:1 is not valid UTF-8"),
+        (f"--input no_list.jsonl {PAIR}", "no_list.jsonl:1 has no key 'prompt'"),
+        (f"--input text.txt {PAIR}", "text.txt is plain text, without an answer in it"),
+        (f"--input no_answer.jsonl {CHAT}", "no_answer.jsonl:1 has no key 'messages'"),
+        (f"--input no_list.jsonl {CHAT}", "no_list.jsonl:1 has no list of messages"),
+        (f"--input no_role.jsonl {CHAT}", "no_role.jsonl:1 has no list of messages"),
+        (f"--input silent.jsonl {CHAT}", "silent.jsonl:1 has no message of the role 'assistant', only of ['user']"),
+        (f"--input hollow.jsonl {CHAT}", "hollow.jsonl:1 has an empty answer of the assistant"),
+        (f"--input bot.jsonl {CHAT}", "bot.jsonl:1 is refused by the tokenizer's chat template (no bots)"),
+        (f"--input no_content.jsonl {CHAT}", "no_content.jsonl:1 is refused by the tokenizer's chat template"),
+        (f"--input silent.jsonl {CHAT} --prompt-key x", "--prompt-key says nothing to --format messages"),
+        (f"--input silent.jsonl {PAIR} --json-key x", "--json-key says nothing to --format prompt-completion"),
+        (f"--input silent.jsonl {PAIR} --completion-key=", "--completion-key is empty"),
+        ("--input a.jsonl --separator x --tokenizer CHAT --output out/web", "--separator says nothing to"),
+        ("--input silent.jsonl --format messages --tokenizer MODEL --output out/web", "has no chat template"),
+        ("--input silent.jsonl --format messages --train-tokenizer 300 --output out/web", "300 has no chat template"),
+        ("--output out/web --verify --format messages", "--format says nothing to --verify"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_sentence(model, chat_tokenizer, tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "text.txt").write_text("text")
+    for name, record in BAD.items():
+        (tmp_path / name).write_text(json.dumps(record) + "\n")
+    words = arguments.replace("CHAT", chat_tokenizer).replace("MODEL", model).split()
+    assert said in refused(tmp_path, capsys, *words, "--workers", "1")
+
+
+def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path, capsys):
+    """As those do that leave out the reasoning of all turns but the last."""
+    template = "{% for m in messages %}{{ m['role'] + ('!' if loop.last else '') + m['content'] + END }}{% endfor %}"
+    tokenizer = byte_level(tmp_path / "tokenizer", template=template)
+    (tmp_path / "out").mkdir()
+    path = write_chats(tmp_path / "c.jsonl", CHATS)
+    arguments = ["--input", str(path), "--format", "messages", "--tokenizer", tokenizer, "--output"]
+    said = refused(tmp_path, capsys, *arguments, str(tmp_path / "out" / "web"))
+    assert (
+        "c.jsonl:1 is no chat whose answers can be found: the chat template changes what it wrote before message 3"
+        in said
+    )
+
+
+def test_records_without_an_answer_are_left_out_on_demand(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "qa.jsonl", [("x", "y is 3"), ("x", ""), ("the", " area")])
+    keys = ["--format", "prompt-completion", "--prompt-key", "question", "--completion-key", "meta.answer"]
+    made = ["--separator", r"\n", "--skip-bad", "1", "--tokenizer", model, "--output", "qa"]
+    main(["prepare", "--input", "qa.jsonl", *keys, *made])
+    corpus = open_corpus("qa")
+    assert (corpus.num_documents, corpus.skipped, corpus.num_bytes) == (2, 1, len("y is 3 area"))
+    assert corpus.sources["s0"]["bytes"] == corpus.num_bytes
+    assert load_tokenizer(model).decode(documents(corpus)[0][0][:-1]) == "x\ny is 3"
