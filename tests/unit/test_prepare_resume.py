@@ -158,7 +158,7 @@ def left(web, evaluation, model, tmp_path) -> Path:
     ("changes", "reason"),
     [
         ({"fields": Fields(by="source", text="body")}, r'--json-key was "text" and is "body"'),
-        ({"fields": Fields(by="source", format="messages")}, '--format was "text" and is "messages"'),
+        ({"fields": Fields(by="source", format="prompt-completion")}, '--format was "text" and is "prompt-completion"'),
         ({"fields": Fields()}, r'--by was "source" and is null'),
         ({"fields": Fields(by="source", source="kind")}, "--source-key was"),
         ({"evaluation": ()}, "--contamination was"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_slm.data.corpus import open_corpus
+from megatron_slm.data.corpus import describe, open_corpus, open_tokens
 from megatron_slm.data.loader import make_batch
 from megatron_slm.data.samples import Sample
 from megatron_slm.data.stream import EvaluationStream
@@ -50,6 +50,29 @@ def test_positions_restart_after_each_document_on_demand(corpora: Path) -> None:
             expected.append(position)
             position = 0 if token == EOD else position + 1
         assert positions == expected
+
+
+def test_a_mask_says_what_is_scored_and_the_index_where_documents_begin(corpora: Path, tmp_path: Path) -> None:
+    """As in chats, whose turns end with the token that ends documents."""
+    for suffix in (".idx", ".tokenizer"):
+        (tmp_path / f"qa{suffix}").symlink_to(corpora / f"held_out{suffix}")
+    tokens = np.fromfile(corpora / "held_out.bin", dtype=np.uint16)
+    tokens[7::10] = EOD
+    mask = np.random.default_rng(0).integers(0, 2, len(tokens), dtype=np.uint8)
+    tokens.tofile(tmp_path / "qa.bin")
+    mask.tofile(tmp_path / "qa.mask")
+    described = replace(open_corpus(str(corpora / "held_out")), sha256={".bin": "", ".idx": "", ".mask": ""})
+    (tmp_path / "qa.json").write_text(describe(described))
+    corpus = open_corpus(str(tmp_path / "qa"))
+    stream = EvaluationStream(corpus, 32, EOD, True)
+    batch = stream.batch(list(range(len(stream))))
+    real = batch.label_offset_BT >= 0
+    assert batch.valid_BT[real].tolist() == [m == 1 and t != EOD for m, t in zip(mask[1:], tokens[1:], strict=True)]
+    starts = np.cumsum([0, *(len(document) for document in open_tokens(corpus))])
+    for window, positions in enumerate(batch.position_ids_BT.tolist()):
+        for t, position in enumerate(positions):
+            document = max((s for s in starts[:-1] if s <= window * 32 + t), default=0)
+            assert position == min(t, window * 32 + t - document)
 
 
 @pytest.mark.parametrize("model_type", TINY)
