@@ -23,7 +23,7 @@ from tests.texts import contents, sentence, write_jsonl
 from tests.unit.test_prepare_bad_input import refused
 
 CHATML = (
-    "{% for m in messages %}{% if m['role'] == 'bot' %}{{ raise_exception('no bots') }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'bot' or 'name' in m %}{{ raise_exception('no bots') }}{% endif %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + END }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
