@@ -21,7 +21,7 @@ class Batch:
 
     tokens_BT        int64, model input
     labels_BT        int64, `labels_BT[b, t]` follows `tokens_BT[b, t]`
-    valid_BT         bool, False where the label is padding or ignored: no loss, never selected
+    valid_BT         bool, False where the label is padding or no part of an answer: no loss, never selected
     position_ids_BT  int64, restarts at document starts under `data.reset_attention`
     sample_index_B   int64, ordinal of the sample in the run's order
     source_B         int64, entry of the blend that the sample comes from
