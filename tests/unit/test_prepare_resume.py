@@ -87,7 +87,7 @@ def killed_at(instant: int, monkeypatch, work) -> bool:
     with monkeypatch.context() as patch:
         for owner, name in ((os, "replace"), (os, "fsync"), (StagedCorpus, "append"), (os, "truncate")):
             patch.setattr(owner, name, dying(getattr(owner, name)))
-        patch.setattr("shutil.rmtree", lambda path: remove(path) if alive else None)
+        patch.setattr("shutil.rmtree", lambda path, **options: remove(path, **options) if alive else None)
         try:
             work()
         except KilledError:
@@ -191,7 +191,7 @@ def test_a_corpus_that_the_changed_rest_no_longer_fills_is_not_published(left, w
 def test_a_kill_while_the_finished_work_is_cleared_away_harms_nothing(web, evaluation, model, tmp_path, monkeypatch):
     remove = shutil.rmtree
 
-    def killed_half_way(path: Path) -> None:
+    def killed_half_way(path: Path, ignore_errors: bool = False) -> None:
         remove(path / "ready")
         raise KilledError
 
