@@ -296,9 +296,17 @@ def test_bad_input_is_a_sentence(model, chat_tokenizer, tmp_path, monkeypatch, c
     assert said in refused(tmp_path, capsys, *words, "--workers", "1")
 
 
-def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['role'] + ('!' if loop.last else '') + m['content'] + END }}{% endfor %}",
+        "{% for m in messages %}{{ m['content'] + END }}{% endfor %}"
+        "{% if messages[-1]['role'] == 'assistant' %}!{% endif %}",
+    ],
+    ids=["before-the-answer", "after-the-answer"],
+)
+def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path, capsys, template):
     """As those do that leave out the reasoning of all turns but the last."""
-    template = "{% for m in messages %}{{ m['role'] + ('!' if loop.last else '') + m['content'] + END }}{% endfor %}"
     tokenizer = byte_level(tmp_path / "tokenizer", template=template)
     (tmp_path / "out").mkdir()
     path = write_chats(tmp_path / "c.jsonl", CHATS)
