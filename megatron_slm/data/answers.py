@@ -67,19 +67,17 @@ def token_mask(begins: Sequence[int], spans: tuple[Span, ...]) -> np.ndarray:
 
 
 def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
-    """The messages, without what is null: rows of a table have every key that any row has."""
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
         raise UserError(f'{place} has no list of messages, each {{"role": ..., "content": ...}}: correct it')
-    turns = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
-        roles = sorted({turn["role"] for turn in turns})
+        roles = sorted({message["role"] for message in messages})
         raise UserError(f"{place} has no message of the role 'assistant', only of {roles}: nothing would be learned")
     if any(not _says_something(turn) for turn in answers):
         raise UserError(f"{place} has an empty answer of the assistant: give one, or remove the record")
-    return turns
+    return messages
 
 
 def _says_something(turn: dict[str, Any]) -> bool:
