@@ -19,10 +19,11 @@ from megatron_slm.scoring.work import Work
 EOD = 1
 
 
-def write_corpus(prefix: Path, lengths: list[int]) -> Corpus:
+def write_corpus(prefix: Path, lengths: list[int], ended: bool = True) -> Corpus:
     """Documents of these lengths, with an id of its own for every token; the last of each is end-of-document."""
     tokens = np.arange(sum(lengths)) + 10
-    tokens[np.cumsum(lengths) - 1] = EOD
+    if ended:
+        tokens[np.cumsum(lengths) - 1] = EOD
     Path(f"{prefix}.bin").write_bytes(tokens.astype("uint16").tobytes())
     Path(f"{prefix}.lengths").write_bytes(np.array(lengths, dtype=np.int32).tobytes())
     write_index(Path(f"{prefix}.idx"), "uint16", Path(f"{prefix}.lengths"))
@@ -54,15 +55,22 @@ def contexts(work: Work) -> dict[int, list[int]]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any),
+    ended=st.booleans(),
     window=st.integers(1, 9),
     batch_tokens=st.integers(1, 40),
     shard_tokens=st.integers(1, 60),
 )
 def test_every_token_is_scored_once_after_its_own_document(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], window: int, batch_tokens: int, shard_tokens: int
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    ended: bool,
+    window: int,
+    batch_tokens: int,
+    shard_tokens: int,
 ) -> None:
-    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "c", lengths)
+    """Foreign corpora have documents without a token, and without an end-of-document token."""
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "c", lengths, ended)
     text = np.fromfile(f"{corpus.prefix}.bin", dtype="uint16").tolist()
     found = contexts(DocumentWork(corpus, EOD, window, batch_tokens, shard_tokens))
     row = 0
