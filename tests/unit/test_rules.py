@@ -49,9 +49,10 @@ def test_a_score_rises_and_falls_with_the_columns_that_its_description_names(nam
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.randoms(use_true_random=False))
-def test_any_rule_on_any_pool_is_what_sorts_and_loops_say(chance: random.Random):
-    case = random_case(chance)
+@given(st.integers(0, 1 << 32))
+def test_any_rule_on_any_pool_is_what_sorts_and_loops_say(seed: int):
+    """From seeds: Hypothesis's own draws of a whole pool repeat themselves, and meet few rules."""
+    case = random_case(random.Random(seed))
     mask, weights, planned = expected(case, [list(range(len(case.valid)))])
     rule = Rule(case.settings)
     signals = {name: case.signals[name] for name in rule.needs}
@@ -60,6 +61,9 @@ def test_any_rule_on_any_pool_is_what_sorts_and_loops_say(chance: random.Random)
     torch.testing.assert_close(selection.weights, torch.tensor(weights).view(case.valid.shape), rtol=1e-6, atol=1e-6)
     assert rule.plan([case.valid, case.valid], case.ratio).tolist() == [planned, planned]
     assert selection.num_selected == sum(map(sum, mask)) and selection.num_valid == case.valid.sum()
+    names = [part.score for part in case.settings.of] or [case.settings.score]
+    nan = torch.stack([find_score(name)(case.signals).isnan() for name in names]).any(0)
+    assert selection.num_nan == (case.valid & nan).sum()
     if selection.weights.any():
         assert selection.weights.double().sum().item() == pytest.approx(planned, rel=1e-6)
 

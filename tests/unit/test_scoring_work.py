@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.data.corpus import Corpus, open_corpus
@@ -61,6 +61,7 @@ def contexts(work: Work) -> dict[int, list[int]]:
     batch_tokens=st.integers(1, 40),
     shard_tokens=st.integers(1, 60),
 )
+@example(lengths=[3, 0, 4, 0, 0, 2], ended=True, window=4, batch_tokens=4, shard_tokens=50)
 def test_every_token_is_scored_once_after_its_own_document(
     tmp_path_factory: pytest.TempPathFactory,
     lengths: list[int],
