@@ -85,6 +85,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.activation_checkpointing",
     "training.timeout_minutes",
     "reference.micro_batch_size",
+    "reference.store",
     "data.skip_samples",
 )
 

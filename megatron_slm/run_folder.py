@@ -105,13 +105,23 @@ class RunFolder:
             )
         return config
 
-    def begin(self, config: Config, order_fingerprint: str) -> None:
+    def begin(self, config: Config, order_fingerprint: str, stores: list[str]) -> None:
         """Write `config.yaml`, add this start to `environment.json` on rank 0, and log to files from here on.
 
+        Args:
+            config: of the run, every default resolved.
+            order_fingerprint: of the order of samples.
+            stores: fingerprints of the stores that it reads.
+
         Raises:
-            UserError: resuming would change the order of samples, though the settings are the same.
+            UserError: resuming would change the order of samples, or a score, though the settings are the same.
         """
         known = self._known_environment()
+        if self.has_begun and known.get("stores", stores) != stores:
+            raise UserError(
+                f"Resuming {self.path} would change the reference: the scores in reference.store are not those that it "
+                "began with. Put them back, or use another run_dir."
+            )
         if self.has_begun and known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
             raise UserError(
                 f"Resuming {self.path} would change the order of samples: the corpora of data.train are not those "
@@ -120,7 +130,12 @@ class RunFolder:
         if self._world.is_main:
             write_durably(self.config, HEADER + dump_config(config))
             starts = [*known["starts"], _environment(self._world)]
-            described = {"format_version": FORMAT_VERSION, "order_fingerprint": order_fingerprint, "starts": starts}
+            described = {
+                "format_version": FORMAT_VERSION,
+                "order_fingerprint": order_fingerprint,
+                "stores": stores,
+                "starts": starts,
+            }
             write_durably(self.environment, json.dumps(described, indent=2) + "\n")
         self._log_to_files()
 

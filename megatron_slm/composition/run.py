@@ -12,7 +12,7 @@ from megatron_slm.composition.corpora import make_samples, open_corpora
 from megatron_slm.composition.models import make_backend, make_reference, make_student, student_config
 from megatron_slm.composition.objective import make_rule, objective_at
 from megatron_slm.composition.plan import resolve
-from megatron_slm.composition.stores import Order
+from megatron_slm.composition.stores import Order, store_fingerprints
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World, agree
@@ -60,7 +60,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     hf_config = agree(lambda: student_config(config, corpora))
     samples = make_samples(config, corpora, plan, folder.cache, world)
-    agree(lambda: folder.begin(config, samples.fingerprint))
+    agree(lambda: folder.begin(config, samples.fingerprint, store_fingerprints(config)))
     loader = StepLoader(
         samples,
         config.training.micro_batch_size,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,6 +77,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         attempt = _agree_writing(output, lambda: _attempt(folder, identity, manifest) if world.is_main else None)
         jobs = imported or _modelled(config, settings, corpora, order, end, world)
         _fill(jobs, attempt, output, world)
+        _read_back(jobs, attempt, output)
         _agree_writing(output, lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
 
 
@@ -233,10 +235,18 @@ def _nothing() -> None:
     """What a rank does that does not write."""
 
 
+def _read_back(jobs: list[Job], attempt: Attempt | None, output: Path) -> None:
+    """Check what is on the disk; every rank calls it, and meets the others at every shard, so that none gives up."""
+    for job in jobs:
+        reading = attempt.read_back(job.name) if attempt else repeat(None)
+        for _ in range(job.source.num_shards + 1):
+            _agree_writing(output, partial(next, reading))
+
+
 def _complete(jobs: list[Job], attempt: Attempt, manifest: Manifest, output: Path) -> None:
-    """Check what is on the disk, and make the store be there."""
+    """Make the store be there."""
     files = [
-        attempt.finish(job.name, job.corpus.prefix if job.corpus else "", job.corpus.sha256 if job.corpus else {})
+        attempt.entry(job.name, job.corpus.prefix if job.corpus else "", job.corpus.sha256 if job.corpus else {})
         for job in jobs
     ]
     manifest = dataclasses.replace(manifest, files=files)

@@ -19,6 +19,12 @@ class Order(NamedTuple):
     end: int
 
 
+def store_fingerprints(config: Config) -> list[str]:
+    """Of every store that the run reads."""
+    parts = config.reference.parts if config.reference is not None and config.objective == "slm" else []
+    return [open_store(part.store).fingerprint() for part in parts if part.store is not None]
+
+
 def open_reference_store(
     path: str, config: Config, corpora: Corpora, order: Order, needs: tuple[str, ...], world: World
 ) -> StoredReference:

@@ -7,6 +7,7 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import sync, write_durably
 from megatron_slm.scoring.sources import Values
 from megatron_slm.signals.encoding import ENCODINGS, encode
-from megatron_slm.signals.score_file import checksums
+from megatron_slm.signals.score_file import BlockChecksums
 from megatron_slm.signals.store import MANIFEST, FileEntry
 
 
@@ -56,6 +57,7 @@ class Attempt:
         self._encoding = encoding
         self._row_bytes = np.dtype(ENCODINGS[encoding].dtype).itemsize * len(columns)
         self._files = self._read()
+        self._checksums: dict[str, int] = {}
 
     def finished(self, name: str) -> tuple[int, int]:
         """Shards of a file that are on the disk, and their rows."""
@@ -83,27 +85,34 @@ class Attempt:
         sync(path)
         self._remember(name, found.values_NC, zlib.crc32(codes))
 
-    def finish(self, name: str, corpus: str, sha256: dict[str, str]) -> FileEntry:
-        """Read a file back, compare every shard with what was computed, and add the checksums of its blocks.
+    def read_back(self, name: str) -> Iterator[None]:
+        """Compare a file with what was computed, a shard at a time, and then add the checksums of its blocks.
 
         Raises:
             UserError: the disk gave back something else.
         """
-        path, file = self._path(name), self._file(name)
-        rows = sum(count for count, _ in file.shards)
+        path, blocks = self._path(name), BlockChecksums(self._row_bytes)
         with path.open("r+b") as stream:
-            for count, checksum in file.shards:
-                if zlib.crc32(stream.read(count * self._row_bytes)) != checksum:
+            for count, checksum in self._file(name).shards:
+                found = stream.read(count * self._row_bytes)
+                if zlib.crc32(found) != checksum:
                     raise UserError(
                         f"{path} does not hold what was written to it: the disk is not to be trusted. Remove "
                         f"{self._journal.parent} and score again on another."
                     )
+                blocks.feed(found)
+                yield
+            table = blocks.table()
             stream.truncate()
-        table = np.fromiter(checksums(path, rows, self._row_bytes), dtype="<u4").tobytes()
-        with path.open("ab") as stream:
             stream.write(table)
+        self._checksums[name] = zlib.crc32(table)
+        yield
+
+    def entry(self, name: str, corpus: str, sha256: dict[str, str]) -> FileEntry:
+        """What the manifest says of a file that was read back to its end."""
+        file, (_, rows) = self._file(name), self.finished(name)
         means = {column: total / rows for column, total in zip(self._columns, file.sums, strict=True)}
-        return FileEntry(name, rows, corpus, sha256, zlib.crc32(table), file.clipped, means)
+        return FileEntry(name, rows, corpus, sha256, self._checksums[name], file.clipped, means)
 
     def publish(self, manifest: str, output: Path) -> None:
         """Make the folder of the store be there, whole, at once."""

@@ -4,6 +4,7 @@ NAME.scores   rows x columns of codes, then uint32 CRC-32s of blocks of `BLOCK_R
 """
 
 import zlib
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,29 @@ from megatron_slm.signals.encoding import ENCODINGS, decode
 BLOCK_ROWS = 4096
 
 
-def checksums(path: Path, rows: int, row_bytes: int) -> Iterator[int]:
-    """CRC-32 of each block of rows, in order."""
-    with path.open("rb") as stream:
-        for start in range(0, rows, BLOCK_ROWS):
-            yield zlib.crc32(stream.read(row_bytes * min(BLOCK_ROWS, rows - start)))
+class BlockChecksums:
+    """CRC-32 of each block of rows, from bytes that come in any pieces.
+
+    Args:
+        row_bytes: of one row.
+    """
+
+    def __init__(self, row_bytes: int) -> None:
+        self._size = BLOCK_ROWS * row_bytes
+        self._found = array("I")
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """The bytes that follow."""
+        data = self._rest + data
+        whole = len(data) - len(data) % self._size
+        self._found.extend(zlib.crc32(data[start : start + self._size]) for start in range(0, whole, self._size))
+        self._rest = data[whole:]
+
+    def table(self) -> bytes:
+        """What stands behind the rows, the last block included."""
+        last = [zlib.crc32(self._rest)] if self._rest else []
+        return np.array([*self._found, *last], dtype="<u4").tobytes()
 
 
 class ScoreFile:

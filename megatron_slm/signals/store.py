@@ -4,6 +4,7 @@ manifest.json   written last; a folder without it is no store
 NAME.scores     one a corpus (kind `document`), or one for the order of samples (kind `packed`)
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -97,6 +98,14 @@ class Store:
             )
         return file
 
+    def fingerprint(self) -> str:
+        """sha256 of what the values are, wherever the store lies."""
+        manifest = self.manifest
+        values = [[entry.rows, entry.checksum] for entry in manifest.files]
+        return hashlib.sha256(
+            json.dumps([manifest.kind, manifest.columns, manifest.encoding, values]).encode()
+        ).hexdigest()
+
     def name_for(self, prefix: str, sha256: dict[str, str]) -> str:
         """Name of the file with the scores of a corpus, wherever the corpus lies.
 
@@ -109,7 +118,8 @@ class Store:
         """
         entries = self.manifest.files
         for entry in entries:
-            if entry.sha256 == sha256:
+            # Which of its tokens count (.mask) changes no score.
+            if all(entry.sha256[suffix] == sha256[suffix] for suffix in (".bin", ".idx")):
                 return entry.name
         if any(entry.sha256[".bin"] == sha256[".bin"] for entry in entries):
             differs = "whose tokens it has in other documents (the .idx differs)"

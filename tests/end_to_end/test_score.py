@@ -17,6 +17,7 @@ from megatron_slm.__main__ import main
 from megatron_slm.config import parse_config
 from megatron_slm.dist import World, disconnect
 from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.signals.score_file import BlockChecksums
 from megatron_slm.signals.store import Store, open_store
 from tests.end_to_end.test_bad_input import command_lines, sentence_of
 from tests.gloo import RankError, run_ranks
@@ -138,7 +139,7 @@ def score_until_killed(world: World, tree: dict[str, Any], count: Path, moment: 
     owner, name, passing = {
         "before a shard is flushed": (attempt, "sync", 3),
         "before the journal knows of it": (attempt, "write_durably", 3),
-        "before the checksums are written": (attempt, "checksums", 2),
+        "before the checksums are written": (BlockChecksums, "table", 2),
         "before the store is there": (os, "rename", 1),
     }[moment]
     original, calls = getattr(owner, name), []
@@ -285,6 +286,23 @@ def test_a_document_store_serves_any_order_and_any_number_of_ranks(corpora: Path
     two = train_and_record(corpora, tmp_path / "b", 2, store=str(stored / "documents"))
     for first, second in zip(one, two, strict=True):
         assert first["loss/reference"] == pytest.approx(second["loss/reference"], rel=1e-6)
+
+
+def test_a_run_goes_on_with_its_store_moved_and_refuses_another(corpora: Path, stored: Path, tmp_path: Path) -> None:
+    for name in ("documents", "exact"):
+        shutil.copytree(stored / name, tmp_path / name)
+    tree = training_tree(corpora, tmp_path / "run") | {"reference": {"store": str(tmp_path / "documents")}}
+    half = tree | {"training": tree["training"] | {"train_tokens": 10 * 8 * 32}}
+    half["data"] = tree["data"] | {"order_tokens": 20 * 8 * 32}
+    tree["data"] = half["data"]
+    run_ranks(train_in_process, 1, half)
+    tree["reference"]["store"] = str(tmp_path / "exact")
+    with pytest.raises(RankError, match="would change the reference: the scores in"):
+        run_ranks(train_in_process, 1, tree)
+    (tmp_path / "documents").rename(tmp_path / "moved")
+    tree["reference"]["store"] = str(tmp_path / "moved")
+    run_ranks(train_in_process, 1, tree)
+    assert records(tmp_path / "run")[-1]["step"] == 20
 
 
 def test_live_and_stored_references_mix_and_one_may_be_smaller_than_the_student(

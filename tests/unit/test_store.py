@@ -15,7 +15,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.signals.encoding import ENCODINGS, decode, encode
 from megatron_slm.signals.live import NoReference
 from megatron_slm.signals.mixture import MixedReference
-from megatron_slm.signals.score_file import BLOCK_ROWS, ScoreFile, checksums
+from megatron_slm.signals.score_file import BLOCK_ROWS, BlockChecksums, ScoreFile
 from megatron_slm.signals.store import FileEntry, Manifest, open_store
 from megatron_slm.signals.stored import StoredReference
 from megatron_slm.types import Batch, TokenSignals
@@ -26,10 +26,11 @@ ROWS = 3 * BLOCK_ROWS + 5
 def write_scores(path: Path, values_NC: np.ndarray, encoding: str = "fixed16") -> bytes:
     """A file as scoring writes it; returns its checksums."""
     codes = encode(values_NC, encoding)
-    path.write_bytes(codes.tobytes())
-    table = np.fromiter(checksums(path, len(codes), codes[0].nbytes), dtype="<u4").tobytes()
-    path.write_bytes(codes.tobytes() + table)
-    return table
+    blocks = BlockChecksums(codes[0].nbytes)
+    for piece in np.array_split(np.frombuffer(codes.tobytes(), dtype=np.uint8), 5):
+        blocks.feed(piece.tobytes())
+    path.write_bytes(codes.tobytes() + blocks.table())
+    return blocks.table()
 
 
 def some_values(rows: int = ROWS, columns: int = 1) -> np.ndarray:
@@ -146,7 +147,7 @@ def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
 
 def test_a_corpus_is_known_by_its_content_and_what_differs_is_named(tmp_path: Path) -> None:
     store = open_store(str(write_store(tmp_path / "store")))
-    assert store.name_for("elsewhere/moved", {".bin": "b", ".idx": "i"}) == "web"
+    assert store.name_for("elsewhere/moved", {".bin": "b", ".idx": "i", ".mask": "m"}) == "web"
     with pytest.raises(UserError, match=r"no scores of data/new, but those of data/web \(the .bin differs\)"):
         store.name_for("data/new", {".bin": "c", ".idx": "i"})
     with pytest.raises(UserError, match=r"the .idx differs"):
