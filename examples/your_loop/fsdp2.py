@@ -17,18 +17,23 @@ def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def train_step(
     student: FSDPModule, reference: nn.Module, rule: Rule, micro_batches: list[tuple[Tensor, Tensor]]
-) -> None:
-    """Add up the gradient of one optimizer step, over the micro-batches `(tokens, valid)` of all ranks."""
+) -> Tensor:
+    """Add up the gradient of one optimizer step, over the micro-batches `(tokens, valid)` of all ranks; the loss."""
     # One all-reduce for the divisor, of all ranks and micro-batches. FSDP averages over the ranks: undo that.
     planned = rule.plan([valid for _, valid in micro_batches]).sum().clamp(min=1)
     scale = dist.get_world_size() / planned
+    total = torch.zeros(())
     for index, (tokens, valid) in enumerate(micro_batches):
         student.set_requires_gradient_sync(index == len(micro_batches) - 1)
         loss = token_losses(student, tokens)
         with torch.no_grad():
             signals = {"student.loss": loss.detach(), "reference.loss": token_losses(reference, tokens)}
         # Ranked over all ranks. Every rank goes backward, also where nothing of it was kept.
-        (selected_loss(loss, rule.choose(signals, valid)) * scale).backward()
+        part = selected_loss(loss, rule.choose(signals, valid))
+        (part * scale).backward()
+        total += part.detach() / planned
+    dist.all_reduce(total)
+    return total
 
 
 def shard(model: nn.Sequential) -> FSDPModule:
@@ -46,11 +51,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
     rule = Rule(SelectionSettings(score="excess", ratio=0.6))
     torch.manual_seed(dist.get_rank())
-    for _ in range(20):
+    for step in range(20):
         texts = (torch.randint(64, (2, 8, 1)) + torch.arange(17)) % 64
-        train_step(student, reference, rule, [(tokens, torch.ones(8, 16).bool()) for tokens in texts])
+        loss = train_step(student, reference, rule, [(tokens, torch.ones(8, 16).bool()) for tokens in texts])
         optimizer.step()
         optimizer.zero_grad()
+        if dist.get_rank() == 0:
+            print(f"step {step + 1} selected loss {loss:.4f}")
     dist.destroy_process_group()
 
 

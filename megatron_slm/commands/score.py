@@ -7,6 +7,7 @@ left it. docs/score.md says which context each token is scored in, and what the 
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,14 @@ def _verify(path: str) -> None:
 
 
 def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
     from megatron_slm.composition.scoring import score_corpora
     from megatron_slm.dist import connect, disconnect
 
     world = connect(config.training.timeout_minutes)
+    if not (world.is_main and sys.stderr.isatty()):
+        disable_progress_bar()
     try:
         if imports and world.size > 1:
             raise AgreedError(f"--import was started on {world.size} ranks: start one process.")

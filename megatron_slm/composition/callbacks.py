@@ -1,5 +1,6 @@
 """What is told of every step, in the order in which it is told."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from megatron_slm.data.corpus import unique_names
 from megatron_slm.data.stream import EvaluationStream
 from megatron_slm.dist import World, agree
 from megatron_slm.run_folder import RunFolder
-from megatron_slm.signals.live import LiveReference, Reference
+from megatron_slm.signals.live import LiveReference, NoReference, Reference
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.callbacks.checkpoint import Checkpoints
 from megatron_slm.training.callbacks.console import Console
@@ -31,6 +32,8 @@ from megatron_slm.training.records import cut_back
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback
     if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
         references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
         checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, str(settings.path)))
+    elif settings is not None and not isinstance(reference, NoReference) and parts.world.is_main:
+        logger.info("no reference check: only one live reference can be asked about the evaluation sets")
     return checks
 
 

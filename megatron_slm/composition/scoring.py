@@ -206,7 +206,10 @@ def _fill(jobs: list[Job], attempt: Attempt | None, output: Path, world: World) 
     """Write the shards that are not there yet; every rank calls it."""
     found = {job.name: attempt.finished(job.name) for job in jobs} if attempt else {}
     finished: dict[str, tuple[int, int]] = gather_objects(found)[0]
-    left = sum(job.source.rows - finished[job.name][1] for job in jobs)
+    total = sum(job.source.rows for job in jobs)
+    left = total - sum(rows for _, rows in finished.values())
+    if left < total and world.is_main:
+        logger.info("going on after %s of %s tokens", f"{total - left:,}", f"{total:,}")
     done = 0
     with Meter(left, "tokens", shown=world.is_main) as meter:
         for job in jobs:

@@ -43,9 +43,9 @@ class Meter:
         if self._shown and self._bar.disable and now - self._reported_at > _LOG_SECONDS:
             self._reported_at = now
             seconds = (self._total - done) * (now - self._start) / max(done, 1)
-            left = f" of {self._total / 1e6:.0f}, {seconds:.0f} s left" if self._total else ""
+            left = f" of {self._total:,}, {seconds:.0f} s left" if self._total else ""
             speed = done / (now - self._start)
-            logger.info("%s: %.0f million%s, %.3g a second", self._unit, done / 1e6, left, speed)
+            logger.info("%s: %s%s, %s a second", self._unit, f"{done:,}", left, f"{speed:,.0f}")
 
 
 def reported(results: Iterable[tuple[T, int]], total: int, unit: str) -> Iterator[T]:

@@ -122,9 +122,10 @@ def writing(output: str) -> Iterator[None]:
 def _kept_if_useful(folder: Path) -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if (folder / JOURNAL).exists():
-            logger.info("what is finished is kept in %s: the same command goes on from there", folder)
+            if not isinstance(error, UserError):  # which has its own remedy
+                logger.info("what is finished is kept in %s: the same command goes on from there", folder)
         else:
             shutil.rmtree(folder)
         raise

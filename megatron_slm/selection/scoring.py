@@ -56,12 +56,18 @@ def find_score(name: str) -> Score:
 
 
 def call_score(score: Score, signals: dict[str, Tensor], valid: Tensor) -> Tensor:
-    """What a score says of each token.
+    """What a score says of each token, from the signals that it needs.
 
     Raises:
-        ValueError: it is not a float tensor of the shape of `valid`.
+        ValueError: it reads another signal, or does not return a float tensor of the shape of `valid`.
     """
-    found = score(signals)
+    try:
+        found = score({name: signals[name] for name in score.needs})
+    except KeyError as error:
+        raise ValueError(
+            f"The score {getattr(score, '__name__', '?')} (selection.score) reads {error}, which its @score(needs=...) "
+            "does not name: add it there."
+        ) from error
     if isinstance(found, Tensor) and found.shape == valid.shape and found.is_floating_point():
         return found
     said = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -15,11 +15,15 @@ from megatron_slm.types import Batch, TokenSignals
 
 
 class Choice(NamedTuple):
-    """Of this rank: mask_BT bool, what is kept; weights_BT float32; threshold float32, NaN if there is none."""
+    """Of this rank: mask_BT bool, what is kept; weights_BT float32; threshold float32, NaN if there is none.
+
+    num_nan int64: tokens of all ranks whose score is NaN.
+    """
 
     mask_BT: Tensor
     weights_BT: Tensor
     threshold: Tensor
+    num_nan: Tensor | int = 0
 
 
 class Objective(Protocol):
@@ -84,4 +88,4 @@ class SelectiveLanguageModeling:
             selection = self._rule.choose(signals, pool.valid_BT, self._ratio, position=pool.token_position_BT)
         except ValueError as error:  # a score of the user's, on every rank
             raise AgreedError(str(error)) from error
-        return Choice(selection.mask, selection.weights, selection.threshold)
+        return Choice(selection.mask, selection.weights, selection.threshold, selection.num_nan)

@@ -53,16 +53,23 @@ class StepStatistics:
         }
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
         self._excess: list[tuple[Tensor, Tensor]] = []
+        self._nan = torch.zeros((), dtype=torch.int64, device=device)
         self.first_pool: Pool | None = None
 
     @property
     def has_reference(self) -> bool:
         return bool(self._excess)
 
+    @property
+    def num_nan(self) -> int:
+        """Tokens of all ranks whose score is NaN; the same on every rank."""
+        return int(self._nan)
+
     def add(self, pool: Batch, signals: TokenSignals, choice: Choice) -> None:
         """One pool of this rank."""
         self.first_pool = self.first_pool or Pool(pool, signals, choice)
         valid_BT, loss_BT = pool.valid_BT, signals["student.loss"]
+        self._nan += choice.num_nan
         self._add("valid", valid_BT)
         self._add("selected", choice.mask_BT)
         self._add("loss", loss_BT * valid_BT)

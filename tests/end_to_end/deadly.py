@@ -31,3 +31,15 @@ def lowest_reference_entropy(signals: dict[str, Tensor]) -> Tensor:
 def one_for_all(signals: dict[str, Tensor]) -> Tensor:
     """A score that forgot that it is of each token."""
     return signals["student.loss"].sum()
+
+
+@score(needs=("student.loss",))
+def not_a_number(signals: dict[str, Tensor]) -> Tensor:
+    """A score that is none."""
+    return signals["student.loss"] * float("nan")
+
+
+@score(needs=("student.loss",))
+def reads_more_than_it_says(signals: dict[str, Tensor]) -> Tensor:
+    """A score that forgot to name a signal."""
+    return signals["student.loss"] - signals["reference.loss"]

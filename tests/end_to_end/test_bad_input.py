@@ -15,7 +15,7 @@ from megatron_slm.__main__ import main
 from megatron_slm.dist import World, disconnect
 from tests.end_to_end.selection_mistakes import SELECTION
 from tests.gloo import run_ranks
-from tests.runs import config_tree, megatron_slm, train_in_process, write_config, write_text
+from tests.runs import config_tree, megatron_slm, records, train_in_process, write_config, write_text
 
 
 def command_line(_: World, *arguments: str) -> tuple[int, str]:
@@ -193,6 +193,23 @@ def test_a_score_of_another_shape_is_named(corpora: Path, tmp_path: Path) -> Non
     assert said.startswith(
         "The score one_for_all (selection.score) returned torch.float32 []: return a float tensor [2, 32]"
     )
+
+
+def test_a_score_that_reads_what_it_does_not_need_is_named(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    said = refused("train", str(config), "selection.score=tests.end_to_end.deadly:reads_more_than_it_says")
+    assert (
+        "reads_more_than_it_says (selection.score) reads 'reference.loss', which its @score(needs=...) does not" in said
+    )
+
+
+def test_a_score_that_is_no_number_is_told_once_and_counted(corpora: Path, tmp_path: Path) -> None:
+    tree = config_tree(corpora, tmp_path / "run", train_tokens=3 * 8 * 32)
+    tree["selection"] = {"score": "tests.end_to_end.deadly:not_a_number"}
+    run_ranks(train_in_process, 2, tree)
+    assert [record["selection/nan"] for record in records(tmp_path / "run")] == [256, 256, 256]
+    log = (tmp_path / "run" / "log-rank0000.txt").read_text()
+    assert log.count("selection.score is NaN for 256 tokens of this step") == 1
 
 
 def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> None:

@@ -164,5 +164,6 @@ def test_the_share_of_a_source_is_of_its_own_tokens() -> None:
     expected = {"": 9 / 16, "/web": 1 / 8, "/books": 1.0}
     assert shown == {f"selection/ratio{name}": share for name, share in expected.items()} | {
         "selection/threshold": 3.0,
+        "selection/nan": 0,
         "excess/q50": 5.0,
     }

@@ -1,5 +1,7 @@
 """Losses and selection of a logged step, over all ranks."""
 
+import logging
+
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
@@ -18,6 +20,7 @@ class StepMetrics(Callback):
         self._sources = sources
         self._selective = selective
         self._quantiles = quantiles
+        self._warned = False
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         if state.record is None:
@@ -35,6 +38,7 @@ class StepMetrics(Callback):
         }
         if self._selective:
             state.record |= self._selection(state, result, sums)
+            self._warn(result.statistics.num_nan)
 
     def _selection(self, state: RunState, result: StepResult, sums: dict[str, float]) -> dict[str, float | None]:
         unselected = sums["valid"] - sums["selected"]
@@ -49,12 +53,23 @@ class StepMetrics(Callback):
             "loss/reference": ratio(sums["reference_loss"], sums["valid"]) if statistics.has_reference else None,
             "selection/threshold": ratio(sums["threshold"], sums["thresholds"]),
             "selection/ratio": ratio(sums["selected"], sums["valid"]),
+            "selection/nan": statistics.num_nan,
             **{
                 f"selection/ratio/{name}": ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
                 for source, name in enumerate(self._sources)
             },
             **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=True)},
         }
+
+    def _warn(self, without_score: int) -> None:
+        """Once: such tokens are kept last, so a run goes on with a few of them."""
+        if without_score and not self._warned:
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                "selection.score is NaN for %d tokens of this step, which are kept last: look at the score, and at "
+                "selection/nan in the records.",
+                without_score,
+            )
 
 
 def ratio(part: float, whole: float) -> float | None:
