@@ -28,10 +28,11 @@ from megatron_slm.composition.scoring import score_corpora
 from megatron_slm.composition.stores import Order
 from megatron_slm.config import Config, parse_config, parse_quantity, read_tree
 from megatron_slm.dist import World, all_reduce_sum, connect, disconnect
+from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.scores.excess import excess
 from megatron_slm.selection.select import select_tokens
 from megatron_slm.signals.live import NoReference, Reference
-from megatron_slm.training.objective import CausalLanguageModeling
+from megatron_slm.training.objective import CausalLanguageModeling, SelectiveLanguageModeling
 from megatron_slm.training.step import TrainingStep
 
 KINDS = {
@@ -70,6 +71,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tokens", type=parse_quantity, default=1_000_000, help="to compare selections of; default: 1M"
     )
     parser.add_argument("--rounds", type=int, default=20, help="steps of each way; default: 20")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of stores; default: all")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -77,23 +79,27 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
     folder = Path(options.folder)
-    tree = read_tree(options.config, [f"run_dir={folder / 'run'}", "training.save_interval=1000000"])
+    tree = read_tree(
+        options.config,
+        [f"run_dir={folder / 'run'}", "training.save_interval=1000000", f"training.train_tokens={options.tokens}"],
+    )
     steps = -(-options.tokens // (tree["training"]["global_batch_size"] * tree["data"]["seq_length"]))
     live = parse_config(tree)
     run = build_run(live, world)
     step, loader = run.trainer._step, run.trainer._loader
     stores: dict[str, Reference] = {}
     scoring: dict[str, float] = {}
-    for name, kind in KINDS.items():
-        stores[name], scoring[name] = stored(name, kind, live, folder, world)
+    for name in options.kinds:
+        stores[name], scoring[name] = stored(name, KINDS[name], live, folder, world)
     reading = {name: time_reading(store, loader, live, rounds=options.rounds) for name, store in stores.items()}
     ways = steps_by_way(step, stores, world)
     batches = loader.take(0)
+    selective = SelectiveLanguageModeling(Rule(live.selection), live.selection.ratio, pools_whole_step=False)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.rounds + 2):
         for name, way in ways.items():
             start = time.perf_counter()
-            way(batches, 0.0, turn)
+            way(batches, CausalLanguageModeling() if name == "plain" else selective, 0.0, turn)
             if turn > 1:
                 seconds[name].append(time.perf_counter() - start)
     return {
@@ -139,9 +145,9 @@ def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> 
 
 def steps_by_way(live: TrainingStep, stores: dict[str, Reference], world: World) -> dict[str, TrainingStep]:
     """The same engine, stepped with each reference; the rate is 0, so that all do the same work."""
-    common = {"seed": 1, "num_sources": live._num_sources, "world": world}
-    ways = {"plain": TrainingStep(live._engine, NoReference(), CausalLanguageModeling(), **common), "live": live}
-    return ways | {name: TrainingStep(live._engine, store, live._objective, **common) for name, store in stores.items()}
+    common: dict[str, Any] = {"seed": 1, "num_sources": live._num_sources, "world": world}
+    ways = {"plain": TrainingStep(live._engine, NoReference(), **common), "live": live}
+    return ways | {name: TrainingStep(live._engine, store, **common) for name, store in stores.items()}
 
 
 @torch.no_grad()
