@@ -107,7 +107,7 @@ def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback
     if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
         references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
         checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, str(settings.path)))
-    elif settings is not None and not isinstance(reference, NoReference) and parts.world.is_main:
+    elif not isinstance(reference, LiveReference | NoReference) and parts.world.is_main:
         logger.info("no reference check: only one live reference can be asked about the evaluation sets")
     return checks
 

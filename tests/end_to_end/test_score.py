@@ -40,6 +40,16 @@ def training_tree(corpora: Path, run_dir: Path) -> dict[str, Any]:
     return tree
 
 
+def smallest_config(corpora: Path, folder: Path) -> str:
+    """The path of a configuration of three lines, which are enough to score."""
+    tree = {
+        "data": {"train": str(corpora / "books"), "seq_length": 32},
+        "reference": {"path": str(corpora / "reference")},
+        "score": {"output": str(folder / "scores")},
+    }
+    return str(write_config(folder / "score.yaml", tree))
+
+
 def score_in_process(world: World, tree: dict[str, Any], imports: tuple[str, ...] = ()) -> None:
     from megatron_slm.composition.scoring import score_corpora
 
@@ -278,6 +288,8 @@ def test_a_run_on_a_packed_store_is_bitwise_the_run_with_the_live_reference(corp
     )
     read = train_and_record(corpora, tmp_path / "stored", 1, store=str(tmp_path / "packed"))
     assert live == read
+    said = [(tmp_path / name / "log-rank0000.txt").read_text() for name in ("live", "stored")]
+    assert ["no reference check" in log for log in said] == [False, True]
     assert all(record["loss/reference"] for record in live)
 
 
@@ -327,13 +339,7 @@ def test_live_and_stored_references_mix_and_one_may_be_smaller_than_the_student(
 
 
 def test_the_command_scores_and_training_reads_it(corpora: Path, tmp_path: Path) -> None:
-    """A configuration of three lines is enough to score."""
-    tree = {
-        "data": {"train": str(corpora / "books"), "seq_length": 32},
-        "reference": {"path": str(corpora / "reference")},
-        "score": {"output": str(tmp_path / "scores")},
-    }
-    config = str(write_config(tmp_path / "score.yaml", tree))
+    config = smallest_config(corpora, tmp_path)
     done = megatron_slm("score", config, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "train with: reference.store=" in done.stderr
@@ -520,12 +526,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
 
 
 def test_mistakes_of_the_command_are_sentences(corpora: Path, tmp_path: Path) -> None:
-    tree = {
-        "data": {"train": str(corpora / "books"), "seq_length": 32},
-        "reference": {"path": str(corpora / "reference")},
-        "score": {"output": str(tmp_path / "scores")},
-    }
-    config = str(write_config(tmp_path / "score.yaml", tree))
+    config = smallest_config(corpora, tmp_path)
     bare = tmp_path / "bare"
     shutil.copytree(corpora / "reference", bare)
     (bare / "config.json").unlink()
