@@ -16,7 +16,7 @@ from megatron_slm.composition.objective import make_rule
 from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
-from megatron_slm.data.loader import accumulation_steps, runs_beside
+from megatron_slm.data.loader import accumulation_steps, position_after
 from megatron_slm.data.samples import check_order, order_fingerprint
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
@@ -146,7 +146,7 @@ def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World) 
     """Open every store that will be read."""
     data, settings = config.data, config.reference
     fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0)
-    end = runs_beside(data.skip_samples, 0, plan.total_steps * plan.global_batch_size)[-1].stop
+    end = position_after(data.skip_samples, 0, plan.total_steps * plan.global_batch_size)
     for part in settings.parts if settings is not None and config.objective == "slm" else []:
         if part.store is not None:
             needs = Rule(config.selection).needs

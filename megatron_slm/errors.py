@@ -1,6 +1,10 @@
 """What a user can mend."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -13,6 +17,18 @@ class UserError(Exception):
 
 class AgreedError(UserError):
     """A user's error that every rank raises: rank 0 alone says it."""
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """Do what every rank does on the same files, so that every rank finds the same error.
+
+    Raises:
+        AgreedError: instead of a user's error.
+    """
+    try:
+        return work()
+    except UserError as error:
+        raise AgreedError(str(error)) from error
 
 
 def refuse_missing_folder(setting: str, path: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_slm.config import Config, parse_config, read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
-from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.scoring.settings import ScoreSettings
 
 _EPILOG = """examples:
@@ -52,10 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Score, import or verify."""
-    try:
-        config, settings = _read(arguments)
-    except UserError as error:
-        raise AgreedError(str(error)) from error
+    config, settings = agreed(lambda: _read(arguments))
     if arguments.verify:
         _verify(settings.output)
     else:

@@ -9,12 +9,12 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.errors import UserError, agreed
 from megatron_slm.launcher import is_main_process
 from megatron_slm.signals.store import open_store
 
@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, or look whether it could be done."""
     # Read before anything heavy is imported: a typo answers at once.
-    config = _agreed(lambda: _read(arguments))
+    config = agreed(lambda: _read(arguments))
     if arguments.dry_run:
-        _agreed(lambda: _dry_run(config, arguments.ranks, arguments.rollback))
+        agreed(lambda: _dry_run(config, arguments.ranks, arguments.rollback))
     else:
         _train(config, (), _rollback(arguments.rollback))
 
@@ -151,11 +151,3 @@ def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:
     report = dry_run(config, ranks or int(os.environ.get("WORLD_SIZE", "1")), rollback)
     if is_main_process(os.environ):
         sys.stdout.write(report)
-
-
-def _agreed(work: Callable[[], Any]) -> Any:
-    """Every rank looks at the same files and finds the same error."""
-    try:
-        return work()
-    except UserError as error:
-        raise AgreedError(str(error)) from error

@@ -15,7 +15,7 @@ from megatron_slm.composition.models import frozen_model, make_backend
 from megatron_slm.composition.plan import resolve
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, file_sha256, unique_names
-from megatron_slm.data.loader import runs_beside
+from megatron_slm.data.loader import position_after
 from megatron_slm.data.progress import Meter
 from megatron_slm.data.samples import Samples
 from megatron_slm.data.staging import staging, writing
@@ -72,7 +72,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
-        end = runs_beside(config.data.skip_samples, 0, plan.total_steps * plan.global_batch_size)[-1].stop
+        end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.global_batch_size)
         identity = _identity(config, settings, manifest, corpora, end)
         attempt = _agree_writing(output, lambda: _attempt(folder, identity, manifest) if world.is_main else None)
         jobs = imported or _modelled(config, settings, corpora, order, end, world)
@@ -148,7 +148,6 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that decides the values, and which of them make a shard."""
     packed = settings.kind == "packed"
-    names = unique_names([corpus.prefix for corpus in corpora.train])
     return {
         "score.kind": manifest.kind,
         "score.encoding": manifest.encoding,
@@ -156,8 +155,7 @@ def _identity(
         "score.shard_tokens": settings.shard_tokens,
         "data.seq_length": manifest.seq_length,
         "data.train (name, sha256)": [
-            [name, *(corpus.sha256[suffix][:16] for suffix in (".bin", ".idx"))]
-            for name, corpus in zip(names, corpora.train, strict=True)
+            [name, *(corpus.sha256[suffix][:16] for suffix in (".bin", ".idx"))] for name, corpus in _named(corpora)
         ],
         "the order of samples": manifest.order_fingerprint[:16],
         "the samples": end if packed else None,
@@ -168,16 +166,20 @@ def _identity(
     }
 
 
+def _named(corpora: Corpora) -> list[tuple[str, Corpus]]:
+    """Each corpus that is scored, with the name of its file."""
+    return list(zip(unique_names([corpus.prefix for corpus in corpora.train]), corpora.train, strict=True))
+
+
 def _imported(corpora: Corpora, imports: Sequence[Path], settings: ScoreSettings) -> list[Job]:
     if len(imports) != len(corpora.train):
         raise UserError(
             f"--import names {len(imports)} files and data.train {len(corpora.train)} corpora: give one for each, in "
             "their order."
         )
-    names = unique_names([corpus.prefix for corpus in corpora.train])
     return [
         Job(name, corpus, open_import(path, corpus, settings.shard_tokens))
-        for name, corpus, path in zip(names, corpora.train, imports, strict=True)
+        for (name, corpus), path in zip(_named(corpora), imports, strict=True)
     ]
 
 
@@ -193,10 +195,9 @@ def _modelled(
         works: list[tuple[str, Corpus | None, Work]] = [(ORDER, None, work)]
     else:
         eod, batch = corpora.tokenizer.eos_token_id, part.micro_batch_size * length
-        names = unique_names([corpus.prefix for corpus in corpora.train])
         works = [
             (name, corpus, DocumentWork(corpus, eod, length, batch, settings.shard_tokens))
-            for name, corpus in zip(names, corpora.train, strict=True)
+            for name, corpus in _named(corpora)
         ]
     engine, _ = frozen_model(config, part, corpora, make_backend(config, world))
     return [Job(name, corpus, ModelSource(engine, work, settings.columns, world)) for name, corpus, work in works]

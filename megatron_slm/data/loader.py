@@ -41,6 +41,12 @@ def runs_beside(skip: Sequence[tuple[int, int]], first: int, count: int) -> list
     return [*runs, range(first, first + count)] if count else runs
 
 
+def position_after(skip: Sequence[tuple[int, int]], position: int, count: int) -> int:
+    """The position in the order behind the next `count` samples from this one on, without those to skip."""
+    runs = runs_beside(skip, position, count)
+    return runs[-1].stop if runs else position
+
+
 class StepLoader:
     """The micro-batches of one optimizer step for this rank, the next step read ahead in a thread.
 
@@ -77,8 +83,7 @@ class StepLoader:
 
     def end(self, position: int, steps: int = 1) -> int:
         """The position after so many steps from this one on."""
-        runs = runs_beside(self._skip, position, steps * self._global_batch_size)
-        return runs[-1].stop if runs else position
+        return position_after(self._skip, position, steps * self._global_batch_size)
 
     def take(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the step that begins at this position of the order, on its device."""

@@ -13,7 +13,7 @@ from megatron_slm.dist import World, all_reduce_sum, gather_objects
 from megatron_slm.errors import AgreedError
 from megatron_slm.models.student import Student, Tape
 from megatron_slm.selection.uniform import token_uniform
-from megatron_slm.signals.live import Reference
+from megatron_slm.signals.live import NoReference, Reference
 from megatron_slm.training.objective import Objective
 from megatron_slm.training.state import Asked
 from megatron_slm.training.statistics import StepStatistics
@@ -92,7 +92,8 @@ class TrainingStep:
         # DeepSpeed and the plain backend average gradients over the ranks; one over the global
         # count times the number of ranks makes that the sum over all ranks divided once.
         scale = self._world.size / max(planned, 1)
-        reference = iter(self._take_reference(batches, objective))
+        source = self._reference if objective.takes_reference else NoReference()
+        reference = iter(source.take(batches, _wanted(objective, "reference.")))
         statistics = StepStatistics(self._num_sources, self._world.device)
         suspects: list[tuple[Tensor, Tensor]] = []
         for index, (pool, whole) in enumerate(zip(pools, joined, strict=True)):
@@ -103,11 +104,6 @@ class TrainingStep:
             self._backward(tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
         loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
         return StepResult(selected, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
-
-    def _take_reference(self, batches: list[Batch], objective: Objective) -> list[TokenSignals]:
-        if not objective.takes_reference:
-            return [{} for _ in batches]
-        return self._reference.take(batches, _wanted(objective, "reference."))
 
     def _score(
         self, pool: list[Batch], reference: list[TokenSignals], want: tuple[str, ...]
