@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
+from megatron_slm.filtering.settings import FilterSettings
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.scoring.settings import ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings
@@ -87,6 +88,7 @@ MAY_CHANGE_ON_RESUME = (
     "reference.micro_batch_size",
     "reference.store",
     "data.skip_samples",
+    "data.keep",
 )
 
 _QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBTkmbt]?)", re.ASCII)
@@ -114,6 +116,7 @@ class Config:
     callbacks: list[str] = field(default_factory=list)
     reference: ReferenceSettings | None = None
     score: ScoreSettings | None = None
+    filter: FilterSettings | None = None
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
 
@@ -200,7 +203,7 @@ def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
 
 def _is_not_the_runs(key: str) -> bool:
     """Where the run lies, and what another command reads."""
-    return key in ("run_dir", "score") or key.startswith("score.")
+    return key == "run_dir" or key.partition(".")[0] in ("score", "filter")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

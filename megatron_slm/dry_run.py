@@ -10,14 +10,14 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from megatron_slm.composition.corpora import Corpora, open_corpora, require_tokenizer
+from megatron_slm.composition.corpora import Corpora, kept_in_words, open_run_corpora, require_tokenizer
 from megatron_slm.composition.models import PRECISIONS, student_config
 from megatron_slm.composition.objective import make_rule
 from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps, position_after
-from megatron_slm.data.samples import check_order, order_fingerprint
+from megatron_slm.data.samples import check_order, order_fingerprint, tokens_per_epoch
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import pretrained_config
@@ -73,7 +73,7 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
         found.take(partial(_refuse_other_weights, "reference", part.path))
     for name in config.callbacks:
         found.take(partial(make_callback, name))
-    corpora = found.take(lambda: open_corpora(config))
+    corpora = found.take(lambda: open_run_corpora(config))
     found.take(lambda: make_rule(config, world))
     if corpora is not None:
         _look_at_models(config, corpora, world, found)
@@ -145,7 +145,7 @@ def _live_references(config: Config, corpora: Corpora) -> list[tuple[PartSetting
 def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World) -> None:
     """Open every store that will be read."""
     data, settings = config.data, config.reference
-    fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0)
+    fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0, corpora.kept)
     end = position_after(data.skip_samples, 0, plan.total_steps * plan.global_batch_size)
     for part in settings.parts if settings is not None and config.objective == "slm" else []:
         if part.store is not None:
@@ -171,12 +171,14 @@ def _say_data(config: Config, corpora: Corpora, found: Findings) -> None:
     trained = ", ".join(f"{corpus.name} {quantity(corpus.num_tokens)}" for corpus in corpora.train)
     held_out = ", ".join(f"{name} {quantity(corpus.num_tokens)}" for name, corpus in corpora.valid.items()) or "none"
     found.say("data", f"tokens: {trained}; held out: {held_out}; one tokenizer of {len(corpora.tokenizer):,} entries")
+    if corpora.kept is not None:
+        found.say("keep", f"{config.data.keep}: {kept_in_words(corpora)}")
 
 
 def _say_plan(config: Config, plan: Plan, corpora: Corpora, world: World, found: Findings) -> None:
     training = config.training
     micro_steps = accumulation_steps(plan.global_batch_size, training.micro_batch_size, world.size)
-    passes = plan.total_steps * plan.tokens_per_step / sum(corpus.num_tokens for corpus in corpora.train)
+    passes = plan.total_steps * plan.tokens_per_step / tokens_per_epoch(config.data, corpora.train, corpora.kept)
     found.say(
         "plan",
         f"{plan.total_steps:,} steps of {quantity(plan.tokens_per_step)} tokens, {passes:.2g} passes over data.train, "

@@ -124,8 +124,9 @@ class RunFolder:
             )
         if self.has_begun and known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
             raise UserError(
-                f"Resuming {self.path} would change the order of samples: the corpora of data.train are not those "
-                "that it began with. Put them back, or use another run_dir."
+                f"Resuming {self.path} would change the order of samples: the corpora of data.train, or the "
+                "documents that data.keep leaves of them, are not those that it began with. Put them back, or use "
+                "another run_dir."
             )
         if self._world.is_main:
             write_durably(self.config, HEADER + dump_config(config))

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config import Config, parse_config, read_tree
+from megatron_slm.commands._partial import parse_partial
+from megatron_slm.config import Config, read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
@@ -27,9 +28,6 @@ _EPILOG = """examples:
 --import: one .npy (a log-probability, in nats, for every token of PREFIX.bin) or .jsonl ({"logprobs": [...]}, a line a
 document, its end-of-document token included) for each corpus of data.train, in their order.
 """
-
-_UNUSED = {"run_dir": "", "model": {"config": {"model_type": "llama"}}}
-"""What a configuration needs for training, and not for scores."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +62,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     packed = isinstance(tree.get("score"), dict) and tree["score"].get("kind") == "packed"
     if packed and "training" not in tree:
         raise UserError("score.kind is packed, which scores the samples of one run: give its training group too.")
-    config = parse_config(_UNUSED | (tree if packed else tree | {"training": _training(tree.get("training"))}))
+    config = parse_partial(tree, whole_training=packed)
     if config.score is None:
         raise UserError("score.output is not set: name the folder to make, as in score.output=scores/web.")
     if arguments.imports and (packed or config.score.entropy):
@@ -74,14 +72,6 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     for prefix in blend(config.data.train)[0]:
         open_corpus(prefix)
     return config, config.score
-
-
-def _training(given: Any) -> Any:
-    """The training group, with what it needs for a run and not for the scores of documents."""
-    if not isinstance(given, dict | None):
-        return given
-    length = {} if given and {"train_tokens", "train_epochs"} & given.keys() else {"train_tokens": 1}
-    return {"global_batch_size": 1} | length | (given or {})
 
 
 def _verify(path: str) -> None:

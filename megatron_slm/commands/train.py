@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
+from megatron_slm.data.keep_list import open_keep_list
 from megatron_slm.errors import UserError, agreed
 from megatron_slm.launcher import is_main_process
 from megatron_slm.signals.store import open_store
@@ -133,6 +134,8 @@ def _refuse_missing_data(config: Config) -> None:
     """The commonest mistake, found without importing anything heavy."""
     for setting, prefix in config.data.corpora():
         _open(setting, prefix)
+    if config.data.keep is not None:
+        open_keep_list(config.data.keep)
     for part in config.reference.parts if config.reference and config.objective == "slm" else []:
         if part.store is not None:
             open_store(part.store)

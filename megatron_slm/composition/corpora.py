@@ -1,12 +1,13 @@
 """The corpora of a run, their one tokenizer, and the order of samples."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus
-from megatron_slm.data.samples import Samples, build_samples
+from megatron_slm.data.samples import Kept, Samples, build_samples, kept_documents
 from megatron_slm.data.settings import blend
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_slm.dist import World, agree
@@ -16,12 +17,16 @@ from megatron_slm.training.state import Plan
 
 @dataclass(frozen=True)
 class Corpora:
-    """The training corpora in the order of the blend, the evaluation sets by name, and their one tokenizer."""
+    """The training corpora in the order of the blend, the evaluation sets by name, and their one tokenizer.
+
+    `kept` is what a keep-list leaves of each training corpus; None: there is no list, or it is not asked for.
+    """
 
     train: list[Corpus]
     valid: dict[str, Corpus]
     fingerprint: str
     tokenizer: Any
+    kept: list[Kept] | None = None
 
 
 def open_corpora(config: Config) -> Corpora:
@@ -37,6 +42,21 @@ def open_corpora(config: Config) -> Corpora:
             )
     tokenizer = load_tokenizer(str(corpus_tokenizer_path(train[0])))
     return Corpora(train, valid, train[0].tokenizer_fingerprint, tokenizer)
+
+
+def open_run_corpora(config: Config) -> Corpora:
+    """The same, and what `data.keep` leaves of them."""
+    corpora = open_corpora(config)
+    return dataclasses.replace(corpora, kept=kept_documents(config.data, corpora.train))
+
+
+def kept_in_words(corpora: Corpora) -> str:
+    """What a keep-list leaves of each corpus, in one line."""
+    return "; ".join(
+        f"{part.documents.sum():,} of {corpus.num_documents:,} documents of {corpus.name}, {part.num_tokens:,} of "
+        f"{corpus.num_tokens:,} tokens"
+        for corpus, part in zip(corpora.train, corpora.kept or [], strict=True)
+    )
 
 
 def require_tokenizer(path: str, setting: str, fingerprint: str) -> None:
@@ -62,6 +82,7 @@ def make_samples(config: Config, corpora: Corpora, plan: Plan, cache: Path, worl
         total_samples=plan.total_steps * plan.global_batch_size,
         cache=agree(lambda: _cache_folder(config, cache)),
         world=world,
+        kept=corpora.kept,
     )
 
 

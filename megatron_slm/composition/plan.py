@@ -5,7 +5,7 @@ import math
 
 from megatron_slm.composition.corpora import Corpora
 from megatron_slm.config import Config
-from megatron_slm.data.settings import train_share
+from megatron_slm.data.samples import tokens_per_epoch
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.training.state import Plan
@@ -18,8 +18,8 @@ def resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Pla
         UserError: a precision that the backend cannot train in.
     """
     training, data = config.training, config.data
-    epoch_tokens = train_share(data.split) * sum(corpus.num_tokens for corpus in corpora.train)
-    tokens = training.train_tokens or math.ceil((training.train_epochs or 0.0) * epoch_tokens)
+    epochs = training.train_epochs or 0.0
+    tokens = training.train_tokens or math.ceil(epochs * tokens_per_epoch(data, corpora.train, corpora.kept))
     tokens_per_step = training.global_batch_size * data.seq_length
     steps = math.ceil(tokens / tokens_per_step)
     # Whole steps, so that a run of the planned length stays within one cycle of the order.

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from megatron_slm.composition.callbacks import Parts, make_callbacks
-from megatron_slm.composition.corpora import make_samples, open_corpora
+from megatron_slm.composition.corpora import kept_in_words, make_samples, open_run_corpora
 from megatron_slm.composition.models import make_backend, make_reference, make_student, student_config
 from megatron_slm.composition.objective import make_rule, objective_at
 from megatron_slm.composition.plan import resolve
@@ -27,6 +27,9 @@ from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,15 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     config = agree(lambda: folder.settle(config))
     if rollback is not None:
         agree(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
-    corpora = agree(lambda: open_corpora(config))
+    corpora = agree(lambda: open_run_corpora(config))
     config, plan = agree(lambda: resolve(config, corpora, world))
     rule = agree(lambda: make_rule(config, world))
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     hf_config = agree(lambda: student_config(config, corpora))
     samples = make_samples(config, corpora, plan, folder.cache, world)
     agree(lambda: folder.begin(config, samples.fingerprint, store_fingerprints(config)))
+    if corpora.kept is not None and world.is_main:
+        logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
     loader = StepLoader(
         samples,
         config.training.micro_batch_size,
@@ -83,7 +88,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     if (progress := store.restore(engine)) is not None:
         agree(lambda: state.restore(progress))
         if world.is_main:
-            logging.getLogger(__name__).info("going on from the checkpoint of step %d", state.step)
+            logger.info("going on from the checkpoint of step %d", state.step)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     student_flops = token_flops(student, hf_config, config.data.seq_length).training
     peak = peak_flops(world.device)

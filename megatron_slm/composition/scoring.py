@@ -10,7 +10,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_slm.composition.corpora import Corpora, make_samples, open_corpora
+from megatron_slm.composition.corpora import Corpora, make_samples, open_corpora, open_run_corpora
 from megatron_slm.composition.models import frozen_model, make_backend
 from megatron_slm.composition.plan import resolve
 from megatron_slm.config import Config
@@ -65,10 +65,10 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
     folder = output.with_name(f".{output.name}.{DOING}")
     with ExitStack() as stack:
         agree(lambda: _hold(output, stack) if world.is_main else None)
-        corpora = agree(lambda: open_corpora(config))
+        packed = settings.kind == "packed"
+        corpora = agree(lambda: open_run_corpora(config) if packed else open_corpora(config))
         config, plan = agree(lambda: resolve(config, corpora, world))
         imported = agree(lambda: _imported(corpora, imports, settings) if imports else [])
-        packed = settings.kind == "packed"
         order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)

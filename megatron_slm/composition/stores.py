@@ -1,13 +1,16 @@
 """A store of reference scores, matched with the run that wants to read it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from megatron_slm.composition.corpora import Corpora
 from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.signals.score_file import ScoreFile
 from megatron_slm.signals.store import ORDER, Store, open_store
 from megatron_slm.signals.stored import StoredReference
 
@@ -39,13 +42,8 @@ def open_reference_store(
     Raises:
         UserError: it is incomplete, corrupted, or of other tokens, another tokenizer, order or model.
     """
-    store = open_store(path)
+    store = open_matching_store(path, corpora)
     manifest = store.manifest
-    if manifest.tokenizer_fingerprint != corpora.fingerprint:
-        raise UserError(
-            f"reference.store is {path}, whose tokens are of another tokenizer than those of data.train: score these "
-            "corpora."
-        )
     if "reference.entropy" in needs and "entropy" not in manifest.columns:
         raise UserError(
             f"reference.store is {path}, which holds no entropy, and selection.score needs reference.entropy: score "
@@ -55,10 +53,38 @@ def open_reference_store(
         _refuse_other_model(store, config.reference.path)
     if manifest.kind == "packed":
         _refuse_other_order(store, config, order)
-        names = [ORDER]
+        files = [store.file_of(ORDER)]
     else:
-        names = [store.name_for(corpus.prefix, corpus.sha256) for corpus in corpora.train]
-    return StoredReference([store.file_of(name) for name in names], manifest.columns, manifest.kind == "packed")
+        files = document_files(store, corpora.train)
+    return StoredReference(files, manifest.columns, manifest.kind == "packed")
+
+
+def open_matching_store(path: str, corpora: Corpora, setting: str = "reference.store") -> Store:
+    """A store of the tokenizer of these corpora.
+
+    Args:
+        path: of its folder.
+        corpora: of the run.
+        setting: that named it, for messages.
+
+    Raises:
+        UserError: it is incomplete, or of another tokenizer.
+    """
+    store = open_store(path, setting)
+    if store.manifest.tokenizer_fingerprint != corpora.fingerprint:
+        raise UserError(
+            f"{setting} is {path}, whose tokens are of another tokenizer than those of data.train: score these corpora."
+        )
+    return store
+
+
+def document_files(store: Store, corpora: Sequence[Corpus]) -> list[ScoreFile]:
+    """Of a store of kind `document`, the file of each corpus.
+
+    Raises:
+        UserError: it holds no scores of one of them, or a file is not whole.
+    """
+    return [store.file_of(store.name_for(corpus.prefix, corpus.sha256)) for corpus in corpora]
 
 
 def _refuse_other_order(store: Store, config: Config, order: Order) -> None:
@@ -66,8 +92,8 @@ def _refuse_other_order(store: Store, config: Config, order: Order) -> None:
     if (manifest.order_fingerprint, manifest.seq_length) != (order.fingerprint, length):
         raise UserError(
             f"reference.store is {store.path}, of kind packed and of another order of samples (data.train, data.split, "
-            "data.seq_length, data.order_tokens or seed differ): score this order, or a store of kind document, which "
-            "serves any."
+            "data.keep, data.seq_length, data.order_tokens or seed differ): score this order, or a store of kind "
+            "document, which serves any."
         )
     if manifest.reset_attention != config.data.reset_attention:
         raise UserError(

@@ -1,8 +1,11 @@
 """Which tokens make sample number n of a run: megatron-core's packing and blending, with every token's address.
 
-The order is a function of (seed, blend, split, seq_length, order_tokens) alone. megatron-core's
+The order is a function of (seed, blend, split, keep-list, seq_length, order_tokens) alone. megatron-core's
 indices depend on how many samples are asked for, so that number is fixed by `order_tokens`: one
 *cycle*. Training beyond it goes on with the next cycle, which has a seed of its own.
+
+The split comes first: it divides all documents of a corpus, as in megatron-core, and the keep-list leaves some
+of those that it gives to training. So what is held out is the same with a keep-list and without.
 """
 
 import fcntl
@@ -12,20 +15,24 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from megatron_slm.data.corpus import Corpus, open_mask
-from megatron_slm.data.settings import DataSettings, blend
+from megatron_slm.data.corpus import Corpus, open_mask, open_tokens
+from megatron_slm.data.keep_list import open_keep_list
+from megatron_slm.data.settings import DataSettings, blend, train_share
 from megatron_slm.dist import World
-from megatron_slm.errors import AgreedError
+from megatron_slm.errors import AgreedError, UserError
 
 ORDER_FORMAT = 1
 """Raised when the same settings would give another order than before."""
@@ -51,8 +58,61 @@ class Sample(NamedTuple):
     valid: NDArray[np.bool_] | None = None
 
 
+class Kept(NamedTuple):
+    """What a keep-list leaves of one corpus: bool `[num_documents]`, within the split, and tokens in these."""
+
+    documents: NDArray[np.bool_]
+    num_tokens: int
+
+
+def kept_documents(settings: DataSettings, corpora: Sequence[Corpus]) -> list[Kept] | None:
+    """What is left of each corpus; None where there is no keep-list.
+
+    Raises:
+        UserError: it cannot be read, is of other corpora, or leaves nothing of one.
+    """
+    if settings.keep is None:
+        return None
+    _refuse_empty_split(settings, corpora)
+    keep_list = open_keep_list(settings.keep)
+    kept = [_kept(keep_list.documents(corpus), corpus, settings.split) for corpus in corpora]
+    for corpus, part in zip(corpora, kept, strict=True):
+        if part.num_tokens < 1:
+            raise UserError(
+                f"data.keep is {settings.keep}, which keeps no document of {corpus.prefix} among those that data.split "
+                "gives to training: raise filter.keep, or leave this corpus out of data.train."
+            )
+    return kept
+
+
+def _kept(documents: NDArray[np.bool_], corpus: Corpus, split: str | None) -> Kept:
+    documents[_split_documents(corpus, split) :] = False
+    lengths = open_tokens(corpus).index.sequence_lengths
+    return Kept(documents, int(lengths[documents].sum(dtype=np.int64)))
+
+
+@dataclass
+class OrderConfig(GPTDatasetConfig):
+    """megatron-core's configuration, and which documents of a PREFIX are kept; all of one that is not named."""
+
+    kept: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+
 class PackedDocuments(GPTDataset):
-    """megatron-core's packed samples, with document ids and offsets kept."""
+    """megatron-core's packed samples, with document ids and offsets kept, and of kept documents alone."""
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str,
+        indexed_indices: NDArray[np.int32],
+        num_samples: int,
+        index_split: Split,
+        config: OrderConfig,
+    ) -> None:
+        if dataset_path in config.kept:
+            indexed_indices = indexed_indices[config.kept[dataset_path][indexed_indices]]
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
         place = int(self.shuffle_index[index])
@@ -126,6 +186,7 @@ def build_samples(
     total_samples: int,
     cache: Path,
     world: World,
+    kept: Sequence[Kept] | None = None,
 ) -> Samples:
     """The run's samples; every rank calls it, rank 0 builds the indices.
 
@@ -137,39 +198,54 @@ def build_samples(
         total_samples: as far as this run will go.
         cache: folder that all ranks see; built indices are kept there.
         world: this process among all.
+        kept: what a keep-list leaves of each corpus; None: there is none.
 
     Raises:
-        AgreedError: the split leaves a corpus without a document, or more is left out than trained on.
+        AgreedError: as `check_order`.
     """
     check_order(settings, corpora, total_samples)
     cycle_length = math.ceil(order_tokens / settings.seq_length)
-    fingerprint = order_fingerprint(settings, corpora, seed, order_tokens)
+    fingerprint = order_fingerprint(settings, corpora, seed, order_tokens, kept)
 
     def build_cycle(cycle: int) -> PackedDocuments:
         folder = cache / f"{fingerprint[:16]}-{cycle}"
-        return _build_cycle(settings, corpora, cycle_seed(seed, cycle), cycle_length, folder, world)
+        return _build_cycle(settings, corpora, kept, cycle_seed(seed, cycle), cycle_length, folder, world)
 
     samples = Samples(build_cycle, cycle_length, fingerprint, [open_mask(corpus) for corpus in corpora])
     samples.reach(total_samples)
     return samples
 
 
-def order_fingerprint(settings: DataSettings, corpora: list[Corpus], seed: int, order_tokens: int) -> str:
+def order_fingerprint(
+    settings: DataSettings,
+    corpora: list[Corpus],
+    seed: int,
+    order_tokens: int,
+    kept: Sequence[Kept] | None = None,
+) -> str:
     """sha256 of everything that the order of samples depends on; the arguments are those of `build_samples`."""
-    identity = {
+    identity: dict[str, Any] = {
         "format": ORDER_FORMAT,
         "seed": seed,
-        "blend": [_weights(settings, corpora), [corpus.sha256 for corpus in corpora]],
+        "blend": [_weights(settings, corpora, kept), [corpus.sha256 for corpus in corpora]],
         "split": settings.split,
         "seq_length": settings.seq_length,
         "order_tokens": order_tokens,
     }
+    if kept is not None:  # Orders from before there were keep-lists have their fingerprints.
+        identity["keep"] = [hashlib.sha256(np.packbits(part.documents).tobytes()).hexdigest() for part in kept]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def cycle_seed(seed: int, cycle: int) -> int:
     """A seed for NumPy, below 2**32. Hashed, or a cycle would be the cycle before of the next seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{cycle}".encode()).digest()[:4], "big")
+
+
+def tokens_per_epoch(settings: DataSettings, corpora: Sequence[Corpus], kept: Sequence[Kept] | None) -> float:
+    """Tokens of one pass over what is trained on; under a split its share of all tokens, unless they are counted."""
+    share = train_share(settings.split) if kept is None else 1.0
+    return share * sum(_num_tokens(corpora, kept))
 
 
 def check_order(settings: DataSettings, corpora: list[Corpus], total_samples: int) -> None:
@@ -182,15 +258,19 @@ def check_order(settings: DataSettings, corpora: list[Corpus], total_samples: in
     _refuse_to_skip_more(settings.skip_samples, total_samples)
 
 
-def _refuse_empty_split(settings: DataSettings, corpora: list[Corpus]) -> None:
-    """Counted as megatron-core does, which would look for a first sample for ever."""
-    share = parse_and_normalize_split(settings.split or WHOLE)[0]
+def _refuse_empty_split(settings: DataSettings, corpora: Sequence[Corpus]) -> None:
+    """megatron-core would look for a first sample for ever."""
     for corpus in corpora:
-        if round(share * corpus.num_documents) < 1:
+        if _split_documents(corpus, settings.split) < 1:
             raise AgreedError(
                 f"data.split is '{settings.split}', which leaves none of the {corpus.num_documents} documents of "
                 f"{corpus.prefix} for training: give the first part a larger share."
             )
+
+
+def _split_documents(corpus: Corpus, split: str | None) -> int:
+    """The first so many documents are for training; counted as megatron-core does."""
+    return round(parse_and_normalize_split(split or WHOLE)[0] * corpus.num_documents)
 
 
 def _refuse_to_skip_more(skip: list[tuple[int, int]], total_samples: int) -> None:
@@ -205,20 +285,30 @@ def _refuse_to_skip_more(skip: list[tuple[int, int]], total_samples: int) -> Non
         )
 
 
-def _weights(settings: DataSettings, corpora: list[Corpus]) -> list[float]:
+def _weights(settings: DataSettings, corpora: list[Corpus], kept: Sequence[Kept] | None) -> list[float]:
     _, weights = blend(settings.train)
-    return weights or [float(corpus.num_tokens) for corpus in corpora]
+    return weights or [float(tokens) for tokens in _num_tokens(corpora, kept)]
+
+
+def _num_tokens(corpora: Sequence[Corpus], kept: Sequence[Kept] | None) -> list[int]:
+    return [part.num_tokens for part in (corpora if kept is None else kept)]
 
 
 def _build_cycle(
-    settings: DataSettings, corpora: list[Corpus], seed: int, length: int, cache: Path, world: World
+    settings: DataSettings,
+    corpora: list[Corpus],
+    kept: Sequence[Kept] | None,
+    seed: int,
+    length: int,
+    cache: Path,
+    world: World,
 ) -> PackedDocuments:
     """One cycle's dataset: rank 0 builds the indices if they are not there, then all ranks map them."""
     prefixes = [corpus.prefix for corpus in corpora]
-    config = GPTDatasetConfig(
+    config = OrderConfig(
         random_seed=seed,
         sequence_length=settings.seq_length,
-        blend=(prefixes, _weights(settings, corpora) if len(prefixes) > 1 else None),
+        blend=(prefixes, _weights(settings, corpora, kept) if len(prefixes) > 1 else None),
         split=settings.split or WHOLE,
         path_to_cache=str(cache),
         tokenizer=_NoTokenizer(),
@@ -226,6 +316,7 @@ def _build_cycle(
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        kept={} if kept is None else {prefix: part.documents for prefix, part in zip(prefixes, kept, strict=True)},
     )
     config.split_matrix = [config.split_matrix[0], None, None]
     with _alone_in(cache) if world.is_main else nullcontext():

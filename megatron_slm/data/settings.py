@@ -10,6 +10,7 @@ class DataSettings:
     valid            evaluation sets: a PREFIX by name [; Megatron's valid_data_path]
     split            the part of the documents of train to use: "98,2,0" takes the first 98 % [per cent; Megatron]
     seq_length       length of a sample [tokens; Megatron]
+    keep             train on the documents alone that this file keeps, which megatron-slm filter wrote [path; ours]
     reset_attention  positions and attention restart at each document [; Megatron's reset_attention_mask]
     order_tokens     one order of the samples; default: training.train_tokens, frozen in the run folder [tokens; ours]
     cache            folder of the index caches; default: RUN_DIR/cache [path; Megatron's data_cache_path]
@@ -20,6 +21,7 @@ class DataSettings:
     seq_length: int = 2048
     valid: dict[str, str] = field(default_factory=dict)
     split: str | None = None
+    keep: str | None = None
     reset_attention: bool = False
     order_tokens: int | None = None
     cache: str | None = None

@@ -72,10 +72,17 @@ class ScoreFile:
         Raises:
             UserError: a block that holds one of these rows is not as it was written.
         """
-        for block in np.unique(rows_N // BLOCK_ROWS):
-            if not self._checked[block]:
-                self._check(int(block))
+        self._check_blocks(np.unique(rows_N // BLOCK_ROWS))
         return decode(self._codes[rows_N], self._encoding)
+
+    def stretch(self, first: int, last: int) -> NDArray[np.float32]:
+        """The rows from `first` to `last`, float32 `[N, columns]`.
+
+        Raises:
+            UserError: as `read`.
+        """
+        self._check_blocks(np.arange(first // BLOCK_ROWS, -(-last // BLOCK_ROWS)))
+        return decode(self._codes[first:last], self._encoding)
 
     def check_all(self) -> Iterator[int]:
         """Check every block; yields the rows that are done.
@@ -90,6 +97,10 @@ class ScoreFile:
     def table_checksum(self) -> int:
         """CRC-32 of the checksums."""
         return zlib.crc32(self._checksums.tobytes())
+
+    def _check_blocks(self, blocks: NDArray[np.int64]) -> None:
+        for block in blocks[~self._checked[blocks]]:
+            self._check(int(block))
 
     def _check(self, block: int) -> None:
         first = block * BLOCK_ROWS

@@ -81,6 +81,8 @@ class Store:
 
     path: Path
     manifest: Manifest
+    setting: str = "reference.store"
+    """That named it, for messages."""
 
     def file_of(self, name: str) -> ScoreFile:
         """The file of this name, checked for its size and the sum of its checksums.
@@ -126,7 +128,7 @@ class Store:
         else:
             differs = f"but those of {', '.join(entry.corpus for entry in entries)} (the .bin differs)"
         raise UserError(
-            f"reference.store is {self.path}, which holds no scores of {prefix}, {differs}: score this corpus, or "
+            f"{self.setting} is {self.path}, which holds no scores of {prefix}, {differs}: score this corpus, or "
             "train on those that were scored."
         )
 
@@ -149,7 +151,7 @@ def open_store(path: str, setting: str = "reference.store") -> Store:
                 f"{fields['encoding']}, which this program does not read: score the corpus again."
             )
         fields["files"] = [FileEntry(**entry) for entry in fields["files"]]
-        return Store(Path(path), Manifest(**fields))
+        return Store(Path(path), Manifest(**fields), setting)
     except FileNotFoundError:
         raise UserError(
             f"{setting} is {path}, which holds no {MANIFEST}: name the folder that megatron-slm score wrote; one "

@@ -24,18 +24,22 @@ MAY_IMPORT = {
     "signals": LEAVES | {"models"},
     # What fills a store of scores, once, instead of training.
     "scoring": LEAVES | {"data", "models", "signals"},
+    # What ranks documents by two stores of scores, before training.
+    "filtering": LEAVES - {"backend"} | {"data", "signals"},
     "training": LEAVES | {"data", "models", "signals", "selection", "reporting"},
     # Pages and pictures of plain values: for any part that shows something.
     "reporting": set(),
-    "config": {"errors", "data", "models", "signals", "scoring", "selection", "training"},
+    "config": {"errors", "data", "models", "signals", "scoring", "filtering", "selection", "training"},
     "run_folder": {"config", "dist", "errors", "files", "training"},
-    "composition": LEAVES | {"config", "run_folder", "data", "models", "signals", "scoring", "selection", "training"},
+    "composition": LEAVES
+    | {"config", "run_folder"}
+    | {"data", "models", "signals", "scoring", "filtering", "selection", "training"},
     "demo": LEAVES | {"data", "models", "selection", "reporting"},
     "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "signals", "selection", "training"},
     # A verb may ask any part but the edges.
     "commands": LEAVES
     | {"config", "run_folder", "composition", "dry_run", "demo"}
-    | {"data", "models", "signals", "scoring", "selection", "training"},
+    | {"data", "models", "signals", "scoring", "filtering", "selection", "training"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }

@@ -14,19 +14,21 @@ from megatron_slm.config import Config
 from tests.contracts.test_house import PACKAGE
 
 PUBLIC_NAMES = {"Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"}
-VERBS = {"demo", "export", "prepare", "score", "train"}
+VERBS = {"demo", "export", "filter", "prepare", "score", "train"}
 SETTINGS = """
 run_dir objective seed callbacks deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by
 reference.path reference.store reference.micro_batch_size reference.shard reference.trust_remote_code reference.mix
 reference.of.path reference.of.store reference.of.weight reference.of.micro_batch_size reference.of.shard
 reference.of.trust_remote_code
+filter.base filter.reference filter.keep filter.output
 score.output score.kind score.encoding score.entropy score.shard_tokens
 selection.score selection.ratio selection.scope selection.pool selection.backward selection.quantiles
 selection.combine selection.of.score selection.of.ratio selection.unit selection.sequence_ratio
 selection.weighting selection.temperature
 selection.schedule selection.schedule_tokens selection.ratio_steps selection.start
 data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache data.skip_samples
+data.keep
 reference.check_windows training.spike_sigma training.profile_steps
 training.micro_batch_size training.global_batch_size training.train_tokens training.train_epochs
 training.lr training.min_lr training.warmup_tokens training.schedule training.weight_decay training.clip_grad

@@ -1,0 +1,123 @@
+"""A filtering: corpora and two stores in, a keep-list out. Read `filter_documents` from top to bottom."""
+
+import logging
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_slm.composition.corpora import Corpora, open_corpora
+from megatron_slm.composition.stores import document_files, open_matching_store
+from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus, open_tokens
+from megatron_slm.data.keep_list import write_keep_list
+from megatron_slm.data.progress import Meter
+from megatron_slm.data.staging import staging
+from megatron_slm.errors import UserError
+from megatron_slm.files import sync
+from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest
+from megatron_slm.filtering.settings import FilterSettings
+from megatron_slm.signals.store import Store
+
+DOING = "filtering"
+"""End of the name of the folder beside the list, while it is made."""
+
+logger = logging.getLogger(__name__)
+
+
+def filter_documents(config: Config, settings: FilterSettings) -> None:
+    """Rank the documents of all corpora together, and write which are kept.
+
+    Args:
+        config: its corpora.
+        settings: by which stores, how many, and where to.
+
+    Raises:
+        UserError: anything that the user can mend; what exists is as it was.
+    """
+    output = Path(settings.output)
+    _refuse_existing(output)
+    with staging(output, "filter.output", DOING) as folder:
+        corpora = open_corpora(config)
+        paths = {"filter.base": settings.base, "filter.reference": settings.reference}
+        stores = [_open_store(setting, path, corpora) for setting, path in paths.items()]
+        distinct = list({tuple(corpus.sha256.values()): corpus for corpus in corpora.train}.values())
+        found = _excess(distinct, *(_losses(store, distinct) for store in stores))
+        kept = _kept(found, settings.keep)
+        _refuse_empty(distinct, kept, settings.keep)
+        aside = folder / output.name
+        base, reference = (store.fingerprint() for store in stores)
+        write_keep_list(aside, distinct, kept, {"keep": settings.keep, "base": base, "reference": reference})
+        sync(aside)
+        _refuse_existing(output)
+        os.rename(aside, output)
+        sync(output.parent)
+    _tell(distinct, found, kept)
+    logger.info("train with: data.keep=%s", output)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"filter.output is {output}, which exists: name a file that does not, or remove it first.")
+
+
+def _open_store(setting: str, path: str, corpora: Corpora) -> Store:
+    store = open_matching_store(path, corpora, setting)
+    if store.manifest.kind != "document":
+        raise UserError(
+            f"{setting} is {path}, of kind {store.manifest.kind}, which scores samples and not documents: score the "
+            "corpora with score.kind=document."
+        )
+    return store
+
+
+def _losses(store: Store, corpora: list[Corpus]) -> list[Losses]:
+    column = store.manifest.columns.index("loss")
+    return [Losses(file, column) for file in document_files(store, corpora)]
+
+
+def _excess(corpora: list[Corpus], bases: list[Losses], references: list[Losses]) -> list[DocumentExcess]:
+    """Of the documents of each corpus."""
+    found, done = [], 0
+    with Meter(sum(corpus.num_tokens for corpus in corpora), "tokens") as meter:
+        for corpus, base, reference in zip(corpora, bases, references, strict=True):
+            found.append(document_excess(corpus, base, reference, partial(_tell_meter, meter, done)))
+            done += corpus.num_tokens
+    return found
+
+
+def _tell_meter(meter: Meter, before: int, done: int) -> None:
+    meter.reach(before + done)
+
+
+def _kept(found: list[DocumentExcess], keep: float) -> list[NDArray[np.bool_]]:
+    """Which documents of each corpus are kept, all of them ranked together."""
+    kept_D = highest(np.concatenate([excess.mean_D for excess in found]), keep)
+    return np.split(kept_D, np.cumsum([len(excess.total_D) for excess in found])[:-1])
+
+
+def _refuse_empty(corpora: list[Corpus], kept: list[NDArray[np.bool_]], keep: float) -> None:
+    for corpus, documents in zip(corpora, kept, strict=True):
+        if not documents.any():
+            raise UserError(
+                f"filter.keep is {keep}, which keeps none of the {len(documents)} documents of {corpus.prefix}: raise "
+                "it, or leave this corpus out of data.train."
+            )
+
+
+def _tell(corpora: list[Corpus], found: list[DocumentExcess], kept: list[NDArray[np.bool_]]) -> None:
+    for corpus, excess, documents in zip(corpora, found, kept, strict=True):
+        tokens = int(open_tokens(corpus).index.sequence_lengths[documents].sum(dtype=np.int64))
+        logger.info(
+            "%s: kept %s of %s documents, %s of %s tokens; mean excess loss of the kept %s, of the dropped %s",
+            corpus.prefix,
+            *(f"{number:,}" for number in (documents.sum(), len(documents), tokens, corpus.num_tokens)),
+            *(_nats(excess.mean_over(part)) for part in (documents, ~documents)),
+        )
+
+
+def _nats(mean: float) -> str:
+    return "undefined" if math.isnan(mean) else f"{mean:.4f} nats a token"
