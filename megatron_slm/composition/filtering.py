@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from megatron_slm.composition.corpora import Corpora, open_corpora
 from megatron_slm.composition.stores import document_files, open_matching_store
 from megatron_slm.config import Config
-from megatron_slm.data.corpus import Corpus, open_tokens
+from megatron_slm.data.corpus import Corpus, count_tokens
 from megatron_slm.data.keep_list import write_keep_list
 from megatron_slm.data.progress import Meter
 from megatron_slm.data.staging import staging
@@ -110,7 +110,7 @@ def _refuse_empty(corpora: list[Corpus], kept: list[NDArray[np.bool_]], keep: fl
 
 def _tell(corpora: list[Corpus], found: list[DocumentExcess], kept: list[NDArray[np.bool_]]) -> None:
     for corpus, excess, documents in zip(corpora, found, kept, strict=True):
-        tokens = int(open_tokens(corpus).index.sequence_lengths[documents].sum(dtype=np.int64))
+        tokens = count_tokens(corpus, documents)
         logger.info(
             "%s: kept %s of %s documents, %s of %s tokens; mean excess loss of the kept %s, of the dropped %s",
             corpus.prefix,

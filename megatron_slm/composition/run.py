@@ -28,7 +28,6 @@ from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
 
-
 logger = logging.getLogger(__name__)
 
 

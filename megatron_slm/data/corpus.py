@@ -96,6 +96,12 @@ def open_tokens(corpus: Corpus) -> "IndexedDataset":
     return IndexedDataset(corpus.prefix, multimodal=False, mmap=True)
 
 
+def count_tokens(corpus: Corpus, documents: "NDArray[np.bool_]") -> int:
+    """Tokens in some of the documents, bool `[num_documents]`."""
+    index = open_tokens(corpus).index  # held, for it takes its arrays with it when it goes
+    return int(index.sequence_lengths[documents].sum(dtype=np.int64))
+
+
 def open_mask(corpus: Corpus) -> "NDArray[np.uint8] | None":
     """Map the mask into memory, uint8 `[num_tokens]`, 1 where a token counts; None where all do."""
     return np.memmap(corpus.prefix + MASK, dtype=np.uint8, mode="r") if corpus.masked else None

@@ -65,7 +65,7 @@ def write_keep_list(
     path: Path, corpora: Sequence[Corpus], kept: "Sequence[NDArray[np.bool_]]", origin: Mapping[str, Any]
 ) -> None:
     """Write which documents are kept of each corpus, and where that came from. The same list is the same bytes."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     names = unique_names([corpus.prefix for corpus in corpora])
     tensors = {name: np.packbits(documents) for name, documents in zip(names, kept, strict=True)}
@@ -73,7 +73,7 @@ def write_keep_list(
         Entry(name, corpus.num_documents, corpus.sha256)._asdict() for name, corpus in zip(names, corpora, strict=True)
     ]
     described = {"format_version": FORMAT_VERSION, **origin, "corpora": entries}
-    save_file(tensors, path, {_METADATA: json.dumps(described)})
+    path.write_bytes(save(tensors, {_METADATA: json.dumps(described)}))
 
 
 def open_keep_list(path: str) -> KeepList:

@@ -28,7 +28,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
-from megatron_slm.data.corpus import Corpus, open_mask, open_tokens
+from megatron_slm.data.corpus import Corpus, count_tokens, open_mask
 from megatron_slm.data.keep_list import open_keep_list
 from megatron_slm.data.settings import DataSettings, blend, train_share
 from megatron_slm.dist import World
@@ -87,8 +87,7 @@ def kept_documents(settings: DataSettings, corpora: Sequence[Corpus]) -> list[Ke
 
 def _kept(documents: NDArray[np.bool_], corpus: Corpus, split: str | None) -> Kept:
     documents[_split_documents(corpus, split) :] = False
-    lengths = open_tokens(corpus).index.sequence_lengths
-    return Kept(documents, int(lengths[documents].sum(dtype=np.int64)))
+    return Kept(documents, count_tokens(corpus, documents))
 
 
 @dataclass
