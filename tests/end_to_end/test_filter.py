@@ -96,17 +96,17 @@ def test_the_documents_of_highest_mean_excess_loss_are_kept(corpora: Path, store
 
 
 def train_and_look(world: World, tree: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """Train; source, offset of the label and token of everything that this rank was given as a label."""
+    """Train; source, offset and id of every token that this rank was given, those that are context alone too."""
     seen = []
     original = StepLoader._batch
 
     def looking(self: StepLoader, ordinals: list[int]) -> Any:
         batch = original(self, ordinals)
-        source_BT = batch.source_B[:, None].expand_as(batch.labels_BT)
-        columns = [column.flatten().tolist() for column in (source_BT, batch.label_offset_BT, batch.labels_BT)]
-        seen.extend(zip(*columns, strict=True))
-        # The token before the first label stands right before it, or ends another kept document.
-        assert (batch.tokens_BT[:, 1:] == batch.labels_BT[:, :-1]).all()
+        for ordinal, tokens_T, labels_T in zip(ordinals, batch.tokens_BT, batch.labels_BT, strict=True):
+            sample = self._samples[ordinal]
+            text = torch.cat([tokens_T[:1], labels_T])
+            assert (text[1:-1] == tokens_T[1:]).all()
+            seen.extend((sample.source, *token) for token in zip(sample.offset.tolist(), text.tolist(), strict=True))
         return batch
 
     StepLoader._batch = looking  # type: ignore[method-assign]
@@ -130,10 +130,8 @@ def test_no_token_of_a_dropped_document_is_ever_in_a_batch(corpora: Path, stores
         seen = [token for part in run_ranks(train_and_look, ranks, tree) for token in part]
         assert all(tokens[source][offset] == token for source, offset, token in seen)
         found[ranks] = sorted(seen)
-        labels = {(source, offset) for source, offset, _ in seen}
-        assert not labels & dropped
-        # A sample's first token is no label; three passes begin their samples at three places.
-        assert len(labels) > 0.97 * len(kept)
+        met = {(source, offset) for source, offset, _ in seen}
+        assert not met & dropped and len(met) > 0.97 * len(kept)
         steps = records(tmp_path / str(ranks))[-1]["step"]
         assert steps == -(-3 * len(kept) // (8 * 32))
     assert found[1] == found[2]
