@@ -144,6 +144,8 @@ def test_a_run_goes_on_with_its_list_moved_and_refuses_another(corpora: Path, st
     for name in ("keep", "fewer"):
         shutil.copy(stores / name, tmp_path / name)
     tree = training_tree(corpora, tmp_path / "run", tmp_path / "keep", order_tokens=20 * 8 * 32)
+    # Weights that do not tell the lists apart.
+    tree["data"]["train"] = [0.7, str(corpora / NAMES[0]), 0.3, str(corpora / NAMES[1])]
     half = tree | {"training": tree["training"] | {"train_tokens": 10 * 8 * 32}}
     run_ranks(train_in_process, 1, half)
     for other in (str(tmp_path / "fewer"), None):
