@@ -17,9 +17,10 @@ CHUNK_BYTES = 1 << 27
 class TokenLoss(torch.autograd.Function):
     """Cross-entropy of each token, and its entropy on demand, chunk by chunk.
 
-    The backward recomputes the logits of those tokens alone whose upstream gradient is not zero:
-    exact for the selected loss, and nothing is paid for a token that was not selected. The weight
-    is saved as the parameter that it is: a detached copy would pin a ZeRO-3 parameter in memory.
+    The backward is run for those tokens alone whose upstream gradient is not zero: exact for the
+    selected loss, and nothing is paid for a token that was not selected. It recomputes their logits,
+    unless all logits fit in one chunk and were kept. The weight is saved as the parameter that it
+    is: a detached copy would pin a ZeRO-3 parameter in memory.
     """
 
     @staticmethod
@@ -38,12 +39,16 @@ class TokenLoss(torch.autograd.Function):
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             logits_CV = _logits(hidden_ND[part], weight_VD, bias_V, dtype)
-            lse_N[part] = logits_CV.logsumexp(-1)
-            loss_N[part] = lse_N[part] - logits_CV.gather(-1, labels_N[part, None].clamp(min=0)).squeeze(-1)
+            label_C1 = labels_N[part, None].clamp(min=0)
+            label_logit_C1 = logits_CV.gather(-1, label_C1)
+            logprobs_CV = logits_CV.log_softmax(-1)
+            loss_N[part] = -logprobs_CV.gather(-1, label_C1).squeeze(-1)
+            lse_N[part] = label_logit_C1.squeeze(-1) + loss_N[part]
             if with_entropy:
-                entropy_N[part] = _entropy(logits_CV, lse_N[part])
+                entropy_N[part] = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
         loss_N.masked_fill_(labels_N < 0, 0.0)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N)
+        kept_NV = logprobs_CV if 0 < len(labels_N) <= chunk else None
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept_NV)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(entropy_N)
         return loss_N, entropy_N
@@ -51,7 +56,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, labels_N, lse_N = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept_NV = ctx.saved_tensors
         upstream_N = upstream[0].masked_fill(labels_N < 0, 0.0)
         rows_R = upstream_N.nonzero().squeeze(-1)
         hidden_RD, labels_R1, upstream_R1 = hidden_ND[rows_R], labels_N[rows_R, None], upstream_N[rows_R, None]
@@ -65,8 +70,13 @@ class TokenLoss(torch.autograd.Function):
         for start in range(0, vocabulary, width):
             part = slice(start, start + width)
             weight_CD, bias_C = weight_VD[part], None if bias_V is None else bias_V[part]
-            grad_logits_RC = _logits(hidden_RD, weight_CD, bias_C, lse_N.dtype)
-            grad_logits_RC.sub_(lse_N[rows_R, None]).exp_()
+            if kept_NV is None:
+                logits_RC = _logits(hidden_RD, weight_CD, bias_C, lse_N.dtype)
+                grad_logits_RC = logits_RC.sub_(lse_N[rows_R, None]).exp_()
+            elif len(rows_R) == len(kept_NV):
+                grad_logits_RC = kept_NV.exp()
+            else:
+                grad_logits_RC = kept_NV[rows_R].exp_()
             _subtract_one_at(grad_logits_RC, labels_R1 - start)
             grad_logits_RC.mul_(upstream_R1)
             if grad_bias_V is not None:
