@@ -14,7 +14,12 @@ from megatron_slm.backend.plain import PlainBackend
 from megatron_slm.data.loader import StepLoader, accumulation_steps
 from megatron_slm.data.samples import Sample
 from megatron_slm.dist import World, gather_objects
+from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
+from megatron_slm.models.exact import ExactStudent
+from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.rows import RowStudent
+from megatron_slm.models.selective_checks import check_attention
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
@@ -53,6 +58,7 @@ class Case:
     reference_micro_batch_size: int = 3
     precision: torch.dtype = torch.float32
     checkpointing: bool = False
+    backward: str = "exact"
     lr: float = 1e-3
     model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))
     initial: dict[str, Tensor] | None = None
@@ -101,7 +107,7 @@ class Recorder:
     def __init__(self, objective: Any) -> None:
         self._objective = objective
         self.needs, self.pools_whole_step = objective.needs, objective.pools_whole_step
-        self.takes_reference = objective.takes_reference
+        self.selects = objective.selects
         self.planned: list[int] = []
         self.chosen: dict[int, dict[str, Any]] = {}
 
@@ -134,7 +140,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     objective = Recorder(make_objective(case))
     result: dict[str, Any] = {"updates": [], "planned": objective.planned, "selected": [], "losses": [], "sums": []}
     reference = make_reference(world, backend, case, hf_config)
-    step = TrainingStep(engine, reference, seed=5, num_sources=2, world=world)
+    step = TrainingStep(engine, reference, make_learner(case, engine, module), seed=5, num_sources=2, world=world)
     loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
     result["before"] = weights(backend, module)
     keep_first_gradient(engine, module, case, result)
@@ -176,6 +182,14 @@ def make_student(backend: Backend, case: Case) -> tuple[CausalLM, PretrainedConf
     if case.checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return CausalLM(lm, head_chunk=5), hf_config
+
+
+def make_learner(case: Case, engine: Any, module: CausalLM) -> Any:
+    if case.backward == "exact":
+        return ExactStudent(engine)
+    open_attention(module.lm)
+    check_attention(engine.module, module.lm)
+    return RowStudent(engine, module.lm.base_model) if case.backward == "rows" else ReplayStudent(engine)
 
 
 def make_objective(case: Case) -> Any:

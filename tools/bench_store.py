@@ -161,7 +161,7 @@ def compare(
         live = step._reference.take(batches, ())
         taken = {name: store.take(batches, ()) for name, store in stores.items()}
         for index, batch in enumerate(batches):
-            student = step._student.score(batch, (), keep_graph=False)[0]["loss"]
+            student = step._whole.score(batch, (), keep=False)[0]["loss"]
             signals = {"student.loss": student, "reference.loss": live[index]["loss"]}
             exact = select_tokens(
                 excess(signals), batch.valid_BT, config.selection.ratio, position=batch.token_position_BT

@@ -1,6 +1,7 @@
 """Student and reference, and where their weights live."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.dist import World, agree
+from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import (
     CausalLM,
     build_student,
@@ -20,6 +22,11 @@ from megatron_slm.models.causal_lm import (
     model_config,
 )
 from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
+from megatron_slm.models.exact import ExactStudent
+from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.rows import RowStudent
+from megatron_slm.models.selective_checks import check_attention, check_replay
+from megatron_slm.models.student import Student
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
 from megatron_slm.signals.mixture import MixedReference
 from megatron_slm.signals.settings import PartSettings
@@ -78,6 +85,25 @@ def make_student(
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     _check_answers(config, engine.module, lm)
     return module, engine
+
+
+def make_learner(config: Config, module: CausalLM, engine: TrainingEngine) -> Student[Any]:
+    """The way in which selective steps score and run the backward; every rank calls it.
+
+    Args:
+        config: of the run.
+        module, engine: as `make_student` returns them.
+    """
+    backward = config.selection.backward
+    if config.objective == "clm" or backward == "exact":
+        return ExactStudent(engine)
+    agree(lambda: open_attention(module.lm))
+    check_attention(engine.module, module.lm)
+    if backward == "rows":
+        return RowStudent(engine, module.lm.base_model)
+    student = ReplayStudent(engine)
+    check_replay(student, module.lm)
+    return student
 
 
 def make_reference(

@@ -9,7 +9,7 @@ import torch
 
 from megatron_slm.composition.callbacks import Parts, make_callbacks
 from megatron_slm.composition.corpora import kept_in_words, make_samples, open_run_corpora
-from megatron_slm.composition.models import make_backend, make_reference, make_student, student_config
+from megatron_slm.composition.models import make_backend, make_learner, make_reference, make_student, student_config
 from megatron_slm.composition.objective import make_rule, objective_at
 from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order, store_fingerprints
@@ -78,7 +78,8 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
     needs = rule.needs if rule is not None else ()
     reference, reference_flops = make_reference(config, corpora, backend, order, needs, world)
-    step = TrainingStep(engine, reference, seed=config.seed, num_sources=len(corpora.train), world=world)
+    learner = make_learner(config, student, engine)
+    step = TrainingStep(engine, reference, learner, seed=config.seed, num_sources=len(corpora.train), world=world)
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))

@@ -2,7 +2,7 @@
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -32,17 +32,23 @@ class CausalLM(nn.Module):
         self._head_chunk = head_chunk
 
     def forward(
-        self, tokens_BT: Tensor, labels_BT: Tensor, position_ids_BT: Tensor, want: tuple[str, ...] = ()
+        self,
+        tokens_BT: Tensor,
+        labels_BT: Tensor,
+        position_ids_BT: Tensor,
+        want: tuple[str, ...] = (),
+        brought: Mapping[str, Any] | None = None,
     ) -> TokenSignals:
         """Args:
             tokens_BT, labels_BT, position_ids_BT: int64; labels below 0 are ignored and have loss 0.
             want: further columns: `entropy`.
+            brought: what the call brings to the layers of the model beside: `selective` (models/attention.py).
 
         Returns:
             float32 `[B, T]` columns: `loss` in nats, and those wanted.
         """
         hidden_BTD = self.lm.base_model(
-            input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False
+            input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False, **(brought or {})
         ).last_hidden_state
         head = self.lm.get_output_embeddings()
         loss_N, entropy_N = token_loss(
@@ -59,10 +65,16 @@ class CausalLM(nn.Module):
         return signals
 
 
-def score_batch(module: nn.Module, batch: Batch, want: tuple[str, ...] = ()) -> TokenSignals:
+def score_batch(
+    module: nn.Module, batch: Batch, want: tuple[str, ...] = (), brought: Mapping[str, Any] | None = None
+) -> TokenSignals:
     """The columns of `CausalLM.forward` for a batch; positions that are not valid have loss 0."""
-    labels_BT = batch.labels_BT.masked_fill(~batch.valid_BT, IGNORED)
-    return module(batch.tokens_BT, labels_BT, batch.position_ids_BT, want)
+    return module(batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, want, brought)
+
+
+def masked_labels(batch: Batch) -> Tensor:
+    """The labels, int64 `[B, T]`; those of positions that are not valid are ignored."""
+    return batch.labels_BT.masked_fill(~batch.valid_BT, IGNORED)
 
 
 def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str, int | None]) -> PretrainedConfig:

@@ -72,9 +72,9 @@ def check_head(model: PreTrainedModel) -> None:
     Raises:
         UserError: it is not so.
     """
-    tokens_BT = _some_tokens(model, 1, 8)
-    arguments = {"input_ids": tokens_BT, "position_ids": _straight(tokens_BT), "use_cache": False}
-    with torch.no_grad(), _evaluating(model), _replaced_head(model) as seen:
+    tokens_BT = some_tokens(model, 1, 8)
+    arguments = {"input_ids": tokens_BT, "position_ids": straight(tokens_BT), "use_cache": False}
+    with torch.no_grad(), evaluating(model), _replaced_head(model) as seen:
         logits_BTV = model(**arguments).logits
         hidden_BTD = model.base_model(**arguments).last_hidden_state
     if len(seen) != 2 or not _is_linear(model) or not _close(seen[0], hidden_BTD) or not _same(logits_BTV, seen[1]):
@@ -99,9 +99,9 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
     Raises:
         UserError: documents leak into each other.
     """
-    text_BS = _some_tokens(model, 2, 17)
+    text_BS = some_tokens(model, 2, 17)
     tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
-    straight_BT = _straight(tokens_BT)
+    straight_BT = straight(tokens_BT)
     start_B1 = torch.tensor([[5], [9]], device=tokens_BT.device)
     second_BT = straight_BT >= start_B1
     restarted_BT = torch.where(second_BT, straight_BT - start_B1, straight_BT)
@@ -112,7 +112,7 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
         return (one - other)[second_BT].norm()
 
     # The model inside: a DeepSpeed engine forgets its own mode, and would train a frozen model afterwards.
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         noise = change(tokens_BT, restarted_BT)
         leaked, attended = change(changed_BT, restarted_BT), change(changed_BT, straight_BT)
     if leaked > LEAK * attended + 4 * noise:
@@ -135,12 +135,14 @@ def _dropouts(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
                 yield f"{prefix}{key}", value
 
 
-def _some_tokens(model: PreTrainedModel, sequences: int, length: int) -> Tensor:
+def some_tokens(model: PreTrainedModel, sequences: int, length: int) -> Tensor:
+    """int64 `[sequences, length]` on the model's device."""
     device = next(model.parameters()).device
     return (torch.arange(sequences * length, device=device) * 7919 % model.config.vocab_size).view(sequences, length)
 
 
-def _straight(tokens_BT: Tensor) -> Tensor:
+def straight(tokens_BT: Tensor) -> Tensor:
+    """Positions that never restart."""
     return torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
 
 
@@ -178,7 +180,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, which two forwards would draw differently."""
     was_training = model.training
     model.eval()

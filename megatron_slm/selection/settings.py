@@ -26,7 +26,8 @@ class SelectionSettings:
     ratio            share of the valid tokens that is kept; the paper keeps 0.6 to 0.7 [share; the paper's k %]
     scope            ranked together: all ranks, each rank alone, or each sequence alone [; ours]
     pool             ranked together: one micro-step of all ranks, or the whole optimizer step [; ours]
-    backward         exact: gradients of the selected loss through every token [; the paper, equation 4]
+    backward         exact: gradients of the selected loss through every token; rows, replay: what was not selected is
+                     a constant, and costs no backward, or no activations either [; the paper, equation 4]
     quantiles        of the excess loss that are logged [share; ours]
     combine          keep what any (union) or all (intersection) of the scores in of keep [; the paper, NeurIPS
                      version, section 3.4]
@@ -47,7 +48,7 @@ class SelectionSettings:
     ratio: float = 0.6
     scope: Literal["global", "rank", "sequence"] = "global"
     pool: Literal["micro_step", "step"] = "micro_step"
-    backward: Literal["exact"] = "exact"
+    backward: Literal["exact", "rows", "replay"] = "exact"
     quantiles: tuple[float, ...] = (0.1, 0.5, 0.9)
     combine: Literal["union", "intersection"] | None = None
     of: list[RankedScore] = field(default_factory=list)
@@ -68,6 +69,8 @@ class SelectionSettings:
             raise ValueError("quantiles must lie between 0 and 1")
         if not self.temperature > 0:
             raise ValueError("temperature must be above 0")
+        if self.weighting == "soft" and self.backward != "exact":
+            raise ValueError(f"weighting soft leaves nothing out that backward {self.backward} could save: use exact")
         self._check_combination()
         self._check_unit()
         self._check_schedule()

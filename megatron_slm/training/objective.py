@@ -30,12 +30,12 @@ class Objective(Protocol):
     """Of one optimizer step.
 
     needs             signals that `choose` reads
-    takes_reference   the reference is run, for `choose` or for the records
+    selects           some tokens may be left out; the reference is run, for `choose` or for the records
     pools_whole_step  a pool is the whole optimizer step
     """
 
     needs: tuple[str, ...]
-    takes_reference: bool
+    selects: bool
     pools_whole_step: bool
 
     def plan(self, pools: list[Batch]) -> Tensor:
@@ -53,7 +53,7 @@ class CausalLanguageModeling:
     """Every valid token counts."""
 
     needs: tuple[str, ...] = ()
-    takes_reference = False
+    selects = False
     pools_whole_step = False
 
     def plan(self, pools: list[Batch]) -> Tensor:
@@ -72,7 +72,7 @@ class SelectiveLanguageModeling:
         pools_whole_step: rank the whole optimizer step together instead of each micro-step.
     """
 
-    takes_reference = True
+    selects = True
 
     def __init__(self, rule: Rule, ratio: float, pools_whole_step: bool) -> None:
         self.needs = rule.needs

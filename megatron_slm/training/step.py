@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_slm.backend import TrainingEngine, Update
 from megatron_slm.dist import World, all_reduce_sum, gather_objects
 from megatron_slm.errors import AgreedError
+from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.student import Student, Tape
 from megatron_slm.selection.uniform import token_uniform
 from megatron_slm.signals.live import NoReference, Reference
@@ -44,6 +45,7 @@ class TrainingStep:
     Args:
         engine: the student's engine.
         reference: where reference signals come from.
+        student: the way in which a selective step scores and runs the backward; default: the exact one.
         seed: of the column `uniform`.
         num_sources: entries of the blend.
         world: this process among all.
@@ -53,13 +55,15 @@ class TrainingStep:
         self,
         engine: TrainingEngine,
         reference: Reference,
+        student: Student[Any] | None = None,
         *,
         seed: int,
         num_sources: int,
         world: World,
     ) -> None:
         self._engine = engine
-        self._student = Student(engine)
+        self._whole = ExactStudent(engine)
+        self._selective: Student[Any] = student or self._whole
         self._reference = reference
         self._seed = seed
         self._num_sources = num_sources
@@ -92,26 +96,30 @@ class TrainingStep:
         # DeepSpeed and the plain backend average gradients over the ranks; one over the global
         # count times the number of ranks makes that the sum over all ranks divided once.
         scale = self._world.size / max(planned, 1)
-        source = self._reference if objective.takes_reference else NoReference()
+        source, student = self._reference, self._selective
+        if not objective.selects:
+            source, student = NoReference(), self._whole
         reference = iter(source.take(batches, _wanted(objective, "reference.")))
         statistics = StepStatistics(self._num_sources, self._world.device)
         suspects: list[tuple[Tensor, Tensor]] = []
         for index, (pool, whole) in enumerate(zip(pools, joined, strict=True)):
-            signals, tapes = self._score(pool, [next(reference) for _ in pool], _wanted(objective, "student."))
+            columns = [next(reference) for _ in pool]
+            signals, tapes = self._score(student, pool, columns, _wanted(objective, "student."))
             choice = objective.choose(whole, signals)
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
-            self._backward(tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
+            _backward(student, tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
         loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
         return StepResult(selected, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
 
     def _score(
-        self, pool: list[Batch], reference: list[TokenSignals], want: tuple[str, ...]
+        self, student: Student[Any], pool: list[Batch], reference: list[TokenSignals], want: tuple[str, ...]
     ) -> tuple[TokenSignals, list[Tape]]:
-        """All signals of a pool. The graph is kept where the pool is one micro-batch, else it is run again."""
-        parts, tapes = [], []
+        """All signals of a pool. The forward is kept where the pool is one micro-batch, else it is run again."""
+        parts: list[TokenSignals] = []
+        tapes: list[Tape] = []
         for batch, columns in zip(pool, reference, strict=True):
-            scored, tape = self._student.score(batch, want, keep_graph=len(pool) == 1)
+            scored, tape = student.score(batch, want, keep=len(pool) == 1)
             tapes.append(tape)
             parts.append(
                 {f"student.{name}": column for name, column in scored.items()}
@@ -119,11 +127,6 @@ class TrainingStep:
                 | {"uniform": token_uniform(self._seed, batch.sample_index_B, batch.tokens_BT.shape[1])}
             )
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, tapes
-
-    def _backward(self, tapes: list[Tape], weights_BT: Tensor, scale: float, last_pool: bool) -> None:
-        sizes = [len(tape.batch.tokens_BT) for tape in tapes]
-        for index, (tape, part_BT) in enumerate(zip(tapes, weights_BT.split(sizes), strict=True)):
-            self._student.backward(tape, part_BT, scale, last=last_pool and index == len(tapes) - 1)
 
     def _agree(
         self, suspects: list[tuple[Tensor, Tensor]], statistics: StepStatistics, asked: Asked, step: int
@@ -148,6 +151,12 @@ class TrainingStep:
             "updated and the last checkpoint is untouched: look at these samples, or export the checkpoint and go on "
             "in another run_dir with a lower training.lr."
         )
+
+
+def _backward(student: Student[Any], tapes: list[Tape], weights_BT: Tensor, scale: float, last_pool: bool) -> None:
+    sizes = [len(tape.batch.tokens_BT) for tape in tapes]
+    for index, (tape, part_BT) in enumerate(zip(tapes, weights_BT.split(sizes), strict=True)):
+        student.backward(tape, part_BT, scale, last=last_pool and index == len(tapes) - 1)
 
 
 def _wanted(objective: Objective, prefix: str) -> tuple[str, ...]:

@@ -1,0 +1,100 @@
+"""A way into the attention of any Hugging Face model: what is done with queries, keys and values may be changed.
+
+Hugging Face looks attention up by name in a registry, and passes on what the call of the model was given. So the
+model stays as it is: its attention is registered once more under a name of ours, and a call that brings
+`selective=...` has its keys and values, as attention sees them, go through that object.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from megatron_slm.errors import UserError
+
+PREFIX = "selective_"
+"""Of the names that attention is registered by here."""
+
+
+class Attend(Protocol):
+    """Attention as Hugging Face calls it: query `[B, H, T, D]`, key and value `[B, G, S, D]` of G groups of heads.
+
+    Returns the output `[B, T, H, D]` and weights, or None.
+    """
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Selective(Protocol):
+    """What a call of the model brings to its attention."""
+
+    def attend(
+        self,
+        attention: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output of one layer, by that layer's own `attention`."""
+
+
+def open_attention(lm: PreTrainedModel) -> None:
+    """Let calls of this model bring a `selective` object to its attention; without one nothing changes.
+
+    Raises:
+        UserError: the kernel is not in Hugging Face's registry (`eager` is each model's own).
+    """
+    kernel = lm.config._attn_implementation
+    if kernel.startswith(PREFIX):
+        return
+    if kernel not in ALL_ATTENTION_FUNCTIONS.valid_keys() or kernel not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        raise UserError(
+            f"selection.backward needs an attention of Hugging Face's registry, and {type(lm).__name__} runs "
+            f"'{kernel}': set model.attn_implementation=sdpa, or selection.backward=exact."
+        )
+    AttentionInterface.register(PREFIX + kernel, partial(_attend, ALL_ATTENTION_FUNCTIONS[kernel]))
+    AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
+    lm.config._attn_implementation = PREFIX + kernel
+
+
+def refuse_compiled(module: nn.Module) -> None:
+    """Rows are known only after the forward, and a graph that was compiled before has no place for them.
+
+    Raises:
+        UserError: the module, or one in it, is compiled by `torch.compile`.
+    """
+    if any(hasattr(child, "_orig_mod") or child._compiled_call_impl for child in module.modules()):
+        raise UserError(
+            "selection.backward is rows or replay, and the student is compiled by torch.compile, which cannot follow "
+            "them: do not compile it, or set selection.backward=exact."
+        )
+
+
+def _attend(
+    attention: Attend,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    selective: Selective | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if selective is not None:
+        attention = partial(selective.attend, attention)
+    return attention(module, query, key, value, attention_mask, **options)

@@ -1,0 +1,119 @@
+"""Causal attention of a few queries of each sequence, packed in one row, over all keys of their sequences.
+
+Suffixes: H heads in G groups, R queries in all, N = B * T keys in all, S of them in one block.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+BLOCK = 128
+"""Queries that attend together: keys after the last of them are left out, and those after each are masked."""
+
+
+class Block(NamedTuple):
+    """Queries `rows` of the pack attend to `keys`, where `mask_RS` is true."""
+
+    rows: slice
+    keys: slice
+    mask_RS: Tensor
+
+
+class PackedQueries:
+    """Where the queries of a pack stand in their batch.
+
+    Args:
+        index_R: int64, ascending, at least one: sequence * T + position.
+        position_ids_BT: int64, of the whole batch: a query attends back to the position 0 before it.
+    """
+
+    def __init__(self, index_R: Tensor, position_ids_BT: Tensor) -> None:
+        self.index_R = index_R
+        self.num_keys = position_ids_BT.numel()
+        self._length = position_ids_BT.shape[1]
+        self._start_R = index_R - position_ids_BT.flatten()[index_R]
+        self._blocks: dict[int | None, list[Block]] = {}
+
+    def merge(self, known_BGTD: Tensor, fresh_1GRD: Tensor) -> Tensor:
+        """`[G, N, D]`: what is known of all positions, and at those of the queries what is fresh, with its graph."""
+        known_GND = known_BGTD.transpose(0, 1).flatten(1, 2)
+        return known_GND.index_copy(1, self.index_R, fresh_1GRD[0])
+
+    def first_R(self, window: int | None) -> Tensor:
+        """The first key that each query sees: of its document, or of the last `window`."""
+        return self._start_R if window is None else self._start_R.maximum(self.index_R - window + 1)
+
+    def blocks(self, window: int | None) -> list[Block]:
+        """At most `BLOCK` queries of one sequence each; the same in every layer of that window."""
+        if window not in self._blocks:
+            self._blocks[window] = list(self._cut(window))
+        return self._blocks[window]
+
+    def _cut(self, window: int | None) -> Iterator[Block]:
+        first_R = self.first_R(window)
+        ends = torch.bincount(self.index_R // self._length).cumsum(0).tolist()
+        for begin, end in zip([0, *ends], ends, strict=False):
+            for start in range(begin, end, BLOCK):
+                rows = slice(start, min(start + BLOCK, end))
+                keys = slice(int(first_R[rows].min()), int(self.index_R[rows.stop - 1]) + 1)
+                key_S = torch.arange(keys.start, keys.stop, device=self.index_R.device)
+                mask_RS = (key_S >= first_R[rows, None]) & (key_S <= self.index_R[rows, None])
+                yield Block(rows, keys, mask_RS)
+
+
+class PackedAttention(Protocol):
+    """query `[1, H, R, D]` over key and value `[G, N, D]` -> `[1, H, R, D]`; scale: default 1 / sqrt(D)."""
+
+    def __call__(
+        self, queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor: ...
+
+
+def attend_by_sequence(
+    queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Block after block by PyTorch's fused attention; see `PackedAttention`."""
+    grouped = query.shape[1] != len(key)
+    parts = []
+    for rows, keys, mask_RS in queries.blocks(window):
+        part = scaled_dot_product_attention(
+            query[:, :, rows], key[None, :, keys], value[None, :, keys], mask_RS, scale=scale, enable_gqa=grouped
+        )
+        parts.append(part)
+    return torch.cat(parts, dim=2)
+
+
+class FlexAttention:
+    """All blocks in one kernel, which skips those that no query sees; see `PackedAttention`.
+
+    Args:
+        compiled: as one kernel; else every product is made, as where no compiler is.
+    """
+
+    def __init__(self, compiled: bool) -> None:
+        self._attend = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+    def __call__(
+        self, queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        grouped = query.shape[1] != len(key)
+        mask = _block_mask(queries, window)
+        return self._attend(query, key[None], value[None], block_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _block_mask(queries: PackedQueries, window: int | None) -> BlockMask:
+    first_R, index_R = queries.first_R(window), queries.index_R
+
+    def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key >= first_R[row]) & (key <= index_R[row])
+
+    return create_block_mask(sees, None, None, len(index_R), queries.num_keys, device=index_R.device)
+
+
+def packed_attention(device: torch.device) -> PackedAttention:
+    """The way that is fast on a device."""
+    return FlexAttention(compiled=True) if device.type == "cuda" else attend_by_sequence

@@ -1,0 +1,166 @@
+"""Row backward: every linear of the decoder multiplies, in its backward, the rows of selected tokens alone.
+
+Hidden states of positions that are not selected, and their keys and values, are constants. Their gradient is
+zero in every layer then, so that leaving out their rows changes nothing: the products are of k rows in place of all.
+An approximation of the gradient of the selected loss below the last layer (docs/efficiency.md measures it).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from megatron_slm.backend import TrainingEngine
+from megatron_slm.models.attention import Attend, refuse_compiled
+from megatron_slm.models.causal_lm import score_batch
+from megatron_slm.selection.loss import weighted_loss
+from megatron_slm.types import Batch, TokenSignals
+
+
+class Rows:
+    """The selected positions of one batch, said once, between its forward and its backward.
+
+    Args:
+        shape: B, T of the batch.
+    """
+
+    mask_BT: Tensor
+    index_R: Tensor
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+
+    def choose(self, mask_BT: Tensor) -> None:
+        """bool `[B, T]`."""
+        self.mask_BT = mask_BT
+        self.index_R = mask_BT.flatten().nonzero().squeeze(-1)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The selected rows `[R, D]` of `[B, T, D]`."""
+        rows_ND = tensor.flatten(0, -2)
+        return rows_ND if len(self.index_R) == len(rows_ND) else rows_ND.index_select(0, self.index_R)
+
+    def put(self, rows_RD: Tensor) -> Tensor:
+        """`[B, T, D]` with these rows, and zero elsewhere."""
+        if len(rows_RD) == self.shape.numel():
+            return rows_RD.view(*self.shape, -1)
+        whole_ND = rows_RD.new_zeros(self.shape.numel(), rows_RD.shape[-1])
+        return whole_ND.index_copy_(0, self.index_R, rows_RD).view(*self.shape, -1)
+
+    def attend(
+        self,
+        attention: Attend,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's own attention; keys and values are constants where they are not selected."""
+        key, value = (ConstantUnlessSelected.apply(tensor, self) for tensor in (key, value))
+        return attention(module, query, key, value, attention_mask, **options)
+
+
+class ConstantUnlessSelected(torch.autograd.Function):
+    """Identity of `[B, G, T, D]`, through which the gradient of selected positions comes back, and no other."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.rows.mask_BT[:, None, :, None], None
+
+
+class RowLinear(torch.autograd.Function):
+    """A linear `[B, T, I] -> [B, T, O]` whose backward multiplies the selected rows alone.
+
+    The weight is saved as the parameter that it is: a detached copy would pin a ZeRO-3 parameter in memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, rows: Rows) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.rows, ctx.transposed, ctx.has_bias = rows, transposed, bias is not None
+        return nn.functional.linear(input, weight.T if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        rows = ctx.rows
+        grad_RO, input_RI = rows.take(grad), rows.take(input)
+        grad_input = rows.put(grad_RO @ (weight.T if ctx.transposed else weight))
+        grad_weight = input_RI.T @ grad_RO if ctx.transposed else grad_RO.T @ input_RI
+        return grad_input, grad_weight, grad_RO.sum(0) if ctx.has_bias else None, None, None
+
+
+@contextmanager
+def bound(linears: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
+    """Inside, these linears know the rows: around a forward, and around the backward, which may run it again."""
+    for linear in linears:
+        linear.forward = partial(_forward, linear, rows)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            del linear.forward
+
+
+def _forward(linear: nn.Module, rows: Rows, input: Tensor) -> Tensor:
+    """Rows that are not those of the batch, as an expert of a mixture gets them, take the linear's own way."""
+    if input.shape[:-1] != rows.shape or not torch.is_grad_enabled():
+        return type(linear).forward(linear, input)
+    return RowLinear.apply(input, linear.weight, linear.bias, isinstance(linear, Conv1D), rows)
+
+
+@dataclass(frozen=True)
+class RowTape:
+    """The batch, and the loss with its graph and the slot for its rows if they were kept."""
+
+    batch: Batch
+    rows: Rows
+    loss_BT: Tensor | None
+
+
+class RowStudent:
+    """See `Student`; the backward is that of selected rows.
+
+    Args:
+        engine: the module (a `CausalLM` whose attention is open) with its optimizer.
+        decoder: the module whose linears know the rows.
+    """
+
+    def __init__(self, engine: TrainingEngine, decoder: nn.Module) -> None:
+        refuse_compiled(engine.module)
+        self._engine = engine
+        self._linears = [child for child in decoder.modules() if isinstance(child, nn.Linear | Conv1D)]
+
+    def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, RowTape]:
+        rows = Rows(batch.tokens_BT.shape)
+        with torch.set_grad_enabled(keep):
+            signals = self._run(batch, rows, want)
+        tape = RowTape(batch, rows, signals["loss"] if keep else None)
+        return {name: column.detach() for name, column in signals.items()}, tape
+
+    def backward(self, tape: RowTape, weights_BT: Tensor, scale: float, *, last: bool) -> None:
+        tape.rows.choose(weights_BT != 0)
+        loss_BT = tape.loss_BT
+        if loss_BT is None:
+            loss_BT = self._run(tape.batch, tape.rows)["loss"]
+        with bound(self._linears, tape.rows):
+            self._engine.backward(weighted_loss(loss_BT, weights_BT) * scale, last=last)
+
+    def _run(self, batch: Batch, rows: Rows, want: tuple[str, ...] = ()) -> TokenSignals:
+        with bound(self._linears, rows):
+            return score_batch(self._engine.module, batch, want, {"selective": rows})

@@ -1,0 +1,327 @@
+"""Rows and replay against plain autograd that detaches, layer by layer, whatever was not selected."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from megatron_slm.errors import UserError
+from megatron_slm.models.attention import open_attention, refuse_compiled
+from megatron_slm.models.causal_lm import CausalLM
+from megatron_slm.models.exact import ExactStudent
+from megatron_slm.models.packed_attention import FlexAttention, PackedQueries, attend_by_sequence
+from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.rows import Rows, RowStudent
+from megatron_slm.models.selective_checks import check_attention, check_replay
+from megatron_slm.models.student import Student
+from megatron_slm.types import Batch
+from tests.unit.test_head import VOCAB, tiny_config
+
+SEQUENCES, LENGTH = 3, 24
+FAMILIES = {
+    "llama": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 7},
+    "gpt2": {},
+    "gpt_neox": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+}
+WAYS = ("rows", "replay")
+
+
+class Engine:
+    """Of one process, without an optimizer."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+
+def make_module(family: str, dtype: torch.dtype = torch.float64) -> CausalLM:
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(tiny_config(family, **FAMILIES[family]), attn_implementation="sdpa")
+    if family == "olmoe":
+        lm.set_experts_implementation("eager")  # the fused one knows no float64
+    return CausalLM(lm.to(dtype).train(), head_chunk=11)
+
+
+def student_of(way: str, module: CausalLM) -> Student[Any]:
+    if way == "exact":
+        return ExactStudent(Engine(module))
+    open_attention(module.lm)
+    return RowStudent(Engine(module), module.lm.base_model) if way == "rows" else ReplayStudent(Engine(module))
+
+
+def make_batch(*, packed: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    text = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
+    position = torch.arange(LENGTH).repeat(SEQUENCES, 1)
+    if packed:
+        position = torch.where(
+            position >= torch.tensor([[9], [24], [17]]), position - torch.tensor([[9], [24], [17]]), position
+        )
+    valid = torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 5], [LENGTH]])
+    sample = torch.arange(SEQUENCES)
+    return Batch(text[:, :-1], text[:, 1:], valid, position, sample, sample * 0, position)
+
+
+def some_weights(batch: Batch, share: float, empty: tuple[int, ...] = ()) -> Tensor:
+    """Not uniform, and of unequal counts; sequences in `empty` have none."""
+    generator = torch.Generator().manual_seed(5)
+    kept = torch.rand(batch.valid_BT.shape, generator=generator) < share
+    weights = (torch.rand(batch.valid_BT.shape, generator=generator) + 0.5) * (kept & batch.valid_BT)
+    weights[list(empty)] = 0
+    return weights
+
+
+def gradient(module: CausalLM, way: str, batch: Batch, weights: Tensor, *, keep: bool = True) -> dict[str, Tensor]:
+    module.zero_grad()
+    student = student_of(way, module)
+    _, tape = student.score(batch, (), keep=keep)
+    student.backward(tape, weights, 0.5, last=True)
+    return {name: p.grad.clone() if p.grad is not None else p.detach() * 0 for name, p in module.named_parameters()}
+
+
+def detached(module: CausalLM, batch: Batch, weights: Tensor) -> dict[str, Tensor]:
+    """The definition: every layer's input, and keys and values as attention sees them, constant where weight is 0."""
+    selected_BT = weights != 0
+
+    def attention(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any):
+        place_BGTD = selected_BT[:, None, :, None]
+        key, value = (torch.where(place_BGTD, tensor, tensor.detach()) for tensor in (key, value))
+        groups = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+        scores = query @ key.mT * (options.get("scaling") or 1 / math.sqrt(query.shape[-1]))
+        index = torch.arange(LENGTH)
+        start = (index - batch.position_ids_BT)[:, None, :, None]
+        window = options.get("sliding_window") or LENGTH
+        seen = (index <= index[:, None]) & (index > index[:, None] - window) & (index >= start)
+        return (scores.masked_fill(~seen, -math.inf).softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("oracle", attention)
+    module.zero_grad()
+    kernel, module.lm.config._attn_implementation = module.lm.config._attn_implementation, "oracle"
+    try:
+        with rows_detached(module, selected_BT):
+            labels = batch.labels_BT.masked_fill(~batch.valid_BT, -100)
+            loss = module(batch.tokens_BT, labels, batch.position_ids_BT)["loss"]
+    finally:
+        module.lm.config._attn_implementation = kernel
+    (0.5 * (loss * weights).sum()).backward()
+    return {name: p.grad.clone() if p.grad is not None else p.detach() * 0 for name, p in module.named_parameters()}
+
+
+@contextmanager
+def rows_detached(module: CausalLM, selected_BT: Tensor) -> Iterator[None]:
+    def detach(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.where(selected_BT[..., None], inputs[0], inputs[0].detach()), *inputs[1:])
+
+    layers = next(child for child in module.modules() if isinstance(child, nn.ModuleList))
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(detach).remove)
+        yield
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert actual.keys() == expected.keys()
+    scale = max(float(tensor.abs().max()) for tensor in expected.values())
+    assert scale > 0
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=tolerance * scale, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_is_that_of_autograd_with_all_other_rows_detached(way: str, family: str) -> None:
+    module, batch = make_module(family), make_batch()
+    weights = some_weights(batch, 0.5)
+    assert_same(gradient(module, way, batch, weights), detached(module, batch, weights))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_all_valid_tokens_are_selected_the_gradient_is_exact(way: str) -> None:
+    module, batch = make_module("qwen3"), make_batch()
+    weights = some_weights(batch, 1.1)
+    assert_same(gradient(module, way, batch, weights), gradient(module, "exact", batch, weights))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_approximation_is_one_below_the_last_layer(way: str) -> None:
+    module, batch = make_module("llama"), make_batch()
+    weights = some_weights(batch, 0.5)
+    found, exact = gradient(module, way, batch, weights), gradient(module, "exact", batch, weights)
+    assert_same(
+        {"q": found["lm.model.layers.1.self_attn.q_proj.weight"]},
+        {"q": exact["lm.model.layers.1.self_attn.q_proj.weight"]},
+    )
+    first = "lm.model.layers.0.mlp.up_proj.weight"
+    assert (found[first] - exact[first]).norm() > 1e-3 * exact[first].norm()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("empty", [(0,), (1, 2), (0, 1, 2)], ids=str)
+def test_sequences_without_a_selected_token_add_nothing(way: str, empty: tuple[int, ...]) -> None:
+    module, batch = make_module("llama"), make_batch()
+    weights = some_weights(batch, 0.4, empty)
+    found = gradient(module, way, batch, weights)
+    if len(empty) == SEQUENCES:
+        assert all(float(tensor.abs().max()) == 0 for tensor in found.values())
+    else:
+        assert_same(found, detached(module, batch, weights))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_documents_stay_apart(way: str) -> None:
+    module, batch = make_module("llama"), make_batch(packed=True)
+    weights = some_weights(batch, 0.5)
+    assert_same(gradient(module, way, batch, weights), detached(module, batch, weights))
+
+
+@pytest.mark.parametrize("way", ["exact", *WAYS])
+def test_a_forward_that_was_not_kept_is_run_again(way: str) -> None:
+    module, batch = make_module("llama"), make_batch()
+    weights = some_weights(batch, 0.5)
+    assert_same(gradient(module, way, batch, weights, keep=False), gradient(module, way, batch, weights))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_activation_checkpointing_changes_no_gradient(way: str, family: str) -> None:
+    module, batch = make_module(family), make_batch()
+    weights = some_weights(batch, 0.5)
+    expected = gradient(module, way, batch, weights)
+    module.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradient(module, way, batch, weights), expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_in_bf16_the_gradient_is_that_of_float64_but_for_its_rounding(way: str) -> None:
+    batch = make_batch()
+    weights = some_weights(batch, 0.5)
+    expected = gradient(make_module("llama"), way, batch, weights)
+    found = gradient(make_module("llama", torch.bfloat16), way, batch, weights.float())
+    one, other = (torch.cat([tree[name].flatten().double() for name in expected]) for tree in (found, expected))
+    assert torch.cosine_similarity(one, other, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_are_those_of_the_exact_way(way: str) -> None:
+    module, batch = make_module("llama"), make_batch()
+    expected = student_of("exact", module).score(batch, ("entropy",), keep=False)[0]
+    found = student_of(way, module).score(batch, ("entropy",), keep=True)[0]
+    assert found.keys() == expected.keys()
+    for name, column in expected.items():
+        torch.testing.assert_close(found[name], column, rtol=0, atol=1e-13)
+        assert not found[name].requires_grad
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_kernel_and_sequence_by_sequence_attend_alike(window: int | None) -> None:
+    batch = make_batch(packed=True)
+    index_R = some_weights(batch, 0.5).flatten().nonzero().squeeze(-1)
+    queries = PackedQueries(index_R, batch.position_ids_BT)
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(*shape, dtype=torch.float64) for shape in ((1, 4, len(index_R), 8), (2, 72, 8), (2, 72, 8))
+    )
+    one = attend_by_sequence(queries, query, key, value, 0.3, window)
+    other = FlexAttention(compiled=False)(queries, query, key, value, 0.3, window)
+    torch.testing.assert_close(one, other)
+
+
+def test_replay_keeps_the_selected_share_of_the_activations() -> None:
+    module, batch = make_module("llama"), make_batch()
+
+    def kept(way: str, share: float) -> int:
+        sizes: dict[int, int] = {}
+        weights = some_weights(batch, share)
+        student = student_of(way, module)
+        own = {p.untyped_storage()._cdata for p in module.parameters()}
+
+        def see(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage()._cdata not in own:
+                sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)
+            return tensor
+
+        alive: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+            _, tape = student.score(batch, (), keep=True)
+            student.backward(tape, weights, 1.0, last=True)
+        return sum(sizes.values())
+
+    assert kept("replay", 0.25) < 0.5 * kept("replay", 1.1)
+    assert kept("rows", 0.25) == kept("rows", 1.1)
+
+
+def test_the_backward_of_rows_multiplies_the_selected_rows_alone() -> None:
+    rows = Rows(torch.Size((SEQUENCES, LENGTH)))
+    mask = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
+    rows.choose(mask)
+    tensor = torch.randn(SEQUENCES, LENGTH, 5)
+    assert torch.equal(rows.take(tensor), tensor[mask])
+    assert torch.equal(rows.put(rows.take(tensor)), tensor * mask[..., None])
+
+
+def test_linears_are_as_they_were_after_a_step_and_after_an_error() -> None:
+    module, batch = make_module("llama"), make_batch()
+    gradient(module, "rows", batch, some_weights(batch, 0.5))
+    with pytest.raises(IndexError):
+        unknown = dataclasses.replace(batch, tokens_BT=batch.tokens_BT + VOCAB)
+        student_of("rows", module).score(unknown, (), keep=True)
+    assert all("forward" not in vars(child) for child in module.modules())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_known_families_pass_the_checks(family: str) -> None:
+    module = make_module(family)
+    student = student_of("replay", module)
+    check_attention(module, module.lm)
+    check_replay(student, module.lm)
+
+
+def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
+    module = make_module("llama")
+    open_attention(module.lm)
+    mlp = module.lm.model.layers[1].mlp
+    mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden + hidden.roll(1, 1))
+    with pytest.raises(UserError, match=r"selection\.backward"):
+        check_attention(module, module.lm)
+
+
+def test_a_model_whose_attention_is_not_plain_is_refused_by_replay() -> None:
+    module = make_module("llama")
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionInterface.register("capped", lambda *inputs, **options: (3 * sdpa(*inputs, **options)[0], None))
+    AttentionMaskInterface.register("capped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    module.lm.config._attn_implementation = "capped"
+    student = student_of("replay", module)
+    check_attention(module, module.lm)
+    with pytest.raises(UserError, match="softmax of scaled products"):
+        check_replay(student, module.lm)
+
+
+def test_an_attention_that_is_the_models_own_is_refused() -> None:
+    module = make_module("llama")
+    module.lm.config._attn_implementation = "eager"
+    with pytest.raises(UserError, match=r"model\.attn_implementation=sdpa"):
+        open_attention(module.lm)
+
+
+@pytest.mark.parametrize("compiled", [torch.compile, lambda module: module.compile() or module], ids=["wrapped", "own"])
+def test_a_compiled_student_is_refused(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    module = make_module("llama")
+    open_attention(module.lm)
+    with pytest.raises(UserError, match=r"torch\.compile"):
+        refuse_compiled(compiled(module))
