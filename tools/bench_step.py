@@ -12,6 +12,7 @@ rounds. A plain step is the faster of two: this package's head, and full logits.
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import re
@@ -189,9 +190,7 @@ def measure(shape: Shape, device: torch.device, modes: list[str], ratios: list[f
             if turn and taken is not None:  # the first round warms up
                 seconds[way.name].append(taken)
     peaks = {way.name: peak_bytes(bench, way, device) for way in tqdm(ways, desc="memory", disable=None)}
-    bench.prepare(ways[0])
-    bench.step(ways[0])
-    updates = [timed(bench.update, device) for _ in range(4)][1:]
+    updates = [timed_update(bench, device) for _ in range(4)][1:]
     return report(shape, seconds, peaks) | {
         "optimizer": statistics.median(updates),
         "tokens_per_second": shape.micro_batch_size * shape.seq_length / fastest(seconds, False)[0],
@@ -211,6 +210,12 @@ def timed(work: Callable[[], None], device: torch.device) -> float | None:
         return None
     synchronize(device)
     return time.perf_counter() - start
+
+
+def timed_update(bench: Bench, device: torch.device) -> float:
+    bench.prepare(PLAIN[0])
+    bench.step(PLAIN[0])
+    return timed(bench.update, device) or math.nan
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Is this accelerator right, and how fast is it? One process, one device, minutes; the same checks run on a CPU.
 
 First correctness at a small shape: losses, masks and gradients against float32 on the CPU; steps
-in bf16 under ZeRO-3; resume. Then speed at a shape of your choice: tokens/s, MFU and peak memory of
-CLM and of SLM with a live reference of the same size, scoring a corpus, and the threshold alone. Weights are random.
+in bf16 under ZeRO-3; resume; the backward of selected rows, and replay. Then speed at a shape of your choice:
+tokens/s, MFU and peak memory of CLM and of SLM with a live reference of the same size, scoring a corpus, the threshold
+alone, and steps whose backward follows the selection (tools/bench_step.py). Weights are random.
 
     python tools/gpu_check.py --preset tinyllama --output gpu_check.json
     python tools/gpu_check.py --preset tiny          # also without an accelerator
@@ -24,13 +25,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bench_step
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
 from megatron_slm.backend.plain import PlainBackend
 from megatron_slm.dist import World, connect, disconnect
+from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, score_batch
+from megatron_slm.models.exact import ExactStudent
+from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.rows import RowStudent
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.scoring.sources import ModelSource
 from megatron_slm.scoring.work import ScoringBatch, Shard
@@ -75,6 +81,8 @@ SHAPES = {
     "tinyllama": Shape(llama(22, 2048, 5632, 32, 4, 32000), seq_length=2048, micro_batch_size=8, steps=6),
     "llama-7b": Shape(llama(32, 4096, 11008, 32, 32, 32000), 2048, 4, steps=4, checkpointing=True),
 }
+STEP_PRESETS = {"tiny": "tiny", "tinyllama": "gpu-1b", "llama-7b": "gpu-7b"}
+"""Of tools/bench_step.py, whose shapes are the same."""
 SMALL = Shape(llama(2, 256, 512, 4, 2, 1024), seq_length=128, micro_batch_size=4, steps=4)
 
 
@@ -146,6 +154,44 @@ def check_against_cpu(device: torch.device) -> dict[str, Any]:
     fp32 = report["fp32"]
     close = fp32["largest_loss_difference"] < 1e-4 and fp32["relative_gradient_difference"] < 1e-4
     return report | {"ok": close and fp32["masks_flipped"] == 0}
+
+
+def gradient_of(way: str, device: torch.device, dtype: torch.dtype, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The small model's gradient of the masked loss, from weights drawn on the CPU."""
+    cpu = torch.device("cpu")
+    plain = PlainBackend(World(0, 1, 0, cpu))
+    module = make_model(SMALL, 1, plain, torch.float32, cpu).to(device, dtype)
+    open_attention(module.lm)
+    training = TrainingSettings(global_batch_size=SMALL.micro_batch_size, train_tokens=1)
+    settings = EngineSettings(SMALL.micro_batch_size, 1, 1.0, dtype)
+    world = World(0, 1, 0, device)
+    engine = PlainBackend(world).training_engine(module, adamw(module, training, device), settings)
+    students = {
+        "exact": ExactStudent(engine),
+        "rows": RowStudent(engine, module.lm.base_model),
+        "replay": ReplayStudent(engine),
+    }
+    student: Any = students[way]
+    _, tape = student.score(make_batch(SMALL, device), (), keep=True)
+    student.backward(tape, mask_BT.float().to(device), 1 / int(mask_BT.sum()), last=True)
+    return torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(module.named_parameters())])
+
+
+def check_selected_backward(device: torch.device) -> dict[str, Any]:
+    """float32 on the device gives the CPU's gradient in every way; rows and replay have one and the same."""
+    generator = torch.Generator().manual_seed(0)
+    mask_BT = torch.rand(SMALL.micro_batch_size, SMALL.seq_length, generator=generator) < RATIO
+    mask_BT[1] = False
+    report: dict[str, Any] = {}
+    for way in ("exact", "rows", "replay"):
+        expected = gradient_of(way, torch.device("cpu"), torch.float32, mask_BT)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            found = gradient_of(way, device, dtype, mask_BT)
+            report[f"{way} {name}"] = float((found - expected).norm() / expected.norm())
+    return {
+        "relative_gradient_difference": report,
+        "ok": all(report[f"{way} fp32"] < 1e-3 for way in ("rows", "replay")),
+    }
 
 
 @dataclass
@@ -295,6 +341,13 @@ def measure_threshold(shape: Shape, world: World) -> dict[str, Any]:
     return report
 
 
+def measure_selected_steps(preset: str, device: torch.device) -> dict[str, Any]:
+    """Forward and backward in each way and at each ratio, against a plain step; the shape's own micro-batch."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return bench_step.measure(bench_step.SHAPES[preset], device, list(bench_step.MODES), list(bench_step.RATIOS))
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     packages = ("torch", "deepspeed", "transformers", "megatron-core")
@@ -315,11 +368,13 @@ def main() -> None:
     sections: dict[str, Callable[[], dict[str, Any]]] = {
         "environment": lambda: environment(world.device),
         "against_cpu": lambda: check_against_cpu(world.device),
+        "selected_backward": lambda: check_selected_backward(world.device),
         "training_and_resume": lambda: check_training_and_resume(world),
         "clm": lambda: measure_step(shape, False, world),
         "slm": lambda: measure_step(shape, True, world),
         "scoring": lambda: measure_scoring(shape, world),
         "threshold": lambda: measure_threshold(shape, world),
+        "selected_steps": lambda: measure_selected_steps(STEP_PRESETS[arguments.preset], world.device),
     }
     report: dict[str, Any] = {"preset": arguments.preset, "micro_batch_size": shape.micro_batch_size}
     for name, section in sections.items():

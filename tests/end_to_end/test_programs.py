@@ -34,6 +34,19 @@ def test_the_accelerator_check_passes_on_a_cpu(tmp_path: Path) -> None:
     assert found["against_cpu"]["fp32"]["masks_flipped"] == 0
     assert found["training_and_resume"]["resume_is_bitwise"]
     assert found["slm"]["tokens_per_second"] > 0
+    assert found["selected_backward"]["ok"]
+    assert {"exact@0.6", "rows@0.5", "replay@0.3"} <= found["selected_steps"]["modes"].keys()
+
+
+def test_the_benchmark_of_steps_prints_one_line_of_json(tmp_path: Path) -> None:
+    options = ["--preset", "tiny", "--rounds", "1", "--ratios", "0.6", "--json"]
+    ended = run(sys.executable, str(ROOT / "tools" / "bench_step.py"), *options, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["modes"].keys() == {"exact@0.6", "rows@0.6", "replay@0.6"}
+    for row in found["modes"].values():
+        assert {"seconds", "of_clm", "of_checkpointed", "peak_bytes"} <= row.keys()
+    assert found["clm"] > 0 and found["clm_checkpointed"] > 0 and found["optimizer"] > 0
 
 
 @pytest.mark.slow
