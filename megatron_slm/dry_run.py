@@ -129,9 +129,18 @@ def _say_sizes(
         precision=precision,
         zero=config.deepspeed.get("zero_optimization", {}) if config.training.backend == "deepspeed" else {"stage": 0},
         checkpointing=config.training.activation_checkpointing == "full",
+        replayed=_replayed(config),
     )
     _say_memory(memory, world, found)
     _say_disk(config, size, precision, found)
+
+
+def _replayed(config: Config) -> float | None:
+    """The share of the tokens that replay runs again; None where all activations are held, if only in some steps."""
+    rule = config.selection
+    if config.objective == "clm" or rule.backward != "replay":
+        return None
+    return None if rule.start or rule.of or rule.schedule != "constant" else rule.ratio
 
 
 def _live_references(config: Config, corpora: Corpora) -> list[tuple[PartSettings, PretrainedConfig]]:

@@ -178,7 +178,7 @@ def gradient_of(way: str, device: torch.device, dtype: torch.dtype, mask_BT: tor
 
 
 def check_selected_backward(device: torch.device) -> dict[str, Any]:
-    """float32 on the device gives the CPU's gradient in every way; rows and replay have one and the same."""
+    """float32 on the device gives the CPU's gradient in every way; bf16 is reported, not judged."""
     generator = torch.Generator().manual_seed(0)
     mask_BT = torch.rand(SMALL.micro_batch_size, SMALL.seq_length, generator=generator) < RATIO
     mask_BT[1] = False
@@ -188,10 +188,8 @@ def check_selected_backward(device: torch.device) -> dict[str, Any]:
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
             found = gradient_of(way, device, dtype, mask_BT)
             report[f"{way} {name}"] = float((found - expected).norm() / expected.norm())
-    return {
-        "relative_gradient_difference": report,
-        "ok": all(report[f"{way} fp32"] < 1e-3 for way in ("rows", "replay")),
-    }
+    right = all(report[f"{way} fp32"] < 1e-3 for way in ("exact", "rows", "replay"))
+    return {"relative_gradient_difference": report, "ok": right}
 
 
 @dataclass

@@ -40,6 +40,7 @@ class ModelSize:
     layers            decoder layers
     layer_bytes       what one layer keeps for the backward of one micro-batch
     boundary_bytes    the hidden states of one micro-batch
+    cache_bytes       keys and values of one layer for one micro-batch
     head_bytes        the head's chunk of logits, its exponentials and their gradient
     """
 
@@ -47,6 +48,7 @@ class ModelSize:
     layers: int
     layer_bytes: int
     boundary_bytes: int
+    cache_bytes: int
     head_bytes: int
 
 
@@ -66,7 +68,10 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     boundary = samples * seq_length * config.hidden_size * precision.itemsize
     head = 3 * min(CHUNK_BYTES, 4 * samples * seq_length * config.vocab_size)
-    return ModelSize(parameters, layers, two - one, boundary, head)
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * samples * seq_length * groups * width * precision.itemsize
+    return ModelSize(parameters, layers, two - one, boundary, cache, head)
 
 
 def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
@@ -108,6 +113,7 @@ def rank_memory(
     precision: torch.dtype,
     zero: Mapping[str, Any],
     checkpointing: bool,
+    replayed: float | None = None,
 ) -> RankMemory:
     """What one of `ranks` holds at its fullest, in the backward.
 
@@ -118,10 +124,13 @@ def rank_memory(
         precision: of weights and activations.
         zero: DeepSpeed's `zero_optimization` section.
         checkpointing: each layer is recomputed in the backward.
+        replayed: share of the tokens that replay runs again, over keys and values of all; None without it.
     """
     stage = int(zero.get("stage", 3))
     each = precision.itemsize
     kept = student.boundary_bytes if checkpointing else student.layer_bytes
+    if replayed is not None:
+        kept = int(replayed * kept) + student.cache_bytes
     # One layer more: recomputed, or the gradients of what it keeps.
     device = {
         "weights": each * student.parameters // (ranks if stage == 3 else 1),

@@ -26,6 +26,11 @@ SELECTION = {
         "selection={combine: union, of: [{score: excess, ratio: 0.7}], schedule: linear, schedule_tokens: 9}",
         "combine keeps by the ratios in of",
     ),
+    "soft weights that leave nothing out": (
+        "selection={weighting: soft, backward: rows}",
+        "weighting soft leaves nothing out that backward rows could save: use exact",
+    ),
+    "an unknown backward": ("selection.backward=row", "selection.backward is 'row'"),
     "an unknown weighting": ("selection.weighting=loud", "selection.weighting is 'loud'"),
     "no temperature": ("selection.temperature=0", "selection.temperature is 0: temperature must be above 0"),
     "sequences alone": (

@@ -43,9 +43,12 @@ def test_a_killed_run_resumes_bitwise_from_the_command_line(
     assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_killed_run_resumes_bitwise_at_the_other_stages(corpora: Path, tmp_path: Path, stage: int) -> None:
-    whole, killed = (config_tree(corpora, tmp_path / name, stage) | {"selection": DEADLY} for name in ("a", "b"))
+@pytest.mark.parametrize(("stage", "backward"), [(1, "exact"), (2, "exact"), (3, "rows"), (3, "replay")])
+def test_a_killed_run_resumes_bitwise_at_the_other_stages_and_in_the_other_ways(
+    corpora: Path, tmp_path: Path, stage: int, backward: str
+) -> None:
+    selection = DEADLY | {"backward": backward}
+    whole, killed = (config_tree(corpora, tmp_path / name, stage) | {"selection": selection} for name in ("a", "b"))
     mark = str(tmp_path / "mark")
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(train_deadly, 2, killed, mark)

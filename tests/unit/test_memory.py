@@ -1,5 +1,7 @@
 """The estimate of a rank's memory, against what PyTorch itself keeps."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -12,7 +14,7 @@ MODELS = {
     "gpt2": {"n_embd": 64, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "qwen3": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
-SIZE = ModelSize(parameters=1000, layers=4, layer_bytes=50, boundary_bytes=10, head_bytes=7)
+SIZE = ModelSize(parameters=1000, layers=4, layer_bytes=50, boundary_bytes=10, cache_bytes=4, head_bytes=7)
 
 
 def make(name: str, layers: int) -> PretrainedConfig:
@@ -45,12 +47,24 @@ def test_a_model_is_sized_as_it_really_is(name: str) -> None:
     layer = really_kept(name, 2, 3, 40) - really_kept(name, 1, 3, 40)
     assert size.layer_bytes == pytest.approx(layer, rel=0.25)
     assert model_size(make(name, 6), 3, 40, torch.bfloat16).layer_bytes < size.layer_bytes
+    width = {"llama": 2 * 16, "gpt2": 4 * 16, "qwen3": 2 * 128}[name]
+    assert size.cache_bytes == 2 * 3 * 40 * width * 4
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_one_layer_is_sized_too(name: str) -> None:
     one, two = (model_size(make(name, layers), 1, 8, torch.float32) for layers in (1, 2))
     assert one.layers == 1 and one.layer_bytes == two.layer_bytes and one.parameters < two.parameters
+
+
+def test_replay_holds_keys_and_values_of_all_and_the_activations_of_its_share() -> None:
+    def activations(**options: Any) -> int:
+        common = {"ranks": 1, "precision": torch.float32, "zero": {"stage": 0}, "checkpointing": False}
+        return rank_memory(SIZE, [], **common | options).device["activations"]
+
+    assert activations() == 4 * 50 + 50
+    assert activations(replayed=0.5) == 4 * (25 + 4) + 50
+    assert activations(replayed=0.5, checkpointing=True) == 4 * (5 + 4) + 50
 
 
 def test_stages_partition_what_their_name_says() -> None:

@@ -256,6 +256,10 @@ def test_a_scheduled_ratio_never_rises_and_ends_exactly_at_the_ratio(schedule, r
             {"schedule": "steps", "ratio_steps": [(1000, 0.8), (2000, 0.6)]},
             "excess; scope global, pool micro_step; ratio 80% from 1,000 tokens on, 60% from 2,000 tokens on",
         ),
+        (
+            {"backward": "rows"},
+            "excess, the highest 60%; scope global, pool micro_step; backward of the kept alone, by rows",
+        ),
     ],
 )
 def test_a_rule_is_told_in_words(options, words):
