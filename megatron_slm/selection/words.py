@@ -4,7 +4,7 @@ from megatron_slm.selection.settings import SelectionSettings
 
 
 def rule_in_words(settings: SelectionSettings) -> str:
-    """What is kept and by which score, how it is weighed, what is ranked together, how the ratio moves, the backward."""
+    """What is kept, by which score, how it is weighed, what is ranked together, how the ratio moves, the backward."""
     ranked = f"scope {settings.scope}, pool {settings.pool}"
     backward = "" if settings.backward == "exact" else f"backward of the kept alone, by {settings.backward}"
     return "; ".join(filter(None, (_kept(settings), _weighed(settings), ranked, *_scheduled(settings), backward)))
