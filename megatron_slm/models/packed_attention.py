@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 BLOCK = 128
@@ -101,17 +101,35 @@ class FlexAttention:
         self, queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         grouped = query.shape[1] != len(key)
-        mask = _block_mask(queries, window)
+        mask = block_mask(queries, window)
         return self._attend(query, key[None], value[None], block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def _block_mask(queries: PackedQueries, window: int | None) -> BlockMask:
+def block_mask(queries: PackedQueries, window: int | None) -> BlockMask:
+    """Which blocks of keys a block of queries sees in part, and which whole; no mask of R x N is ever made."""
     first_R, index_R = queries.first_R(window), queries.index_R
 
     def sees(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (key >= first_R[row]) & (key <= index_R[row])
 
-    return create_block_mask(sees, None, None, len(index_R), queries.num_keys, device=index_R.device)
+    # Rows beyond the last repeat it, so that every block of queries is whole.
+    rows = torch.arange(-(-len(index_R) // BLOCK) * BLOCK, device=index_R.device).clamp(max=len(index_R) - 1)
+    first_QR, index_QR = first_R[rows].view(-1, BLOCK), index_R[rows].view(-1, BLOCK)
+    start_K = torch.arange(0, queries.num_keys, BLOCK, device=index_R.device)
+    end_K = (start_K + BLOCK).clamp(max=queries.num_keys) - 1
+    some_QK = (end_K >= first_QR.amin(1, keepdim=True)) & (start_K <= index_QR.amax(1, keepdim=True))
+    all_QK = (start_K >= first_QR.amax(1, keepdim=True)) & (end_K <= index_QR.amin(1, keepdim=True))
+    whole_QK = all_QK & (end_K - start_K == BLOCK - 1)
+    lists = (*_listed(some_QK & ~whole_QK), *_listed(whole_QK))
+    return BlockMask.from_kv_blocks(
+        *lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(len(index_R), queries.num_keys)
+    )
+
+
+def _listed(seen_QK: Tensor) -> tuple[Tensor, Tensor]:
+    """int32 `[1, 1, Q]` and `[1, 1, Q, K]`: how many blocks of keys each block of queries sees, and these first."""
+    order_QK = seen_QK.int().argsort(dim=-1, descending=True, stable=True)
+    return seen_QK.sum(-1).int()[None, None], order_QK.int()[None, None]
 
 
 def packed_attention(device: torch.device) -> PackedAttention:

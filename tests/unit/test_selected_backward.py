@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -17,7 +18,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.models.attention import open_attention, refuse_compiled
 from megatron_slm.models.causal_lm import CausalLM
 from megatron_slm.models.exact import ExactStudent
-from megatron_slm.models.packed_attention import FlexAttention, PackedQueries, attend_by_sequence
+from megatron_slm.models.packed_attention import BLOCK, FlexAttention, PackedQueries, attend_by_sequence, block_mask
 from megatron_slm.models.replay import ReplayStudent
 from megatron_slm.models.rows import Rows, RowStudent
 from megatron_slm.models.selective_checks import check_attention, check_replay
@@ -238,6 +239,22 @@ def test_one_kernel_and_sequence_by_sequence_attend_alike(window: int | None) ->
     one = attend_by_sequence(queries, query, key, value, 0.3, window)
     other = FlexAttention(compiled=False)(queries, query, key, value, 0.3, window)
     torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_the_kernel_skips_blocks_that_no_query_sees_and_masks_none_that_all_see(window: int | None) -> None:
+    length = 1000
+    position = torch.arange(length).repeat(2, 1)
+    position[1, 400:] -= 400
+    chosen = torch.rand(2, length, generator=torch.Generator().manual_seed(0)) < 0.4
+    chosen[:, 900:] = True
+    index_R = chosen.flatten().nonzero().squeeze(-1)
+    queries = PackedQueries(index_R[: len(index_R) // BLOCK * BLOCK], position)
+    found = block_mask(queries, window)
+    expected = create_block_mask(found.mask_mod, None, None, len(queries.index_R), 2 * length, device="cpu")
+    assert 0 < found.sparsity() == expected.sparsity()
+    assert torch.equal(found.to_dense(), expected.to_dense())
+    assert torch.equal(found.full_kv_num_blocks, expected.full_kv_num_blocks) and found.full_kv_num_blocks.sum() > 0
 
 
 def test_replay_keeps_the_selected_share_of_the_activations() -> None:
