@@ -123,13 +123,19 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**31:
             raise ValueError("seed must be 0 or more, and below 2147483648")
-        step = self.training.global_batch_size * self.data.seq_length
+        step = self.training.global_batch_size * self.data.seq_length * self.candidates
         if self.data.order_tokens is not None and self.data.order_tokens < step:
             raise ValueError(
                 f"data.order_tokens is {self.data.order_tokens}, less than the {step} tokens of one step "
-                "(training.global_batch_size * data.seq_length): raise it or leave it out"
+                "(training.global_batch_size * data.seq_length, and selection.candidates times that): raise it or "
+                "leave it out"
             )
         _check_deepspeed(self.deepspeed)
+
+    @property
+    def candidates(self) -> int:
+        """Samples that are read for each that is trained on."""
+        return self.selection.candidates if self.objective == "slm" else 1
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:

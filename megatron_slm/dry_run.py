@@ -90,7 +90,7 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
     hf_config = found.take(lambda: student_config(config, corpora))
     references = found.take(lambda: _live_references(config, corpora))
     if resolved is not None:
-        total_samples = resolved[1].total_steps * resolved[1].global_batch_size
+        total_samples = resolved[1].total_steps * resolved[1].samples_per_step
         found.take(lambda: check_order(config.data, corpora.train, total_samples))
     if found.mistakes or resolved is None or hf_config is None or references is None:
         return
@@ -155,7 +155,7 @@ def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World) 
     """Open every store that will be read."""
     data, settings = config.data, config.reference
     fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0, corpora.kept)
-    end = position_after(data.skip_samples, 0, plan.total_steps * plan.global_batch_size)
+    end = position_after(data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
     for part in settings.parts if settings is not None and config.objective == "slm" else []:
         if part.store is not None:
             needs = Rule(config.selection).needs
@@ -187,7 +187,9 @@ def _say_data(config: Config, corpora: Corpora, found: Findings) -> None:
 def _say_plan(config: Config, plan: Plan, corpora: Corpora, world: World, found: Findings) -> None:
     training = config.training
     micro_steps = accumulation_steps(plan.global_batch_size, training.micro_batch_size, world.size)
-    passes = plan.total_steps * plan.tokens_per_step / tokens_per_epoch(config.data, corpora.train, corpora.kept)
+    read = plan.total_steps * plan.samples_per_step * plan.seq_length
+    passes = read / tokens_per_epoch(config.data, corpora.train, corpora.kept)
+    candidates = f", the best of {plan.samples_per_step} candidates" if plan.candidates > 1 else ""
     found.say(
         "plan",
         f"{plan.total_steps:,} steps of {quantity(plan.tokens_per_step)} tokens, {passes:.2g} passes over data.train, "
@@ -196,7 +198,7 @@ def _say_plan(config: Config, plan: Plan, corpora: Corpora, world: World, found:
     found.say(
         "step",
         f"{plan.global_batch_size} samples = {world.size} ranks x {training.micro_batch_size} x {micro_steps} "
-        f"micro-steps, {plan.seq_length} tokens each",
+        f"micro-steps, {plan.seq_length} tokens each{candidates}",
     )
 
 

@@ -43,6 +43,10 @@ class Batch:
         """The sequences `start` to `stop` as a batch of their own."""
         return Batch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
+    def pick(self, row_N: Tensor) -> "Batch":
+        """Some of the sequences, int64 `[N]`, as a batch of their own."""
+        return Batch(*(getattr(self, field.name)[row_N] for field in fields(self)))
+
     @staticmethod
     def concatenate(batches: list["Batch"]) -> "Batch":
         """The sequences of all batches, in order, as one batch."""

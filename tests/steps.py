@@ -24,6 +24,7 @@ from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
 from megatron_slm.signals.live import LiveReference, NoReference
+from megatron_slm.training.candidates import Candidates
 from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings
@@ -42,7 +43,10 @@ REALLY_SHARDED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One training run; stage None is the plain backend. `initial`: weights to begin with, else random ones."""
+    """One training run; stage None is the plain backend. `initial`: weights to begin with, else random ones.
+
+    `candidates`: None is a run without the choice among them.
+    """
 
     steps: int = 1
     micro_batch_size: int = 4
@@ -62,6 +66,7 @@ class Case:
     lr: float = 1e-3
     model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))
     initial: dict[str, Tensor] | None = None
+    candidates: int | None = None
 
 
 TINY_LLAMA = {
@@ -140,17 +145,22 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     objective = Recorder(make_objective(case))
     result: dict[str, Any] = {"updates": [], "planned": objective.planned, "selected": [], "losses": [], "sums": []}
     reference = make_reference(world, backend, case, hf_config)
-    step = TrainingStep(engine, reference, make_learner(case, engine, module), seed=5, num_sources=2, world=world)
-    loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
+    candidates, ranked = make_candidates(engine, case)
+    result |= {"tokens": [], "ranked": ranked}
+    learner = make_learner(case, engine, module)
+    step = TrainingStep(engine, reference, learner, seed=5, num_sources=2, world=world, candidates=candidates)
+    times = case.candidates or 1
+    loader = StepLoader(RaggedSamples(), times * case.micro_batch_size, times * case.global_batch_size, False, world)
     result["before"] = weights(backend, module)
     keep_first_gradient(engine, module, case, result)
     for number in range(case.steps):
-        batches = [ragged(batch) for batch in loader.take(number * case.global_batch_size)]
+        batches = [ragged(batch) for batch in loader.take(number * times * case.global_batch_size)]
         outcome = step(batches, objective, case.lr, number + 1)
         result["updates"].append(outcome.update)
         result["selected"].append(outcome.selected_tokens)
         result["losses"].append(outcome.loss)
         result["sums"].append(outcome.statistics.reduce())
+        result["tokens"].append(outcome.tokens)
     result["after"] = weights(backend, module)
     merged: dict[int, dict[str, Any]] = {}
     for chosen in gather_objects(objective.chosen):
@@ -208,6 +218,22 @@ def make_reference(world: World, backend: Backend, case: Case, hf_config: Pretra
     return LiveReference(
         backend.frozen_engine(CausalLM(lm, head_chunk=5), shard=case.shard), case.reference_micro_batch_size
     )
+
+
+def make_candidates(engine: Any, case: Case) -> tuple[Candidates | None, list[tuple[TokenSignals, Tensor]]]:
+    """What chooses, if anything does; and where it notes this rank's signals of the candidates of each micro-step."""
+    ranked: list[tuple[TokenSignals, Tensor]] = []
+    if case.candidates is None:
+        return None, ranked
+    rule = make_objective(case)._rule
+    original = rule.rank_sequences
+
+    def noting(signals: TokenSignals, valid_BT: Tensor) -> Tensor:
+        ranked.append((signals, valid_BT))
+        return original(signals, valid_BT)
+
+    rule.rank_sequences = noting
+    return Candidates(LiveReference(engine.module, case.micro_batch_size), rule, case.micro_batch_size, 5), ranked
 
 
 def keep_first_gradient(engine: Any, module: CausalLM, case: Case, result: dict[str, Any]) -> None:

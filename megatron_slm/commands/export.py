@@ -74,7 +74,7 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
 
 def _card(config: Config, progress: dict[str, int]) -> str:
     """The model card: what was trained, on what, and how tokens were selected."""
-    tokens = progress["consumed_samples"] * config.data.seq_length
+    tokens = progress["step"] * config.training.global_batch_size * config.data.seq_length
     rows = {
         "objective": config.objective,
         "starting point": config.model.path or "from scratch",
@@ -82,6 +82,8 @@ def _card(config: Config, progress: dict[str, int]) -> str:
         "tokens": f"{tokens:,}",
         "steps": f"{progress['step']:,}",
     }
+    if config.candidates > 1:
+        rows["tokens of candidates"] = f"{progress['consumed_samples'] * config.data.seq_length:,}"
     if config.objective == "slm":
         rows |= {
             "reference model": config.reference.in_words() if config.reference else "none",

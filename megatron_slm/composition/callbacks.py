@@ -13,6 +13,7 @@ from megatron_slm.data.stream import EvaluationStream
 from megatron_slm.dist import World, agree
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
+from megatron_slm.training.callbacks.accounting import Accounting
 from megatron_slm.training.callbacks.callback import Callback
 from megatron_slm.training.callbacks.checkpoint import Checkpoints
 from megatron_slm.training.callbacks.console import Console
@@ -28,6 +29,7 @@ from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.callbacks.token_table import TokenTable
 from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.evaluate import Evaluator
+from megatron_slm.training.flops import ModelFlops
 from megatron_slm.training.records import cut_back
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Parts:
     engine: TrainingEngine
     reference: Reference
     store: CheckpointStore
+    models: ModelFlops
     speed: Throughput
     world: World
 
@@ -70,6 +73,7 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
         *_checks(parts, streams),
         StepMetrics(sources, selective, config.selection.quantiles if config.reference else ()),
         *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
+        Accounting(parts.models),
         parts.speed,
         Evaluation(_evaluator(parts, streams)),
         ExcessHistogram(config.training.histogram_interval, events),

@@ -79,7 +79,7 @@ def make_samples(config: Config, corpora: Corpora, plan: Plan, cache: Path, worl
         corpora.train,
         seed=config.seed,
         order_tokens=config.data.order_tokens or 0,
-        total_samples=plan.total_steps * plan.global_batch_size,
+        total_samples=plan.total_steps * plan.samples_per_step,
         cache=agree(lambda: _cache_folder(config, cache)),
         world=world,
         kept=corpora.kept,

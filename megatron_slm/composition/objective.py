@@ -1,5 +1,6 @@
 """Which tokens count, step by step."""
 
+from megatron_slm.backend import TrainingEngine
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.dist import World
@@ -7,7 +8,9 @@ from megatron_slm.errors import UserError
 from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.schedule import ratio_at
 from megatron_slm.selection.scoring import find_score
+from megatron_slm.signals.live import LiveReference
 from megatron_slm.signals.settings import ReferenceSettings
+from megatron_slm.training.candidates import Candidates
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.state import Plan
 from megatron_slm.types import SIGNALS
@@ -31,8 +34,16 @@ def make_rule(config: Config, world: World) -> Rule | None:
     return rule
 
 
+def make_candidates(config: Config, rule: Rule | None, engine: TrainingEngine) -> Candidates | None:
+    """What chooses among candidates, by the student's own scores; None where all samples are trained on."""
+    if rule is None or config.candidates == 1:
+        return None
+    samples = config.training.micro_batch_size
+    return Candidates(LiveReference(engine.module, samples), rule, samples, config.seed)
+
+
 def objective_at(config: Config, plan: Plan, rule: Rule | None, tokens: int) -> Objective:
-    """Of the step that begins after so many consumed tokens; a function of them, so that all ranks agree."""
+    """Of the step that begins after so many tokens; a function of them, so that all ranks agree."""
     ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_steps * plan.tokens_per_step)
     if rule is None or ratio is None:
         return CausalLanguageModeling()

@@ -18,12 +18,13 @@ def resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Pla
         UserError: a precision that the backend cannot train in.
     """
     training, data = config.training, config.data
-    epochs = training.train_epochs or 0.0
+    # A pass reads every sample; of candidates, one in so many is trained on.
+    epochs = (training.train_epochs or 0.0) / config.candidates
     tokens = training.train_tokens or math.ceil(epochs * tokens_per_epoch(data, corpora.train, corpora.kept))
     tokens_per_step = training.global_batch_size * data.seq_length
     steps = math.ceil(tokens / tokens_per_step)
     # Whole steps, so that a run of the planned length stays within one cycle of the order.
-    data = dataclasses.replace(data, order_tokens=data.order_tokens or steps * tokens_per_step)
+    data = dataclasses.replace(data, order_tokens=data.order_tokens or steps * tokens_per_step * config.candidates)
     plan = Plan(
         steps,
         training.global_batch_size,
@@ -31,6 +32,7 @@ def resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Pla
         training.log_interval,
         training.eval_interval,
         training.save_interval,
+        config.candidates,
     )
     precision = training.precision or ("bf16" if world.device.type == "cuda" else "fp32")
     training = dataclasses.replace(training, precision=precision)

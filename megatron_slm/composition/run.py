@@ -10,7 +10,7 @@ import torch
 from megatron_slm.composition.callbacks import Parts, make_callbacks
 from megatron_slm.composition.corpora import kept_in_words, make_samples, open_run_corpora
 from megatron_slm.composition.models import make_backend, make_learner, make_reference, make_student, student_config
-from megatron_slm.composition.objective import make_rule, objective_at
+from megatron_slm.composition.objective import make_candidates, make_rule, objective_at
 from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order, store_fingerprints
 from megatron_slm.config import Config, dump_config
@@ -20,7 +20,7 @@ from megatron_slm.run_folder import RunFolder
 from megatron_slm.training.callbacks.callback import Callback, make_callback
 from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.checkpoints import CheckpointStore
-from megatron_slm.training.flops import peak_flops, token_flops
+from megatron_slm.training.flops import ModelFlops, peak_flops, token_flops
 from megatron_slm.training.requests import Requests
 from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
 from megatron_slm.training.schedule import learning_rate
@@ -67,8 +67,8 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
     loader = StepLoader(
         samples,
-        config.training.micro_batch_size,
-        plan.global_batch_size,
+        plan.candidates * config.training.micro_batch_size,
+        plan.samples_per_step,
         config.data.reset_attention,
         world,
         config.data.skip_samples,
@@ -79,7 +79,15 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     needs = rule.needs if rule is not None else ()
     reference, reference_flops = make_reference(config, corpora, backend, order, needs, world)
     learner = make_learner(config, student, engine)
-    step = TrainingStep(engine, reference, learner, seed=config.seed, num_sources=len(corpora.train), world=world)
+    step = TrainingStep(
+        engine,
+        reference,
+        learner,
+        seed=config.seed,
+        num_sources=len(corpora.train),
+        world=world,
+        candidates=make_candidates(config, rule, engine),
+    )
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
@@ -90,10 +98,11 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         if world.is_main:
             logger.info("going on from the checkpoint of step %d", state.step)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
-    student_flops = token_flops(student, hf_config, config.data.seq_length).training
+    flops = token_flops(student, hf_config, config.data.seq_length)
+    models = ModelFlops(flops, reference_flops, config.selection.backward)
     peak = peak_flops(world.device)
-    speed = Throughput(student_flops, reference_flops, peak and peak * world.size)
-    parts = Parts(config, corpora, folder, engine, reference, store, speed, world)
+    speed = Throughput(models, peak and peak * world.size)
+    parts = Parts(config, corpora, folder, engine, reference, store, models, speed, world)
     rate = partial(_learning_rate, config, plan)
     objective = partial(objective_at, config, plan, rule)
     told = make_callbacks(parts, own, state.step)

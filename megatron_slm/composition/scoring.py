@@ -72,7 +72,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
-        end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.global_batch_size)
+        end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
         identity = _identity(config, settings, manifest, corpora, end)
         attempt = _agree_writing(output, lambda: _attempt(folder, identity, manifest) if world.is_main else None)
         jobs = imported or _modelled(config, settings, corpora, order, end, world)

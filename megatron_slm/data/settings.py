@@ -12,7 +12,7 @@ class DataSettings:
     seq_length       length of a sample [tokens; Megatron]
     keep             train on the documents alone that this file keeps, which megatron-slm filter wrote [path; ours]
     reset_attention  positions and attention restart at each document [; Megatron's reset_attention_mask]
-    order_tokens     one order of the samples; default: training.train_tokens, frozen in the run folder [tokens; ours]
+    order_tokens     one order of the samples; default: what the run reads, frozen in the run folder [tokens; ours]
     cache            folder of the index caches; default: RUN_DIR/cache [path; Megatron's data_cache_path]
     skip_samples     half-open ranges of the order to leave out, such as [[640, 648]] [samples; ours]
     """

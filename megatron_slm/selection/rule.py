@@ -117,6 +117,18 @@ class Rule:
         nan = torch.stack([part.nan for part in kept]).any(0)
         return scale_to_plan(mask, weights, threshold, valid, ratio, nan=nan, scope=settings.scope, group=group)
 
+    def rank_sequences(self, signals: dict[str, Tensor], valid: Tensor) -> Tensor:
+        """Mean score of each sequence over its valid tokens, float32 `[...]`; NaN where that is not defined.
+
+        Args:
+            signals: columns by name, float `[..., T]`: those in `needs`.
+            valid: bool, same shape.
+
+        Raises:
+            ValueError: a score returned something else than a score for each token.
+        """
+        return sequence_scores(call_score(self._scores[0][0], signals, valid), valid)
+
     def _keep(self, scores: Tensor, ratio: float, pool: Pool) -> Kept:
         settings = self.settings
         check_arguments(scores, pool.valid, ratio, settings.scope, pool.position)

@@ -1,4 +1,4 @@
-"""The ratio as a function of consumed tokens, so that resuming needs no state and all ranks agree."""
+"""The ratio as a function of the tokens that were trained on, so that resuming needs no state and all ranks agree."""
 
 import math
 
@@ -13,7 +13,7 @@ def ratio_at(settings: SelectionSettings, tokens: int, train_tokens: int) -> flo
 
     Args:
         settings: `schedule` and what belongs to it, `ratio`, `start`.
-        tokens: consumed before the step, over all ranks.
+        tokens: trained on before the step, over all ranks.
         train_tokens: length of the run, of which `start` is a share.
     """
     begin = settings.start * train_tokens

@@ -40,7 +40,8 @@ class SelectionSettings:
     temperature      of the weightings stochastic and soft [of the score; ours]
     schedule         of the ratio: constant; linear or cosine, from 1 to ratio; or steps [; ours]
     schedule_tokens  after start, tokens that linear and cosine take [tokens; ours]
-    ratio_steps      for steps, [[tokens, ratio], ...]: the ratio from so many consumed tokens on, 1 before [; ours]
+    ratio_steps      for steps, [[tokens, ratio], ...]: the ratio after training on so many tokens, 1 before [; ours]
+    candidates       score so many times the samples without gradients, and train on each rank's best [; RHO-LOSS]
     start            share of training.train_tokens before which all tokens count and the reference rests [share; ours]
     """
 
@@ -59,6 +60,7 @@ class SelectionSettings:
     schedule: Literal["constant", "linear", "cosine", "steps"] = "constant"
     schedule_tokens: int | None = None
     ratio_steps: list[tuple[int, float]] = field(default_factory=list)
+    candidates: int = 1
     start: float = 0.0
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class SelectionSettings:
         self._check_combination()
         self._check_unit()
         self._check_schedule()
+        self._check_candidates()
 
     def _check_choices(self) -> None:
         """What a configuration refuses anyway; in a loop of one's own a misspelt rule would be another rule."""
@@ -120,3 +123,11 @@ class SelectionSettings:
             raise ValueError("ratio_steps must be pairs [tokens, ratio] whose tokens rise, from 0 or more")
         if any(not 0 < ratio <= 1 for _, ratio in self.ratio_steps):
             raise ValueError("ratio_steps must be pairs [tokens, ratio] with ratios above 0 and at most 1")
+
+    def _check_candidates(self) -> None:
+        if self.candidates < 1:
+            raise ValueError("candidates must be 1 or more")
+        if self.candidates > 1 and self.combine is not None:
+            raise ValueError("candidates are ranked by one score, and combine has several: use score, or 1")
+        if self.candidates > 1 and self.start > 0:
+            raise ValueError("candidates are scored from the first step on, and start begins later: use start 0, or 1")

@@ -6,8 +6,10 @@ from megatron_slm.selection.settings import SelectionSettings
 def rule_in_words(settings: SelectionSettings) -> str:
     """What is kept, by which score, how it is weighed, what is ranked together, how the ratio moves, the backward."""
     ranked = f"scope {settings.scope}, pool {settings.pool}"
+    chosen = f"each rank's best 1/{settings.candidates} of its candidates" if settings.candidates > 1 else ""
     backward = "" if settings.backward == "exact" else f"backward of the kept alone, by {settings.backward}"
-    return "; ".join(filter(None, (_kept(settings), _weighed(settings), ranked, *_scheduled(settings), backward)))
+    parts = (_kept(settings), _weighed(settings), ranked, chosen, *_scheduled(settings), backward)
+    return "; ".join(filter(None, parts))
 
 
 def _kept(settings: SelectionSettings) -> str:

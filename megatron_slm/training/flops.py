@@ -25,13 +25,82 @@ DENSE_BF16_PEAKS = {
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs a token of one model: `forward`, and `training` (forward and a backward of twice that)."""
+    """FLOPs of a token's forward through one model: by its weights, and of attention. A backward takes twice that."""
 
-    forward: float
+    weights: float
+    attention: float
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.attention
 
     @property
     def training(self) -> float:
         return 3 * self.forward
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Of the models of a run.
+
+    student    of a token
+    reference  forward of a token through all references that run along
+    backward   the run's `selection.backward`
+    """
+
+    student: TokenFlops
+    reference: float
+    backward: str = "exact"
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Tokens of one step over all ranks; positions, whether their labels count or not.
+
+    candidates    read, to choose from; 0 where all that is read is trained on
+    trained       in batches with a backward
+    selected      of these, what a selective backward runs through; all of them where none is left out
+    reference     that the reference was asked about
+    ranked_first  the whole step was ranked together: what was run for that is run again
+    """
+
+    candidates: int
+    trained: int
+    selected: int
+    reference: int
+    ranked_first: bool = False
+
+
+@dataclass(frozen=True)
+class StudentTokens:
+    """What the student ran in one step, in tokens.
+
+    scored     forwards without a gradient
+    forward    forwards that a backward follows
+    backward   backwards through the weights
+    attention  backwards through attention
+    """
+
+    scored: int
+    forward: int
+    backward: int
+    attention: int
+
+
+def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
+    """What each way of `selection.backward` runs (models/exact.py, rows.py, replay.py)."""
+    trained, selected = tokens.trained, tokens.selected
+    first = tokens.candidates + (trained if tokens.ranked_first else 0)
+    if backward == "replay" and selected < trained:
+        return StudentTokens(first + trained, selected, selected, selected)
+    return StudentTokens(first, trained, selected if backward == "rows" else trained, trained)
+
+
+def step_flops(models: ModelFlops, tokens: StepTokens) -> float:
+    """FLOPs of one step over all ranks. What activation checkpointing runs again is not counted."""
+    ran, student = student_tokens(tokens, models.backward), models.student
+    backward = 2 * (student.weights * ran.backward + student.attention * ran.attention)
+    return student.forward * (ran.scored + ran.forward) + backward + models.reference * tokens.reference
 
 
 def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) -> TokenFlops:
@@ -46,7 +115,7 @@ def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) ->
     weights = sum(size.values()) - sum(size[key] for key in looked_up - multiplied)
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return TokenFlops(2.0 * weights + 4.0 * config.num_hidden_layers * width * seq_length)
+    return TokenFlops(2.0 * weights, 4.0 * config.num_hidden_layers * width * seq_length)
 
 
 def peak_flops(device: torch.device) -> float | None:

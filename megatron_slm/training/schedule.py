@@ -1,4 +1,4 @@
-"""The learning rate as a function of consumed tokens, so that resuming needs no state."""
+"""The learning rate as a function of the tokens that were trained on, so that resuming needs no state."""
 
 import math
 from typing import Literal

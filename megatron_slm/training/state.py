@@ -16,10 +16,17 @@ class Plan:
     log_interval: int
     eval_interval: int
     save_interval: int
+    candidates: int = 1
 
     @property
     def tokens_per_step(self) -> int:
+        """That are trained on."""
         return self.global_batch_size * self.seq_length
+
+    @property
+    def samples_per_step(self) -> int:
+        """That are read: candidates, of which some are trained on."""
+        return self.global_batch_size * self.candidates
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class RunState:
     """Where the run stands. All of it, but what belongs to this step, is in every checkpoint.
 
     step                      updates so far, the first is 1
-    consumed_samples          trained on, over all ranks
+    consumed_samples          read, over all ranks: trained on, or candidates for it
     next_sample               position in the order of samples: what was left out counts too
     consumed_selected_tokens  tokens that were kept, over all ranks
     skipped_updates           updates that were not applied; in_a_row: the latest ones
@@ -69,6 +76,11 @@ class RunState:
         return self.consumed_samples * self.plan.seq_length
 
     @property
+    def trained_tokens(self) -> int:
+        """In batches with a backward, over all ranks: what schedules and the length of the run go by."""
+        return self.step * self.plan.tokens_per_step
+
+    @property
     def is_last(self) -> bool:
         return self.step >= self.plan.total_steps
 
@@ -96,7 +108,7 @@ class RunState:
     def advance(self, next_sample: int, selected_tokens: int, applied: bool, asked: Asked = NOTHING) -> None:
         """Count one optimizer step, which read the order of samples up to `next_sample`."""
         self.step += 1
-        self.consumed_samples += self.plan.global_batch_size
+        self.consumed_samples += self.plan.samples_per_step
         self.first_sample, self.next_sample = self.next_sample, next_sample
         self.consumed_selected_tokens += selected_tokens
         self.skipped_updates += not applied

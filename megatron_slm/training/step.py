@@ -13,9 +13,10 @@ from megatron_slm.dist import World, all_reduce_sum, gather_objects
 from megatron_slm.errors import AgreedError
 from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.student import Student, Tape
-from megatron_slm.selection.uniform import token_uniform
 from megatron_slm.signals.live import NoReference, Reference
-from megatron_slm.training.objective import Objective
+from megatron_slm.training.candidates import Candidates, Chosen
+from megatron_slm.training.flops import StepTokens
+from megatron_slm.training.objective import Objective, named_signals, wanted
 from megatron_slm.training.state import Asked
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.types import Batch, TokenSignals
@@ -26,12 +27,14 @@ class StepResult:
     """What a step did: over all ranks, but for the sums that are still to be reduced.
 
     selected_tokens  that were kept
+    tokens           by what was run for them
     loss             mean over all valid tokens; NaN where there is none
     asked            of the run, on any rank
     statistics       this rank's sums
     """
 
     selected_tokens: int
+    tokens: StepTokens
     learning_rate: float
     loss: float
     asked: Asked
@@ -49,6 +52,7 @@ class TrainingStep:
         seed: of the column `uniform`.
         num_sources: entries of the blend.
         world: this process among all.
+        candidates: choose what to train on out of larger batches; None: all of it is trained on.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class TrainingStep:
         seed: int,
         num_sources: int,
         world: World,
+        candidates: Candidates | None = None,
     ) -> None:
         self._engine = engine
         self._whole = ExactStudent(engine)
@@ -68,6 +73,7 @@ class TrainingStep:
         self._seed = seed
         self._num_sources = num_sources
         self._world = world
+        self._candidates = candidates
 
     def __call__(
         self,
@@ -80,7 +86,7 @@ class TrainingStep:
         """Run the step on this rank's micro-batches; every rank calls it with as many.
 
         Args:
-            batches: of this rank.
+            batches: of this rank; candidates, if any are chosen from.
             objective: which tokens count in this step; the same on all ranks.
             learning_rate: of the update.
             step: number of the step, for the error.
@@ -90,27 +96,45 @@ class TrainingStep:
             AgreedError: a loss is not finite; the weights are as they were before the step.
         """
         self._engine.module.train()
+        dealt, (batches, columns) = batches, self._taken(batches, objective)
         pools = [batches] if objective.pools_whole_step else [[batch] for batch in batches]
         joined = [Batch.concatenate(pool) if len(pool) > 1 else pool[0] for pool in pools]
         planned = int(objective.plan(joined).sum())
         # DeepSpeed and the plain backend average gradients over the ranks; one over the global
         # count times the number of ranks makes that the sum over all ranks divided once.
         scale = self._world.size / max(planned, 1)
-        source, student = self._reference, self._selective
-        if not objective.selects:
-            source, student = NoReference(), self._whole
-        reference = iter(source.take(batches, _wanted(objective, "reference.")))
+        student = self._selective if objective.selects else self._whole
+        reference = iter(columns)
         statistics = StepStatistics(self._num_sources, self._world.device)
         suspects: list[tuple[Tensor, Tensor]] = []
         for index, (pool, whole) in enumerate(zip(pools, joined, strict=True)):
-            columns = [next(reference) for _ in pool]
-            signals, tapes = self._score(student, pool, columns, _wanted(objective, "student."))
+            known = [next(reference) for _ in pool]
+            signals, tapes = self._score(student, pool, known, wanted(objective.needs, "student."))
             choice = objective.choose(whole, signals)
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
             _backward(student, tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
         loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
-        return StepResult(selected, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
+        tokens = self._count(dealt, batches, selected, objective)
+        return StepResult(selected, tokens, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
+
+    def _taken(self, batches: list[Batch], objective: Objective) -> Chosen:
+        """What is trained on, and what the reference says of it."""
+        source = self._reference if objective.selects else NoReference()
+        if self._candidates is not None:
+            return self._candidates.choose(batches, source)
+        return Chosen(batches, source.take(batches, wanted(objective.needs, "reference.")))
+
+    def _count(self, dealt: list[Batch], trained: list[Batch], selected: int, objective: Objective) -> StepTokens:
+        """Every rank has as many samples."""
+        read, kept = (self._world.size * sum(batch.tokens_BT.numel() for batch in part) for part in (dealt, trained))
+        return StepTokens(
+            candidates=read if self._candidates else 0,
+            trained=kept,
+            selected=selected if objective.selects else kept,
+            reference=read if objective.selects else 0,
+            ranked_first=objective.pools_whole_step and len(trained) > 1,
+        )
 
     def _score(
         self, student: Student[Any], pool: list[Batch], reference: list[TokenSignals], want: tuple[str, ...]
@@ -121,11 +145,7 @@ class TrainingStep:
         for batch, columns in zip(pool, reference, strict=True):
             scored, tape = student.score(batch, want, keep=len(pool) == 1)
             tapes.append(tape)
-            parts.append(
-                {f"student.{name}": column for name, column in scored.items()}
-                | {f"reference.{name}": column for name, column in columns.items()}
-                | {"uniform": token_uniform(self._seed, batch.sample_index_B, batch.tokens_BT.shape[1])}
-            )
+            parts.append(named_signals(batch, scored, columns, self._seed))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, tapes
 
     def _agree(
@@ -157,12 +177,6 @@ def _backward(student: Student[Any], tapes: list[Tape], weights_BT: Tensor, scal
     sizes = [len(tape.batch.tokens_BT) for tape in tapes]
     for index, (tape, part_BT) in enumerate(zip(tapes, weights_BT.split(sizes), strict=True)):
         student.backward(tape, part_BT, scale, last=last_pool and index == len(tapes) - 1)
-
-
-def _wanted(objective: Objective, prefix: str) -> tuple[str, ...]:
-    """Columns beside the loss that the objective reads from the student or the reference."""
-    names = (name.removeprefix(prefix) for name in objective.needs if name.startswith(prefix))
-    return tuple(name for name in names if name != "loss")
 
 
 def _not_finite(pool: Batch, signals: TokenSignals) -> Tensor:

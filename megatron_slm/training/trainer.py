@@ -17,8 +17,8 @@ class Trainer:
     Args:
         loader: the micro-batches of each step.
         step: the optimizer step.
-        learning_rate: of the step that ends at so many tokens.
-        objective: of the step that begins after so many tokens.
+        learning_rate: of the step that ends at so many tokens that were trained on.
+        objective: of the step that begins after so many.
         callbacks: told of each moment, in this order.
         max_skipped_updates: stop after so many in a row.
         requests: what is asked of this rank while the run is under way.
@@ -64,8 +64,8 @@ class Trainer:
         for callback in self._callbacks:
             callback.on_step_start(state)
         batches = self._loader.take(state.next_sample)
-        rate = self._learning_rate(state.consumed_tokens + state.plan.tokens_per_step)
-        objective = self._objective(state.consumed_tokens)
+        rate = self._learning_rate(state.trained_tokens + state.plan.tokens_per_step)
+        objective = self._objective(state.trained_tokens)
         result = self._step(batches, objective, rate, state.step + 1, self._requests.take)
         end = self._loader.end(state.next_sample)
         state.advance(end, result.selected_tokens, result.update.applied, result.asked)

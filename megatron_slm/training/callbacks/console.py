@@ -19,7 +19,7 @@ class Console(Callback):
     def on_train_end(self, state: RunState) -> None:
         log = logging.getLogger(__name__).info
         if state.is_last:
-            log("finished: %d steps, %s tokens", state.step, f"{state.consumed_tokens:,}")
+            log("finished: %d steps, %s tokens%s", state.step, f"{state.trained_tokens:,}", _beside(state))
         else:
             log(
                 "stopped by a signal: step %d of %d is saved; the same command goes on from there",
@@ -30,7 +30,7 @@ class Console(Callback):
 
 def describe(state: RunState, record: dict[str, float | int | None]) -> list[str]:
     """The parts of the line. The selected loss never stands alone: it falls when the selection changes."""
-    parts = [f"step {state.step}/{state.plan.total_steps}", f"tokens {quantity(state.consumed_tokens)}"]
+    parts = [f"step {state.step}/{state.plan.total_steps}", f"tokens {quantity(state.trained_tokens)}{_beside(state)}"]
     parts.append("loss " + " ".join(_named(record, "loss/", ("all", "selected", "unselected", "reference"))))
     if record.get("selection/threshold") is not None:
         parts.append(f"cut {record['selection/threshold']:.3f}")
@@ -43,6 +43,11 @@ def describe(state: RunState, record: dict[str, float | int | None]) -> list[str
         parts.append(f"skipped {state.skipped_updates}")
     parts += [f"{key} {value:.4f}" for key, value in record.items() if key.startswith("eval/") and value is not None]
     return parts
+
+
+def _beside(state: RunState) -> str:
+    """Where candidates were read, how many tokens."""
+    return f" of {quantity(state.consumed_tokens)} read" if state.plan.candidates > 1 else ""
 
 
 def quantity(value: float | int | None) -> str:

@@ -13,7 +13,15 @@ from megatron_slm.training.step import StepResult
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-AXES = ("step", "consumed_samples", "consumed_tokens", "consumed_selected_tokens")
+AXES = (
+    "step",
+    "consumed_samples",
+    "consumed_tokens",
+    "consumed_selected_tokens",
+    "scored_tokens",
+    "trained_tokens",
+    "flops",
+)
 """What only grows: axes, not curves."""
 
 CHARTS = {
