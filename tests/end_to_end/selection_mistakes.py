@@ -1,6 +1,16 @@
 """What users get wrong about `selection:`, and the sentence that they hear."""
 
 SELECTION = {
+    "no candidate": ("selection.candidates=0", "selection.candidates is 0: candidates must be 1 or more"),
+    "part of a candidate": ("selection.candidates=1.5", "selection.candidates is 1.5"),
+    "candidates of several scores": (
+        "selection={candidates: 2, combine: union, of: [{score: excess, ratio: 0.7}]}",
+        "selection.candidates is 2: candidates are ranked by one score, and combine has several",
+    ),
+    "candidates before there is a score": (
+        "selection={candidates: 2, start: 0.1}",
+        "selection.candidates is 2: candidates are scored from the first step on, and start begins later",
+    ),
     "a combination of nothing": ("selection.combine=union", "selection.combine is 'union': combine needs scores"),
     "scores without a combination": (
         "selection.of=[{score: excess, ratio: 0.7}]",
