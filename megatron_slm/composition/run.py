@@ -15,6 +15,7 @@ from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order, store_fingerprints
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.loader import StepLoader
+from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.training.callbacks.callback import Callback, make_callback
@@ -65,14 +66,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     agree(lambda: folder.begin(config, samples.fingerprint, store_fingerprints(config)))
     if corpora.kept is not None and world.is_main:
         logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
-    loader = StepLoader(
-        samples,
-        plan.candidates * config.training.micro_batch_size,
-        plan.samples_per_step,
-        config.data.reset_attention,
-        world,
-        config.data.skip_samples,
-    )
+    loader = _loader(config, plan, samples, world)
     backend = make_backend(config, world)
     student, engine = make_student(config, hf_config, backend, world)
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
@@ -108,6 +102,18 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     told = make_callbacks(parts, own, state.step)
     trainer = Trainer(loader, step, rate, objective, told, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
+
+
+def _loader(config: Config, plan: Plan, samples: Samples, world: World) -> StepLoader:
+    """Deals what a step reads: the candidates, where there are any."""
+    return StepLoader(
+        samples,
+        plan.candidates * config.training.micro_batch_size,
+        plan.samples_per_step,
+        config.data.reset_attention,
+        world,
+        config.data.skip_samples,
+    )
 
 
 def _learning_rate(config: Config, plan: Plan, tokens: int) -> float:

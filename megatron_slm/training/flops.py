@@ -59,14 +59,14 @@ class StepTokens:
 
     candidates    read, to choose from; 0 where all that is read is trained on
     trained       in batches with a backward
-    selected      of these, what a selective backward runs through; all of them where none is left out
+    selected      of these, what a selective backward runs through; None under CLM, whose backward is the exact one
     reference     that the reference was asked about
     ranked_first  the whole step was ranked together: what was run for that is run again
     """
 
     candidates: int
     trained: int
-    selected: int
+    selected: int | None
     reference: int
     ranked_first: bool = False
 
@@ -91,9 +91,11 @@ def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
     """What each way of `selection.backward` runs (models/exact.py, rows.py, replay.py)."""
     trained, selected = tokens.trained, tokens.selected
     first = tokens.candidates + (trained if tokens.ranked_first else 0)
-    if backward == "replay" and selected < trained:
-        return StudentTokens(first + trained, selected, selected, selected)
-    return StudentTokens(first, trained, selected if backward == "rows" else trained, trained)
+    if selected is None or backward == "exact":
+        return StudentTokens(first, trained, trained, trained)
+    if backward == "rows":
+        return StudentTokens(first, trained, selected, trained)
+    return StudentTokens(first + trained, selected, selected, selected)
 
 
 def step_flops(models: ModelFlops, tokens: StepTokens) -> float:

@@ -131,7 +131,7 @@ class TrainingStep:
         return StepTokens(
             candidates=read if self._candidates else 0,
             trained=kept,
-            selected=selected if objective.selects else kept,
+            selected=selected if objective.selects else None,
             reference=read if objective.selects else 0,
             ranked_first=objective.pools_whole_step and len(trained) > 1,
         )

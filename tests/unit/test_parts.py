@@ -1,5 +1,6 @@
 """Small parts of a run: schedule, decay, FLOPs, plan, records, configuration."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -22,7 +23,7 @@ from megatron_slm.config import (
 from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.training.callbacks.console import describe, quantity
 from megatron_slm.training.callbacks.jsonl import finite
-from megatron_slm.training.flops import token_flops
+from megatron_slm.training.flops import ModelFlops, StepTokens, TokenFlops, step_flops, token_flops
 from megatron_slm.training.optimizer import decay_groups
 from megatron_slm.training.records import cut_back
 from megatron_slm.training.schedule import learning_rate
@@ -71,6 +72,22 @@ def test_flops_count_the_weights_that_multiply(tied: bool) -> None:
     expected = 2 * (3 * layer + 16 + 31 * 16) + 4 * 3 * 16 * 10
     assert token_flops(model, config, 10).forward == expected
     assert token_flops(model, config, 10).training == 3 * expected
+
+
+@pytest.mark.parametrize(
+    ("backward", "cost"),
+    # A forward of what was scored before; then forward, and backward of weights (10 a token) and attention (1 a token).
+    [("exact", 11 * 70 + 33 * 100), ("rows", 11 * 170 + 20 * 60 + 2 * 100), ("replay", 11 * 170 + 33 * 60)],
+)
+def test_a_step_costs_what_its_backward_runs(backward: str, cost: int) -> None:
+    models = ModelFlops(TokenFlops(10.0, 1.0), 5.0, backward)
+    tokens = StepTokens(candidates=70, trained=100, selected=60, reference=80)
+    assert step_flops(models, tokens) == cost + 5 * 80
+    # Ranked over the whole step, all of it is run once more; and where all tokens count, the backward is exact.
+    again = dataclasses.replace(tokens, ranked_first=True)
+    assert step_flops(models, again) == cost + 5 * 80 + 11 * 100
+    causal = StepTokens(candidates=0, trained=100, selected=None, reference=0)
+    assert step_flops(models, causal) == 33 * 100
 
 
 def test_intervals_and_the_last_step_decide_what_happens() -> None:
