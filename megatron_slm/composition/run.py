@@ -72,11 +72,10 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
     needs = rule.needs if rule is not None else ()
     reference, reference_flops = make_reference(config, corpora, backend, order, needs, world)
-    learner = make_learner(config, student, engine)
     step = TrainingStep(
         engine,
         reference,
-        learner,
+        make_learner(config, student, engine),
         seed=config.seed,
         num_sources=len(corpora.train),
         world=world,
