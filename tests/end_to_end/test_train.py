@@ -16,7 +16,8 @@ from tests.gloo import run_ranks
 from tests.runs import LLAMA, config_tree, megatron_slm, records, train_in_process, write_config
 
 SELECTIVE = ("loss/selected", "loss/unselected", "loss/reference", "selection/threshold", "selection/ratio")
-ALWAYS = ("step", "consumed_samples", "consumed_tokens", "loss/all", "lr", "grad_norm", "mfu")
+ALWAYS = ("step", "consumed_samples", "consumed_tokens", "scored_tokens", "trained_tokens", "flops")
+ALWAYS += ("loss/all", "lr", "grad_norm", "mfu")
 
 
 @pytest.fixture(scope="module")
