@@ -27,19 +27,19 @@ class StepResult:
     """What a step did: over all ranks, but for the sums that are still to be reduced.
 
     selected_tokens  that were kept
-    tokens           by what was run for them
     loss             mean over all valid tokens; NaN where there is none
     asked            of the run, on any rank
     statistics       this rank's sums
+    tokens           over all ranks, by what was run for them
     """
 
     selected_tokens: int
-    tokens: StepTokens
     learning_rate: float
     loss: float
     asked: Asked
     update: Update
     statistics: StepStatistics
+    tokens: StepTokens
 
 
 class TrainingStep:
@@ -116,7 +116,7 @@ class TrainingStep:
             _backward(student, tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
         loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
         tokens = self._count(dealt, batches, selected, objective)
-        return StepResult(selected, tokens, learning_rate, loss, asked, self._engine.step(learning_rate), statistics)
+        return StepResult(selected, learning_rate, loss, asked, self._engine.step(learning_rate), statistics, tokens)
 
     def _taken(self, batches: list[Batch], objective: Objective) -> Chosen:
         """What is trained on, and what the reference says of it."""

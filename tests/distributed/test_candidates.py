@@ -44,7 +44,8 @@ def run_and_choose(world: World, case: Case) -> dict[str, Any]:
             assert valid_BT[row].sum() == valid_length(torch.tensor(first + row))
             excess = (signals["student.loss"][row] - signals["reference.loss"][row])[valid_BT[row]].tolist()
             found[first + row] = math.fsum(excess) / len(excess) if excess else -math.inf
-            result["chosen"].get(first + row, {}).update(scored=signals["student.loss"][row].numpy())
+            scored = {f"scored.{name}": signals[f"{name}.loss"][row].numpy() for name in ("student", "reference")}
+            result["chosen"].get(first + row, {}).update(scored)
         means.append(found)
     return result | {"means": means}
 
@@ -72,7 +73,8 @@ def test_each_rank_trains_on_the_best_of_its_own_candidates(world_size: int, poo
     for rank in ranks:
         for sample in rank["means"][0].keys() & chosen.keys():
             found = rank["chosen"][sample]
-            assert np.abs(found["scored"] - found["student.loss"]).max() < 1e-5
+            assert np.abs(found["scored.student"] - found["student.loss"]).max() < 1e-5
+            assert (found["scored.reference"] == found["reference.loss"]).all()
     trained = case.global_batch_size * LENGTH
     assert ranks[0]["tokens"] == [
         StepTokens(3 * trained, trained, selected, 3 * trained, pool == "step") for selected in ranks[0]["selected"]

@@ -15,6 +15,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.training.callbacks.histogram import ExcessHistogram
 from megatron_slm.training.callbacks.metrics import StepMetrics
 from megatron_slm.training.callbacks.tensorboard import TensorBoard, layout, open_event_files, preformatted
+from megatron_slm.training.flops import StepTokens
 from megatron_slm.training.objective import Choice
 from megatron_slm.training.state import Asked, Plan, RunState
 from megatron_slm.training.statistics import StepStatistics
@@ -35,7 +36,8 @@ def result_of_step(step: int) -> StepResult:
     statistics = StepStatistics(2, torch.device("cpu"))
     signals = {"student.loss": excess + 1, "reference.loss": torch.ones(2, 8)}
     statistics.add(batch, signals, Choice(excess > step + 3, (excess > step + 3).float(), torch.tensor(3.0)))
-    return StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics)
+    tokens = StepTokens(candidates=0, trained=16, selected=8, reference=16)
+    return StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics, tokens)
 
 
 def train(folder: Path, first: int, last: int) -> None:

@@ -14,6 +14,7 @@ from megatron_slm.reporting.table import tokens_table
 from megatron_slm.reporting.tokens import Token
 from megatron_slm.training.callbacks.tensorboard import open_event_files
 from megatron_slm.training.callbacks.token_table import TokenTable, first_tokens
+from megatron_slm.training.flops import StepTokens
 from megatron_slm.training.objective import Choice
 from megatron_slm.training.state import Asked, Plan, RunState
 from megatron_slm.training.statistics import Pool, StepStatistics
@@ -177,7 +178,8 @@ def test_the_table_comes_at_its_interval_and_once_a_step(tmp_path: Path, ticking
             statistics = StepStatistics(2, torch.device("cpu"))
             for other in (0, 1):
                 statistics.add(*pool_of([65 + first + other] * 9, 8))
-            table.on_step_end(state, StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics))
+            tokens = StepTokens(candidates=0, trained=8, selected=8, reference=8)
+            table.on_step_end(state, StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics, tokens))
         writer.close()
     # The one behind TensorBoard's pages; the other, for scripts, keeps texts that a resumed run has written again.
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
