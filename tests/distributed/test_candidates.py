@@ -15,7 +15,7 @@ from megatron_slm.dist import World
 from megatron_slm.training.candidates import best_rows
 from megatron_slm.training.flops import StepTokens
 from tests.gloo import run_ranks
-from tests.steps import LENGTH, Case, assert_same_run, flat, run_steps, valid_length
+from tests.steps import LENGTH, Case, assert_same_run, flat, flipped, run_steps, valid_length
 
 SCORES = st.lists(st.sampled_from([math.nan, -math.inf, -1.0, -0.0, 0.0, 0.5, math.inf]), min_size=1, max_size=12)
 
@@ -113,3 +113,14 @@ def test_the_score_of_the_run_ranks_and_needs_no_model() -> None:
     wilder = replace(case, model=case.model | {"initializer_range": 0.4})
     one, other = (run_ranks(without_ranked, 2, of)[0]["chosen"] for of in (case, wilder))
     assert set(one) == set(other) and len(one) == 8
+
+
+@pytest.mark.parametrize("pool", ["micro_step", "step"])
+def test_every_way_of_the_backward_trains_on_the_same_choice(pool: str) -> None:
+    case = Case(steps=1, micro_batch_size=2, candidates=2, pool=pool)
+    exact, *others = (
+        run_ranks(without_ranked, 2, replace(case, backward=way))[0] for way in ("exact", "rows", "replay")
+    )
+    for other in others:
+        assert flipped(exact["chosen"], other["chosen"]) == (0, 0) and len(other["chosen"]) == 8
+        assert (flat(other["after"]) - flat(other["before"])).norm() > 0
