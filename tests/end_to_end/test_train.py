@@ -162,7 +162,7 @@ def test_srun_trains(corpora: Path, tmp_path: Path) -> None:
 
 def train_on_poison(world: World, tree: dict[str, Any], what: str) -> str:
     """Train with a student that gives one NaN: in the loss of rank 1, or in its gradient, at step 12."""
-    from megatron_slm.models import student
+    from megatron_slm.models import exact
     from megatron_slm.models.causal_lm import score_batch
 
     steps = {"seen": 0}
@@ -177,7 +177,7 @@ def train_on_poison(world: World, tree: dict[str, Any], what: str) -> str:
                 signals["loss"].register_hook(lambda gradient: gradient * torch.nan)
         return signals
 
-    student.score_batch = poisoned
+    exact.score_batch = poisoned
     try:
         train_in_process(world, tree)
     except UserError as error:
