@@ -4,10 +4,13 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PYTHON ?= python3
 DATA ?= $(SLM_DATA)
+TEST_WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# Each worker begins with neighbouring tests, which share what is made for them, and then takes over from the other.
+PYTEST := $(RUN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: install test test-all lint demo clean
 
@@ -28,11 +31,11 @@ lint: $(STAMP)
 	$(RUN)/mypy
 
 test: lint
-	$(RUN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
 	$(RUN)/python -m pip install --quiet --editable ".[dev,slow]"
-	$(RUN)/python -m pytest
+	$(PYTEST)
 
 demo: $(STAMP)
 	$(RUN)/megatron-slm demo --output demo

@@ -34,7 +34,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm", "types-psutil"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm", "types-psutil"],
         "slow": ["build"],
     },
 )
