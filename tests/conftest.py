@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.texts import encode_here
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -21,6 +23,12 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_corpora(folder)
     make_reference(folder, len(load_tokenizer(str(folder / "web.tokenizer"))))
     return folder
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparing encodes here: for tests of anything but the processes that do it otherwise."""
+    monkeypatch.setattr("megatron_slm.data.prepare.encode_chunks", encode_here)
 
 
 @pytest.fixture

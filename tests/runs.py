@@ -3,15 +3,18 @@
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 
 from megatron_slm.dist import World
+from tests.texts import encode_here
 
 WORDS = "the a of number sum proof table river answer is equals plus minus and then therefore seven prime set".split()  # noqa: SIM905
 LLAMA = {
@@ -35,15 +38,19 @@ def write_text(path: Path, documents: int, seed: int) -> Path:
 
 
 def make_corpora(folder: Path) -> None:
-    """`web`, `books` and `held_out` with one tokenizer, and `other` with another."""
+    """`web`, `books` and `held_out` with one tokenizer, and `other` with another.
+
+    `held_out` is small: every run evaluates the whole of it several times.
+    """
     from megatron_slm.data.prepare import prepare_corpus
 
-    web = str(write_text(folder / "web.jsonl", 300, 1))
-    prepare_corpus([web], str(folder / "web"), train_size=300)
-    for seed, name in enumerate(("books", "held_out"), start=2):
-        text = str(write_text(folder / f"{name}.jsonl", 60, seed))
-        prepare_corpus([text], str(folder / name), tokenizer=str(folder / "web.tokenizer"))
-    prepare_corpus([web], str(folder / "other"), train_size=290)
+    with mock.patch("megatron_slm.data.prepare.encode_chunks", encode_here):
+        web = str(write_text(folder / "web.jsonl", 300, 1))
+        prepare_corpus([web], str(folder / "web"), train_size=300)
+        for seed, (name, documents) in enumerate((("books", 60), ("held_out", 20)), start=2):
+            text = str(write_text(folder / f"{name}.jsonl", documents, seed))
+            prepare_corpus([text], str(folder / name), tokenizer=str(folder / "web.tokenizer"))
+        prepare_corpus([web], str(folder / "other"), train_size=290)
 
 
 def make_reference(folder: Path, vocab_size: int) -> None:
@@ -98,9 +105,18 @@ def train_in_process(world: World, tree: dict[str, Any]) -> dict[str, Any]:
 def megatron_slm(*arguments: str, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, under torchrun if `ranks` is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, "-m", "megatron_slm", *arguments]
+    return in_a_process([sys.executable, *launcher, "-m", "megatron_slm", *arguments], **environment)
+
+
+def in_a_process(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])} | environment
     return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=240, check=False)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:

@@ -88,7 +88,7 @@ def test_models_that_restart_at_documents_are_accepted(model_type: str, dtype: t
 LEAKY = {
     "bloom": {},
     "falcon": {},
-    "falcon_h1": {"num_key_value_heads": 2},
+    "falcon_h1": {"num_key_value_heads": 2, "mamba_chunk_size": 16},
     "mamba": {},
     "opt": {"ffn_dim": 64},
     "qwen3_next": {},

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_slm.__main__ import main
-from megatron_slm.data import encoding, prepare
+from megatron_slm.data import encoding
 from megatron_slm.data.attempt import Options
 from megatron_slm.data.corpus import Corpus, open_corpus, open_mask, open_tokens
 from megatron_slm.data.documents import Fields
@@ -21,6 +21,8 @@ from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 from tests.texts import contents, sentence, write_jsonl
 from tests.unit.test_prepare_bad_input import refused
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 CHATML = (
     "{% for m in messages %}{% if m['role'] == 'bot' or 'name' in m %}{{ raise_exception('no bots') }}{% endif %}"
@@ -71,15 +73,6 @@ def chat_tokenizer(tmp_path_factory) -> str:
     return byte_level(tmp_path_factory.mktemp("chat"))
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """A worker takes seconds to start."""
-    monkeypatch.setattr(
-        prepare, "encode_chunks",
-        lambda chunks, how, workers, total: ((encoding.encode_documents(how, c.documents), c) for c in chunks),
-    )  # fmt: skip
-
-
 def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> Path:
     lines = [
         json.dumps({"question": q, "meta": {"answer": a, "source": f"s{i % 2}"}}) for i, (q, a) in enumerate(pairs)
@@ -105,6 +98,9 @@ def prepared(path: Path, output: Path, tokenizer: str, workers: int = 1, **field
 QUESTIONS = {"format": "prompt-completion", "prompt": "question", "completion": "meta.answer"}
 
 
+UNPRINTABLE = sorted({*range(256)} - {*range(33, 127), *range(161, 173), *range(174, 256)})
+
+
 def piece_bytes(tokenizer, index: int) -> bytes:
     piece = tokenizer.convert_ids_to_tokens(index)
     if index in tokenizer.all_special_ids:
@@ -112,9 +108,7 @@ def piece_bytes(tokenizer, index: int) -> bytes:
     if tokenizer.unk_token:  # sentencepiece
         return bytes.fromhex(piece[3:5]) if piece.startswith("<0x") else piece.replace("\u2581", " ").encode()
     # GPT-2's table: printable bytes stand for themselves, the rest follow from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    return bytes(ord(c) if ord(c) < 256 else rest[ord(c) - 256] for c in piece)
+    return bytes(ord(c) if ord(c) < 256 else UNPRINTABLE[ord(c) - 256] for c in piece)
 
 
 def brute_mask(tokenizer, ids: list[int], text: str, counts: list[bool]) -> list[int]:

@@ -19,6 +19,8 @@ from megatron_slm.data.prepare import prepare_corpus
 from tests.texts import sentence, write_jsonl
 from tests.unit.test_prepare_merge_adopt import encoded, megatron_corpus
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 LINES = b"".join(json.dumps({"text": sentence(i)}).encode() + b"\n" for i in range(100))
 
 

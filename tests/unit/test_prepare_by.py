@@ -15,6 +15,8 @@ from megatron_slm.data.prepare import prepare_corpora, prepare_corpus, verify_co
 from megatron_slm.errors import UserError
 from tests.texts import contents, sentence, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 VALUES = ["wiki", "arXiv", "git hub/x", "Wiki", "", 7]
 
 
@@ -29,9 +31,17 @@ def prepared(path: Path, output: Path, model: str, workers: int = 1) -> list[Cor
     return prepare_corpora(find_files([str(path)]), str(output), options)
 
 
+def test_two_workers_give_the_corpora_of_one(model, tmp_path, monkeypatch):
+    path = write(tmp_path / "web.jsonl")
+    alone = prepared(path, tmp_path / "alone" / "web", model)
+    monkeypatch.undo()
+    for one, other in zip(alone, prepared(path, tmp_path / "two" / "web", model, workers=2), strict=True):
+        assert contents(Path(one.prefix)) == contents(Path(other.prefix))
+
+
 def test_each_value_has_the_corpus_of_its_own_documents(model, tmp_path):
     path = write(tmp_path / "web.jsonl")
-    corpora = prepared(path, tmp_path / "out" / "web", model, workers=2)
+    corpora = prepared(path, tmp_path / "out" / "web", model)
     assert [corpus.name for corpus in corpora] == [
         "web-wiki", "web-arXiv", "web-git-hub-x", "web-Wiki-2", "web-unnamed", "web-7",
     ]  # fmt: skip

@@ -19,6 +19,8 @@ from megatron_slm.data.prepare import prepare_corpora
 from megatron_slm.data.tally import MAX_LABELS, add_label, counts
 from tests.texts import contents, sentence
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 RECORDS = [
     {"text": sentence(i), "meta": {"source": ("wiki", "arXiv")[i % 2]}, "license": "CC0" if i % 3 else "MIT"}
     for i in range(400)

@@ -18,6 +18,8 @@ from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 from tests.texts import contents, sentence, write_jsonl
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 
 @pytest.fixture(scope="module")
 def shards(model, tmp_path_factory) -> Path:

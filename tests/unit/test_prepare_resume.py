@@ -12,7 +12,6 @@ import pytest
 from megatron_slm.data import attempt, inputs, prepare
 from megatron_slm.data.attempt import Options
 from megatron_slm.data.documents import Fields
-from megatron_slm.data.encoding import encode_documents
 from megatron_slm.data.inputs import InputFile, find_files
 from megatron_slm.data.prepare import prepare_corpora
 from megatron_slm.data.staged_corpus import StagedCorpus
@@ -49,16 +48,10 @@ def evaluation(tmp_path) -> str:
 
 
 @pytest.fixture(autouse=True)
-def here_and_at_every_input(monkeypatch):
+def here_and_at_every_input(in_this_process, monkeypatch):
     """Encode in this process, and write the journal after each input, so that an instant can be chosen."""
     monkeypatch.setattr(attempt, "_COMMIT_SHARE", float("inf"))
     monkeypatch.setattr(inputs, "_CHUNK_BYTES", 2000)
-    monkeypatch.setattr(
-        prepare, "encode_chunks",
-        lambda chunks, encoding, workers, total: (
-            (encode_documents(encoding, chunk.documents), chunk) for chunk in chunks
-        ),
-    )  # fmt: skip
 
 
 def prepared(web: Path, output: Path, model: str, questions: str, **changes) -> None:
