@@ -1,6 +1,7 @@
 """The optimizer step is one function of its samples, however they are dealt to ranks and micro-steps."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -22,22 +23,20 @@ def on_ranks(world_size: int, case: Case) -> dict:
     return results[0]
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, dict]:
-    return {pool: on_ranks(1, replace(TEN, pool=pool)) for pool in ("micro_step", "step")}
+@cache
+def ten_steps(world_size: int, micro_batch_size: int, pool: str = "micro_step") -> dict:
+    return on_ranks(world_size, replace(TEN, micro_batch_size=micro_batch_size, pool=pool))
 
 
 @pytest.mark.parametrize("pool", ["micro_step", "step"])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_do_not_change_the_run(alone: dict[str, dict], world_size: int, pool: str) -> None:
-    case = replace(TEN, pool=pool, micro_batch_size=4 // world_size)
-    assert_same_run(alone[pool], on_ranks(world_size, case))
+def test_ranks_do_not_change_the_run(world_size: int, pool: str) -> None:
+    assert_same_run(ten_steps(1, 4, pool), ten_steps(world_size, 4 // world_size, pool))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_accumulation_does_not_change_a_run_that_pools_the_step(alone: dict[str, dict], micro_batch_size: int) -> None:
-    case = replace(TEN, pool="step", micro_batch_size=micro_batch_size)
-    assert_same_run(alone["step"], on_ranks(2, case))
+def test_accumulation_does_not_change_a_run_that_pools_the_step(micro_batch_size: int) -> None:
+    assert_same_run(ten_steps(1, 4, "step"), ten_steps(2, micro_batch_size, "step"))
 
 
 def test_three_ranks_share_six_samples() -> None:
@@ -47,8 +46,7 @@ def test_three_ranks_share_six_samples() -> None:
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2])
 def test_stages_and_the_plain_backend_do_what_zero_3_does(stage: int | None) -> None:
-    case = replace(TEN, micro_batch_size=2)
-    assert_same_run(on_ranks(2, case), on_ranks(2, replace(case, stage=stage)))
+    assert_same_run(ten_steps(2, 2), on_ranks(2, replace(TEN, micro_batch_size=2, stage=stage)))
 
 
 def test_a_replicated_reference_scores_as_a_sharded_one() -> None:

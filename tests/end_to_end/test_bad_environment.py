@@ -1,6 +1,5 @@
 """What machines, launchers and other programs get wrong: a sentence, exit status 2, nothing lost."""
 
-import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ import pytest
 from megatron_slm.__main__ import main
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError
-from tests.end_to_end.test_bad_input import command_line, refused, sentence_of, snapshot
+from tests.end_to_end.test_bad_input import command_line, command_line_among, refused, sentence_of, snapshot
 from tests.gloo import RankError, run_ranks
 from tests.runs import config_tree, megatron_slm, records, train_in_process, write_config
 
@@ -20,11 +19,6 @@ from tests.runs import config_tree, megatron_slm, records, train_in_process, wri
 def refused_among(environment: dict[str, str], *arguments: str) -> str:
     """The sentence of a command that was started with these variables."""
     return sentence_of(arguments[0], *run_ranks(command_line_among, 1, environment, *arguments)[0])
-
-
-def command_line_among(world: World, environment: dict[str, str], *arguments: str) -> tuple[int, str]:
-    os.environ.update(environment)
-    return command_line(world, *arguments)
 
 
 @pytest.fixture
@@ -224,7 +218,7 @@ def test_a_cache_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> None:
     assert (tmp_path / "cache").read_text() == "mine"
 
 
-def test_no_home_and_no_locale_are_no_obstacle(corpora: Path, tmp_path: Path) -> None:
+def test_one_process_trains_without_a_launcher_a_home_or_a_locale(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=8 * 32)
     config = write_config(tmp_path / "run.yaml", tree)
     ended = megatron_slm("train", str(config), HOME="/nonexistent", LC_ALL="C", LANG="", TRITON_CACHE_DIR="")

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -15,7 +16,7 @@ from megatron_slm.__main__ import main
 from megatron_slm.dist import World, disconnect
 from tests.end_to_end.selection_mistakes import SELECTION
 from tests.gloo import run_ranks
-from tests.runs import config_tree, megatron_slm, records, train_in_process, write_config, write_text
+from tests.runs import config_tree, free_port, megatron_slm, records, train_in_process, write_config, write_text
 
 
 def command_line(_: World, *arguments: str) -> tuple[int, str]:
@@ -28,6 +29,12 @@ def command_line(_: World, *arguments: str) -> tuple[int, str]:
         except SystemExit as end:
             return int(end.code or 0), heard.getvalue()
     return 0, heard.getvalue()
+
+
+def command_line_among(world: World, environment: dict[str, str], *arguments: str) -> tuple[int, str]:
+    """The same of a process that a launcher started with these variables."""
+    os.environ.update(environment)
+    return command_line(world, *arguments)
 
 
 def command_lines(world: World, many: list[list[str]]) -> list[tuple[int, str]]:
@@ -370,11 +377,20 @@ def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, di
     assert "which exists" in refused("export", run, str(tmp_path / "mine"))
 
 
-def test_two_ranks_say_it_once(corpora: Path, tmp_path: Path) -> None:
+def test_two_ranks_that_met_say_it_once(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run") | {"reference": {"path": "/nowhere/model"}}
-    ended = megatron_slm("train", str(write_config(tmp_path / "run.yaml", tree)), ranks=2)
-    assert ended.returncode != 0
-    assert ended.stderr.count("megatron-slm train: error: reference.path is '/nowhere/model'") == 1
-    # torchrun's own summary comes last: it has the sentence too.
-    assert "reference.path is '/nowhere/model'" in ended.stderr.partition("Root Cause")[2]
+    config = str(write_config(tmp_path / "run.yaml", tree))
+    (status, aloud), silent = run_ranks(command_line_among, 2, {"MASTER_PORT": free_port()}, "train", config)
+    assert "reference.path is '/nowhere/model'" in sentence_of("train", status, aloud)
+    assert silent[0] == 2 and "error" not in silent[1]
     assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == tree
+
+
+def test_torchrun_shows_the_sentence_once_and_in_its_summary(corpora: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run")))
+    ended = megatron_slm("train", config, "data.train=/nowhere/web", ranks=2)
+    assert ended.returncode != 0
+    said = ended.stderr.partition("error: ")[2].splitlines()[0]
+    assert "/nowhere/web" in said and ended.stderr.count(f"megatron-slm train: error: {said}") == 1
+    # torchrun's own summary comes last: it has the sentence too.
+    assert said in ended.stderr.partition("Root Cause")[2]

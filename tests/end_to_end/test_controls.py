@@ -15,18 +15,20 @@ import torch
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.training import requests
+from tests.end_to_end.test_bad_input import command_line_among
 from tests.end_to_end.test_resume import train_half
 from tests.gloo import RankError, run_ranks
-from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records, train_in_process, write_config
+from tests.runs import assert_bitwise_equal, config_tree, free_port, records, train_in_process, write_config
 
 ASKED = {"score": "tests.end_to_end.deadly:excess_until_killed"}
-CALLS_TO_STEP_13 = 2 * 12 + 1
-"""The first of two micro-steps of step 13."""
+CALLS_TO_STEP_5 = 2 * 4 + 1
+"""The first of two micro-steps of step 5."""
+SHORT = {"train_tokens": 8 * 8 * 32, "save_interval": 4}
 
 
 def train_asked(world: World, tree: dict[str, Any], mark: str, number: str, rank: int) -> dict[str, Any]:
-    """Train while one rank is sent a signal in step 13; the handlers are those of before afterwards."""
-    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_13)}
+    """Train while one rank is sent a signal in step 5; the handlers are those of before afterwards."""
+    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_5)}
     os.environ |= {"DEADLY_SIGNAL": number, "DEADLY_RANK": str(rank)}
     signals = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = [signal.signal(number, signal.SIG_IGN) for number in signals]
@@ -40,24 +42,24 @@ def checkpoints(run_dir: Path) -> list[int]:
 
 
 def test_a_run_that_one_rank_is_told_to_stop_saves_and_goes_on_bitwise(corpora: Path, tmp_path: Path) -> None:
-    whole, stopped = (config_tree(corpora, tmp_path / name) | {"selection": ASKED} for name in ("a", "b"))
+    whole, stopped = (config_tree(corpora, tmp_path / name, **SHORT) | {"selection": ASKED} for name in ("a", "b"))
     config, mark = str(write_config(tmp_path / "b.yaml", stopped)), str(tmp_path / "mark")
-    asking = {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_13), "DEADLY_SIGNAL": "SIGTERM", "DEADLY_RANK": "1"}
-    ended = megatron_slm("train", config, ranks=2, **asking)
-    assert ended.returncode == 0, ended.stderr
-    assert "stopped by a signal: step 13 of 20 is saved" in ended.stderr
-    assert checkpoints(tmp_path / "b") == [10, 13]
-    assert max(record["step"] for record in records(tmp_path / "b")) == 13
+    asking = {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_5), "DEADLY_SIGNAL": "SIGTERM", "DEADLY_RANK": "1"}
+    ended = run_ranks(command_line_among, 2, asking | {"MASTER_PORT": free_port()}, "train", config)
+    assert [status for status, _ in ended] == [0, 0]
+    assert "stopped by a signal: step 5 of 8 is saved" in ended[0][1]
+    assert checkpoints(tmp_path / "b") == [4, 5]
+    assert max(record["step"] for record in records(tmp_path / "b")) == 5
     for tree in (whole, stopped):
-        assert run_ranks(train_asked, 2, tree, mark, "SIGTERM", 1)[0]["step"] == 20
-    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+        assert run_ranks(train_asked, 2, tree, mark, "SIGTERM", 1)[0]["step"] == 8
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 8)
 
 
 def test_a_run_that_one_rank_is_told_to_save_saves_that_step_and_goes_on(corpora: Path, tmp_path: Path) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=0) | {"selection": ASKED}
+    tree = config_tree(corpora, tmp_path / "run", stage=0, **SHORT) | {"selection": ASKED}
     found = run_ranks(train_asked, 2, tree, str(tmp_path / "mark"), "SIGUSR1", 1)
-    assert [progress["step"] for progress in found] == [20, 20]
-    assert checkpoints(tmp_path / "run") == [10, 13, 20]
+    assert [progress["step"] for progress in found] == [8, 8]
+    assert checkpoints(tmp_path / "run") == [4, 5, 8]
 
 
 def ask_twice(_: World, echo_seconds: float) -> str:
@@ -104,14 +106,15 @@ def train_on_a_full_disk(world: World, tree: dict[str, Any], when: str, full: li
 def test_a_checkpoint_that_meets_a_full_disk_does_not_end_the_run(
     corpora: Path, tmp_path: Path, when: str, backend: str, stage: int
 ) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=stage, backend=backend, save_interval=6)
-    for progress in run_ranks(train_on_a_full_disk, 2, tree, when, [6, 12]):
-        assert progress["step"] == 20 and progress["failed_saves"] == 2
-    assert checkpoints(tmp_path / "run") == [18, 20]
+    short = {"train_tokens": 7 * 8 * 32, "save_interval": 2}
+    tree = config_tree(corpora, tmp_path / "run", stage=stage, backend=backend, **short)
+    for progress in run_ranks(train_on_a_full_disk, 2, tree, when, [2, 4]):
+        assert progress["step"] == 7 and progress["failed_saves"] == 2
+    assert checkpoints(tmp_path / "run") == [6, 7]
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
-    assert [record["failed_saves"] for record in records(tmp_path / "run")] == [0] * 6 + [1] * 6 + [2] * 8
+    assert [record["failed_saves"] for record in records(tmp_path / "run")] == [0, 0, 1, 1, 2, 2, 2]
     log = (tmp_path / "run" / "log-rank0000.txt").read_text()
-    assert "The checkpoint of step 6 cannot be written" in log
+    assert "The checkpoint of step 2 cannot be written" in log
     assert ("0.0 MB are free" if when == "at once" else "No space left on device") in log
 
 
@@ -119,12 +122,12 @@ def test_a_checkpoint_that_meets_a_full_disk_does_not_end_the_run(
 def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_leaves_the_one_before(
     corpora: Path, tmp_path: Path, when: str
 ) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=2)
-    for sentence in run_ranks(train_on_a_full_disk, 2, tree, when, [20]):
-        assert "The checkpoint of step 20 cannot be written" in sentence and "make room" in sentence
-    assert checkpoints(tmp_path / "run") == [10]
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000010"
-    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 20
+    tree = config_tree(corpora, tmp_path / "run", stage=2, train_tokens=4 * 8 * 32, save_interval=2)
+    for sentence in run_ranks(train_on_a_full_disk, 2, tree, when, [4]):
+        assert "The checkpoint of step 4 cannot be written" in sentence and "make room" in sentence
+    assert checkpoints(tmp_path / "run") == [2]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 4
 
 
 def train_rolled_back(world: World, tree: dict[str, Any], step: int) -> dict[str, Any]:

@@ -15,32 +15,41 @@ from tests.gloo import RankError, run_ranks
 from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records, train_in_process, write_config
 
 DEADLY = {"score": "tests.end_to_end.deadly:excess_until_killed"}
-CALLS_TO_STEP_13 = 2 * 12 + 1
-"""The first of two micro-steps of step 13: killed inside an accumulation, three steps after a checkpoint."""
+CALLS_TO_STEP_7 = 2 * 6 + 1
+"""The first of two micro-steps of step 7: killed inside an accumulation, two steps after a checkpoint."""
+SHORT = {"train_tokens": 10 * 8 * 32, "save_interval": 5}
 
 
 def train_deadly(world: World, tree: dict[str, Any], mark: str) -> dict[str, Any]:
-    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_13)}
+    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_7)}
     return train_in_process(world, tree)
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 1)])
-def test_a_killed_run_resumes_bitwise_from_the_command_line(
-    corpora: Path, tmp_path: Path, stage: int, ranks: int
-) -> None:
-    whole, killed = (config_tree(corpora, tmp_path / name, stage) | {"selection": DEADLY} for name in ("a", "b"))
-    for tree in (whole, killed):
-        tree["training"]["micro_batch_size"] = 4 // ranks
-    environment = {"DEADLY_MARK": str(tmp_path / "mark"), "DEADLY_CALL": str(CALLS_TO_STEP_13)}
+def test_a_killed_run_resumes_bitwise_under_torchrun(corpora: Path, tmp_path: Path) -> None:
+    whole, killed = (config_tree(corpora, tmp_path / name, **SHORT) | {"selection": DEADLY} for name in ("a", "b"))
+    environment = {"DEADLY_MARK": str(tmp_path / "mark"), "DEADLY_CALL": str(CALLS_TO_STEP_7)}
     config = str(write_config(tmp_path / "b.yaml", killed))
-    first = megatron_slm("train", config, ranks=ranks, **environment)
+    first = megatron_slm("train", config, ranks=2, **environment)
     assert first.returncode != 0 and (tmp_path / "mark").exists()
-    assert max(record["step"] for record in records(tmp_path / "b")) == 12
-    second = megatron_slm("train", config, ranks=ranks, **environment)
+    assert max(record["step"] for record in records(tmp_path / "b")) == 6
+    second = megatron_slm("train", config, ranks=2, **environment)
     assert second.returncode == 0, second.stderr
-    assert [record["step"] for record in records(tmp_path / "b")] == list(range(1, 21))
-    run_ranks(train_deadly, ranks, whole, environment["DEADLY_MARK"])
-    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+    assert [record["step"] for record in records(tmp_path / "b")] == list(range(1, 11))
+    run_ranks(train_deadly, 2, whole, environment["DEADLY_MARK"])
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 10)
+
+
+def test_a_killed_run_of_one_process_resumes_bitwise_without_a_launcher(corpora: Path, tmp_path: Path) -> None:
+    alone = SHORT | {"micro_batch_size": 4}
+    whole, killed = (config_tree(corpora, tmp_path / name, stage=0, **alone) | {"selection": DEADLY} for name in "ab")
+    mark = str(tmp_path / "mark")
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(train_deadly, 1, killed, mark)
+    assert max(record["step"] for record in records(tmp_path / "b")) == 6
+    ended = megatron_slm("train", str(write_config(tmp_path / "b.yaml", killed)), DEADLY_MARK=mark)
+    assert ended.returncode == 0, ended.stderr
+    run_ranks(train_deadly, 1, whole, mark)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 10)
 
 
 @pytest.mark.parametrize(("stage", "backward"), [(1, "exact"), (2, "exact"), (3, "rows"), (3, "replay")])
@@ -48,13 +57,15 @@ def test_a_killed_run_resumes_bitwise_at_the_other_stages_and_in_the_other_ways(
     corpora: Path, tmp_path: Path, stage: int, backward: str
 ) -> None:
     selection = DEADLY | {"backward": backward}
-    whole, killed = (config_tree(corpora, tmp_path / name, stage) | {"selection": selection} for name in ("a", "b"))
+    whole, killed = (
+        config_tree(corpora, tmp_path / name, stage, **SHORT) | {"selection": selection} for name in ("a", "b")
+    )
     mark = str(tmp_path / "mark")
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(train_deadly, 2, killed, mark)
     run_ranks(train_deadly, 2, killed, mark)
     run_ranks(train_deadly, 2, whole, mark)
-    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 20)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 10)
 
 
 TURNS = {"start": 0.2, "schedule": "linear", "schedule_tokens": 12 * 256, "ratio": 0.3} | DEADLY
@@ -66,8 +77,8 @@ AGREE = {
 
 
 def train_deadly_after_the_start(world: World, tree: dict[str, Any], mark: str) -> dict[str, Any]:
-    """No score is asked for in the first fifth of the steps."""
-    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_13 - 2 * 4)}
+    """Killed in step 13; no score is asked for in the first fifth of the steps."""
+    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(2 * (12 - 4) + 1)}
     return train_in_process(world, tree)
 
 
@@ -117,7 +128,7 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
 
     def deadly(*args: Any, **kwargs: Any) -> Any:
         folder = Path(tree["run_dir"]) / "checkpoints"
-        second = any(folder.glob("*step_00000020"))
+        second = any(folder.glob("*step_00000004"))
         third_name = name == "replace" and "latest" not in str(args[0])
         if world.rank == rank and second and not third_name:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -130,26 +141,27 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
 @pytest.mark.parametrize(
     ("moment", "survivor"),
     [
-        ("before this rank's optimizer state", 10),
-        ("before the other rank's optimizer state", 10),
-        ("before the sums", 10),
-        ("before the manifest", 10),
-        ("before the folder is renamed", 10),
-        ("before latest is replaced", 10),
-        ("before old checkpoints are removed", 20),
+        ("before this rank's optimizer state", 2),
+        ("before the other rank's optimizer state", 2),
+        ("before the sums", 2),
+        ("before the manifest", 2),
+        ("before the folder is renamed", 2),
+        ("before latest is replaced", 2),
+        ("before old checkpoints are removed", 4),
     ],
 )
 def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
     corpora: Path, tmp_path: Path, moment: str, survivor: int
 ) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=2, keep_checkpoints=1)
+    short = {"train_tokens": 4 * 8 * 32, "save_interval": 2, "keep_checkpoints": 1}
+    tree = config_tree(corpora, tmp_path / "run", stage=2, **short)
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(train_killed_while_saving, 2, tree, moment)
     latest = tmp_path / "run" / "checkpoints" / "latest"
     assert latest.read_text() == f"step_{survivor:08d}"
-    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 20
-    assert latest.read_text() == "step_00000020"
-    assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 21))
+    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 4
+    assert latest.read_text() == "step_00000004"
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
     assert not list(latest.parent.glob(".writing-*"))
 
 

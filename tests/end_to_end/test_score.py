@@ -19,9 +19,9 @@ from megatron_slm.dist import World, disconnect
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.signals.score_file import BlockChecksums
 from megatron_slm.signals.store import Store, open_store
-from tests.end_to_end.test_bad_input import command_lines, sentence_of
+from tests.end_to_end.test_bad_input import command_line_among, command_lines, sentence_of
 from tests.gloo import RankError, run_ranks
-from tests.runs import LLAMA, config_tree, megatron_slm, records, train_in_process, write_config
+from tests.runs import LLAMA, config_tree, free_port, megatron_slm, records, train_in_process, write_config
 
 SHARD = 1024
 
@@ -33,9 +33,9 @@ def scoring_tree(corpora: Path, output: Path, **score: Any) -> dict[str, Any]:
     return tree | {"score": {"output": str(output), "shard_tokens": SHARD} | score}
 
 
-def training_tree(corpora: Path, run_dir: Path) -> dict[str, Any]:
+def training_tree(corpora: Path, run_dir: Path, stage: int = 0) -> dict[str, Any]:
     """A selective run on two small corpora."""
-    tree = config_tree(corpora, run_dir)
+    tree = config_tree(corpora, run_dir, stage)
     tree["data"] |= {"train": [0.7, str(corpora / "books"), 0.3, str(corpora / "held_out")], "valid": {}}
     return tree
 
@@ -272,8 +272,11 @@ def test_a_store_that_was_removed_is_made_again_whatever_its_attempt_left(
     assert files_of(tmp_path / "documents") == files_of(stored / "documents")
 
 
-def train_and_record(corpora: Path, run_dir: Path, ranks: int, **reference: Any) -> list[dict[str, Any]]:
-    tree = training_tree(corpora, run_dir)
+def train_and_record(
+    corpora: Path, run_dir: Path, ranks: int, stage: int = 0, steps: int = 20, **reference: Any
+) -> list[dict[str, Any]]:
+    tree = training_tree(corpora, run_dir, stage)
+    tree["training"]["train_tokens"] = steps * 8 * 32
     tree["reference"] = reference
     run_ranks(train_in_process, ranks, tree)
     return [{k: v for k, v in record.items() if k != "mfu"} for record in records(run_dir)]
@@ -295,7 +298,7 @@ def test_a_run_on_a_packed_store_is_bitwise_the_run_with_the_live_reference(corp
 
 def test_a_document_store_serves_any_order_and_any_number_of_ranks(corpora: Path, stored: Path, tmp_path: Path) -> None:
     one = train_and_record(corpora, tmp_path / "a", 1, store=str(stored / "documents"))
-    two = train_and_record(corpora, tmp_path / "b", 2, store=str(stored / "documents"))
+    two = train_and_record(corpora, tmp_path / "b", 2, stage=3, store=str(stored / "documents"))
     for first, second in zip(one, two, strict=True):
         assert first["loss/reference"] == pytest.approx(second["loss/reference"], rel=1e-6)
 
@@ -329,21 +332,22 @@ def test_live_and_stored_references_mix_and_one_may_be_smaller_than_the_student(
     AutoModelForCausalLM.from_config(config).save_pretrained(small)
     tokenizer.save_pretrained(small)
     of = [{"path": str(small), "weight": 1, "shard": False}, {"store": str(stored / "documents"), "weight": 3}]
-    alone = [
-        train_and_record(corpora, tmp_path / str(n), 2, **{k: v for k, v in part.items() if k in ("path", "store")})
-        for n, part in enumerate(of)
-    ]
-    mixed = train_and_record(corpora, tmp_path / "mixed", 2, mix="mean", of=of)
+    places = [{k: v for k, v in part.items() if k in ("path", "store")} for part in of]
+    alone = [train_and_record(corpora, tmp_path / str(n), 2, steps=2, **place) for n, place in enumerate(places)]
+    mixed = train_and_record(corpora, tmp_path / "mixed", 2, steps=2, mix="mean", of=of)
     first, second = (lines[0]["loss/reference"] for lines in alone)
     assert mixed[0]["loss/reference"] == pytest.approx(0.25 * first + 0.75 * second, rel=1e-5)
 
 
 def test_the_command_scores_and_training_reads_it(corpora: Path, tmp_path: Path) -> None:
     config = smallest_config(corpora, tmp_path)
-    done = megatron_slm("score", config, ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert "train with: reference.store=" in done.stderr
+    done = run_ranks(command_line_among, 2, {"MASTER_PORT": free_port()}, "score", config)
+    assert [status for status, _ in done] == [0, 0]
+    assert "train with: reference.store=" in done[0][1]
     assert "scores is intact: 6595 tokens" in megatron_slm("score", config, "--verify").stderr
+    alone = megatron_slm("score", config, f"score.output={tmp_path}/alone")
+    assert alone.returncode == 0, alone.stderr
+    assert files_of(tmp_path / "alone") == files_of(tmp_path / "scores")
 
 
 Change = Callable[[Path, Path, dict[str, Any]], None]
@@ -549,6 +553,7 @@ def test_an_earlier_checkpoint_of_a_run_is_a_reference(corpora: Path, tmp_path: 
         run_ranks(export_checkpoint, 1, tmp_path / "run", tmp_path / f"step-{step}", step)
     tree = training_tree(corpora, tmp_path / "next") | {"selection": {"score": "loss_drop"}}
     tree |= {"model": {"path": str(tmp_path / "step-20")}, "reference": {"path": str(tmp_path / "step-10")}}
+    tree["training"]["train_tokens"] = 2 * 8 * 32
     run_ranks(train_in_process, 1, tree)
     first = records(tmp_path / "next")[0]
     assert first["loss/all"] < first["loss/reference"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,18 @@ import torch
 
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
+from tests.end_to_end.test_bad_input import command_line
 from tests.gloo import run_ranks
-from tests.runs import LLAMA, config_tree, megatron_slm, records, train_in_process, write_config
+from tests.runs import (
+    LLAMA,
+    config_tree,
+    free_port,
+    in_a_process,
+    megatron_slm,
+    records,
+    train_in_process,
+    write_config,
+)
 
 SELECTIVE = ("loss/selected", "loss/unselected", "loss/reference", "selection/threshold", "selection/ratio")
 ALWAYS = ("step", "consumed_samples", "consumed_tokens", "scored_tokens", "trained_tokens", "flops")
@@ -82,12 +91,15 @@ def exported_losses(world: World, folder: str, corpora: str, tied: bool) -> dict
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_exported_folder_loads_to_the_evaluated_loss(corpora: Path, tmp_path: Path, tied: bool, run: Path) -> None:
-    if not tied:
+    if tied:
+        ended = megatron_slm("export", str(run), str(tmp_path / "out"))
+        assert ended.returncode == 0, ended.stderr
+    else:
         run = tmp_path / "run"
-        tree = config_tree(corpora, run, stage=2) | {"model": {"config": LLAMA | {"tie_word_embeddings": False}}}
+        tree = config_tree(corpora, run, stage=2, train_tokens=2 * 8 * 32)
+        tree["model"] = {"config": LLAMA | {"tie_word_embeddings": False}}
         run_ranks(train_in_process, 2, tree)
-    ended = megatron_slm("export", str(run), str(tmp_path / "out"))
-    assert ended.returncode == 0, ended.stderr
+        assert run_ranks(command_line, 1, "export", str(run), str(tmp_path / "out"))[0][0] == 0
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
@@ -118,50 +130,33 @@ def test_evaluation_is_the_same_at_one_two_and_three_ranks(corpora: Path) -> Non
             assert found == pytest.approx(one, rel=1e-12)
 
 
-def launch(corpora: Path, folder: Path, command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    tree = config_tree(corpora, folder / "run", train_tokens=2 * 8 * 32)
-    config = str(write_config(folder / "run.yaml", tree))
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])} | environment
-    return subprocess.run(
-        [*command, "train", config], capture_output=True, text=True, env=variables, timeout=240, check=False
-    )
-
-
-def test_one_process_without_a_launcher_trains(corpora: Path, tmp_path: Path) -> None:
-    ended = launch(corpora, tmp_path, [sys.executable, "-m", "megatron_slm"])
-    assert ended.returncode == 0, ended.stderr
-    assert len(records(tmp_path / "run")) == 2
-
-
 def test_the_deepspeed_launcher_trains(corpora: Path, tmp_path: Path) -> None:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "29543"]
-    ended = launch(corpora, tmp_path, [*launcher, "--module", "megatron_slm"])
+    config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run", train_tokens=8 * 32)))
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", free_port()]
+    ended = in_a_process([*launcher, "--module", "megatron_slm", "train", config])
     assert ended.returncode == 0, ended.stderr
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][0]["ranks"] == 2
+
+
+def train_as_a_task(world: World, job: str, config: str) -> tuple[int, str]:
+    """As srun starts it: one process a task, and nothing but SLURM's variables."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    os.environ |= {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
+    os.environ |= {"SLURM_NTASKS": "2", "SLURM_PROCID": str(world.rank), "SLURM_LOCALID": str(world.rank)}
+    return command_line(world, "train", config)
 
 
 def test_srun_trains(corpora: Path, tmp_path: Path) -> None:
-    """As srun starts it: one process a task, and nothing but SLURM's variables."""
-    tree = config_tree(corpora, tmp_path / "run", train_tokens=2 * 8 * 32)
-    config = str(write_config(tmp_path / "run.yaml", tree))
-    job = {"SLURM_JOB_ID": "9181", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "megatron_slm", "train", config],
-            env=os.environ | job | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for task in tasks:
-        _, heard = task.communicate(timeout=240)
-        assert task.returncode == 0, heard
+    """The number of the job, from which the port follows, is that of nobody else here."""
+    config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run", train_tokens=8 * 32)))
+    for status, heard in run_ranks(train_as_a_task, 2, str(os.getpid()), config):
+        assert status == 0, heard
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][0]["ranks"] == 2
 
 
-def train_on_poison(world: World, tree: dict[str, Any], what: str) -> str:
-    """Train with a student that gives one NaN: in the loss of rank 1, or in its gradient, at step 12."""
+def train_on_poison(world: World, tree: dict[str, Any], what: str, step: int) -> str:
+    """Train with a student that gives one NaN in a step: in the loss of rank 1, or in its gradient."""
     from megatron_slm.models import exact
     from megatron_slm.models.causal_lm import score_batch
 
@@ -170,7 +165,7 @@ def train_on_poison(world: World, tree: dict[str, Any], what: str) -> str:
     def poisoned(module: torch.nn.Module, batch: Any, want: tuple[str, ...] = ()) -> Any:
         signals = score_batch(module, batch, want)
         steps["seen"] += 1
-        if world.rank == 1 and steps["seen"] == 2 * 11 + 1:
+        if world.rank == 1 and steps["seen"] == 2 * (step - 1) + 1:
             if what == "loss":
                 signals["loss"] = signals["loss"] + torch.nan
             else:
@@ -186,22 +181,22 @@ def train_on_poison(world: World, tree: dict[str, Any], what: str) -> str:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_where(corpora: Path, tmp_path: Path) -> None:
-    tree = config_tree(corpora, tmp_path / "run")
-    for sentence in run_ranks(train_on_poison, 2, tree, "loss"):
-        assert "not finite at step 12 on rank 1, samples [90, 91]" in sentence
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000010"
-    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 20
+    tree = config_tree(corpora, tmp_path / "run", train_tokens=5 * 8 * 32, save_interval=2)
+    for sentence in run_ranks(train_on_poison, 2, tree, "loss", 4):
+        assert "not finite at step 4 on rank 1, samples [26, 27]" in sentence
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
+    assert run_ranks(train_in_process, 2, tree)[0]["step"] == 5
 
 
 @pytest.mark.parametrize(("backend", "stage"), [*(("deepspeed", stage) for stage in range(4)), ("plain", 0)])
 def test_a_skipped_update_is_counted(corpora: Path, tmp_path: Path, backend: str, stage: int) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=stage, backend=backend)
-    assert run_ranks(train_on_poison, 2, tree, "gradient") == ["", ""]
-    assert [record["skipped_updates"] for record in records(tmp_path / "run")] == [0] * 11 + [1] * 9
+    tree = config_tree(corpora, tmp_path / "run", stage=stage, backend=backend, train_tokens=5 * 8 * 32)
+    assert run_ranks(train_on_poison, 2, tree, "gradient", 3) == ["", ""]
+    assert [record["skipped_updates"] for record in records(tmp_path / "run")] == [0, 0, 1, 1, 1]
     assert all(record["loss/all"] is not None for record in records(tmp_path / "run"))
 
 
 def test_too_many_skipped_updates_stop_the_run(corpora: Path, tmp_path: Path) -> None:
-    tree = config_tree(corpora, tmp_path / "run", stage=0, max_skipped_updates=1)
-    for sentence in run_ranks(train_on_poison, 2, tree, "gradient"):
+    tree = config_tree(corpora, tmp_path / "run", stage=0, max_skipped_updates=1, train_tokens=5 * 8 * 32)
+    for sentence in run_ranks(train_on_poison, 2, tree, "gradient", 3):
         assert "training.max_skipped_updates" in sentence
