@@ -90,7 +90,7 @@ def without_ranked(world: World, case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", [None, 3])
 def test_one_candidate_for_each_sample_is_the_run_without_a_choice(stage: int | None) -> None:
-    case = Case(steps=3, micro_batch_size=2, stage=stage)
+    case = Case(steps=2, micro_batch_size=2, stage=stage)
     plain, chosen = (run_ranks(without_ranked, 2, replace(case, candidates=n))[0] for n in (None, 1))
     assert torch.equal(flat(plain["after"]), flat(chosen["after"])) and plain["losses"] == chosen["losses"]
     trained = case.global_batch_size * LENGTH
@@ -98,7 +98,7 @@ def test_one_candidate_for_each_sample_is_the_run_without_a_choice(stage: int | 
 
 
 def test_partitioned_weights_choose_as_whole_ones_do() -> None:
-    case = Case(steps=4, micro_batch_size=2, candidates=2)
+    case = Case(steps=2, micro_batch_size=2, candidates=2)
     assert_same_run(*(run_ranks(without_ranked, 2, replace(case, stage=stage))[0] for stage in (None, 3)))
 
 
@@ -115,9 +115,8 @@ def test_the_score_of_the_run_ranks_and_needs_no_model() -> None:
     assert set(one) == set(other) and len(one) == 8
 
 
-@pytest.mark.parametrize("pool", ["micro_step", "step"])
-def test_every_way_of_the_backward_trains_on_the_same_choice(pool: str) -> None:
-    case = Case(steps=1, micro_batch_size=2, candidates=2, pool=pool)
+def test_every_way_of_the_backward_trains_on_the_same_choice() -> None:
+    case = Case(steps=1, micro_batch_size=2, candidates=2)
     exact, *others = (
         run_ranks(without_ranked, 2, replace(case, backward=way))[0] for way in ("exact", "rows", "replay")
     )

@@ -1,5 +1,6 @@
 """A run that reads several candidates for each sample that it trains on: lengths, records, resuming, stores."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.run_folder import HEADER
 from tests.end_to_end.test_dry_run import shown
-from tests.end_to_end.test_resume import train_half
 from tests.end_to_end.test_score import score_in_process
 from tests.gloo import RankError, run_ranks
 from tests.runs import assert_bitwise_equal, config_tree, records, train_in_process, write_config
@@ -23,8 +23,10 @@ TIMES, TOKENS = 3, 8 * 32
 
 
 def candidates_tree(corpora: Path, run_dir: Path, times: int = TIMES, **training: Any) -> dict[str, Any]:
-    tree = config_tree(corpora, run_dir, stage=0, warmup_tokens=5 * TOKENS, **training)
-    schedule = {"schedule": "linear", "schedule_tokens": 10 * TOKENS}
+    """A run of 10 steps that warms up for 3, and whose ratio moves for 5."""
+    length = {"train_tokens": 10 * TOKENS, "warmup_tokens": 3 * TOKENS, "save_interval": 5}
+    tree = config_tree(corpora, run_dir, stage=0, **(length | training))
+    schedule = {"schedule": "linear", "schedule_tokens": 5 * TOKENS}
     return tree | {"selection": {"candidates": times} | schedule}
 
 
@@ -52,10 +54,10 @@ def test_a_run_is_as_long_as_what_it_trains_on_and_schedules_go_by_that(run: Pat
         assert [record[name] for record in found] == [record[name] for record in plain], name
     kept = [record["consumed_selected_tokens"] for record in found]
     assert kept == [record["consumed_selected_tokens"] for record in plain]
-    assert len({record["selection/ratio"] for record in found}) > 9
-    assert [record["consumed_samples"] for record in found] == [TIMES * 8 * (n + 1) for n in range(20)]
+    assert len({record["selection/ratio"] for record in found}) > 5
+    assert [record["consumed_samples"] for record in found] == [TIMES * 8 * (n + 1) for n in range(10)]
     config = yaml.safe_load((run / "config.yaml").read_text().removeprefix(HEADER))
-    assert config["data"]["order_tokens"] == 20 * TIMES * TOKENS
+    assert config["data"]["order_tokens"] == 10 * TIMES * TOKENS
 
 
 def model_flops(_: World, corpora: Path) -> float:
@@ -94,14 +96,17 @@ def test_tokens_and_flops_are_counted_by_what_was_run(
 def test_a_run_that_stopped_goes_on_bitwise_and_refuses_another_number(
     corpora: Path, run: Path, tmp_path: Path
 ) -> None:
+    """From the checkpoint in its middle: the later one is taken away."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000010")
     tree = candidates_tree(corpora, tmp_path / "run")
     tree["data"]["skip_samples"] = [[100, 110]]
-    run_ranks(train_half, 2, tree)
     other = tree | {"selection": tree["selection"] | {"candidates": 2}}
     with pytest.raises(RankError, match=r"selection\.candidates was 3 and is now 2"):
         run_ranks(train_in_process, 2, other)
     run_ranks(train_in_process, 2, tree)
-    assert_bitwise_equal(run, tmp_path / "run", 20)
+    assert "going on from the checkpoint of step 5" in (tmp_path / "run" / "log-rank0000.txt").read_text()
+    assert_bitwise_equal(run, tmp_path / "run", 10)
 
 
 def test_what_a_run_cost_before_that_was_counted_is_not_invented(corpora: Path, tmp_path: Path) -> None:
