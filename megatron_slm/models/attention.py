@@ -2,11 +2,12 @@
 
 Hugging Face looks attention up by name in a registry, and passes on what the call of the model was given. So the
 model stays as it is: its attention is registered once more under a name of ours, and a call that brings
-`selective=...` has its keys and values, as attention sees them, go through that object.
+`selective=...` has its layers attend by that object.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,38 +19,38 @@ from megatron_slm.errors import UserError
 PREFIX = "selective_"
 """Of the names that attention is registered by here."""
 
+Attended = tuple[Tensor, Tensor | None]
+"""The output `[B, T, H, D]`, and weights if the kernel has them."""
 
-class Attend(Protocol):
-    """Attention as Hugging Face calls it: query `[B, H, T, D]`, key and value `[B, G, S, D]` of G groups of heads.
 
-    Returns the output `[B, T, H, D]` and weights, or None.
+class AttentionCall(NamedTuple):
+    """One layer's attention, as Hugging Face calls it.
+
+    kernel      the layer's own
+    module      the layer's attention
+    query       `[B, H, T, D]`
+    key, value  `[B, G, S, D]`, of G groups of heads: as attention sees them, after rotation and norms
+    options     the rest: `scaling`, `sliding_window`, and so on
     """
 
-    def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    kernel: Callable[..., Attended]
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attention_mask: Tensor | None
+    options: dict[str, Any]
+
+    def run(self) -> Attended:
+        """By the layer's own kernel."""
+        return self.kernel(self.module, self.query, self.key, self.value, self.attention_mask, **self.options)
 
 
 class Selective(Protocol):
     """What a call of the model brings to its attention."""
 
-    def attend(
-        self,
-        attention: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output of one layer, by that layer's own `attention`."""
+    def attend(self, call: AttentionCall) -> Attended:
+        """The output of one layer."""
 
 
 def open_attention(lm: PreTrainedModel) -> None:
@@ -85,7 +86,7 @@ def refuse_compiled(module: nn.Module) -> None:
 
 
 def _attend(
-    attention: Attend,
+    kernel: Callable[..., Attended],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -94,7 +95,6 @@ def _attend(
     *,
     selective: Selective | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    if selective is not None:
-        attention = partial(selective.attend, attention)
-    return attention(module, query, key, value, attention_mask, **options)
+) -> Attended:
+    call = AttentionCall(kernel, module, query, key, value, attention_mask, options)
+    return call.run() if selective is None else selective.attend(call)

@@ -6,13 +6,12 @@ rows.py: the same gradient, of which only the selected share of the activations 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_slm.backend import TrainingEngine
-from megatron_slm.models.attention import Attend, refuse_compiled
+from megatron_slm.models.attention import Attended, AttentionCall, refuse_compiled
 from megatron_slm.models.causal_lm import masked_labels, score_batch
 from megatron_slm.models.packed_attention import PackedAttention, PackedQueries, packed_attention
 from megatron_slm.selection.loss import weighted_loss
@@ -25,19 +24,10 @@ class KeyValues:
     def __init__(self) -> None:
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def attend(
-        self,
-        attention: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """The layer's own attention; its keys and values are kept."""
-        self._layers[module] = (key.detach(), value.detach())
-        return attention(module, query, key, value, attention_mask, **options)
+        self._layers[call.module] = (call.key.detach(), call.value.detach())
+        return call.run()
 
     def of(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         return self._layers[module]
@@ -57,24 +47,12 @@ class Replayed:
         self._queries = queries
         self._packed = packed
 
-    def attend(
-        self,
-        attention: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """query `[1, H, R, D]`, key and value `[1, G, R, D]`, of the selected tokens -> `[1, R, H, D]`."""
-        key, value = (
-            self._queries.merge(old, new) for old, new in zip(self._known.of(module), (key, value), strict=True)
-        )
-        return self._packed(self._queries, query, key, value, scaling, sliding_window).transpose(1, 2), None
+    def attend(self, call: AttentionCall) -> Attended:
+        """Queries `[1, H, R, D]`, keys and values `[1, G, R, D]` of the selected tokens -> `[1, R, H, D]`."""
+        known, fresh = self._known.of(call.module), (call.key, call.value)
+        key, value = (self._queries.merge(old, new) for old, new in zip(known, fresh, strict=True))
+        scale, window = call.options.get("scaling"), call.options.get("sliding_window")
+        return self._packed(self._queries, call.query, key, value, scale, window).transpose(1, 2), None
 
 
 @dataclass(frozen=True)

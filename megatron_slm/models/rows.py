@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from megatron_slm.backend import TrainingEngine
-from megatron_slm.models.attention import Attend, refuse_compiled
+from megatron_slm.models.attention import Attended, AttentionCall, refuse_compiled
 from megatron_slm.models.causal_lm import score_batch
 from megatron_slm.selection.loss import weighted_loss
 from megatron_slm.types import Batch, TokenSignals
@@ -53,19 +53,10 @@ class Rows:
         whole_ND = rows_RD.new_zeros(self.shape.numel(), rows_RD.shape[-1])
         return whole_ND.index_copy_(0, self.index_R, rows_RD).view(*self.shape, -1)
 
-    def attend(
-        self,
-        attention: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """The layer's own attention; keys and values are constants where they are not selected."""
-        key, value = (ConstantUnlessSelected.apply(tensor, self) for tensor in (key, value))
-        return attention(module, query, key, value, attention_mask, **options)
+        key, value = (ConstantUnlessSelected.apply(tensor, self) for tensor in (call.key, call.value))
+        return call._replace(key=key, value=value).run()
 
 
 class ConstantUnlessSelected(torch.autograd.Function):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from megatron_slm.errors import UserError
-from megatron_slm.models.attention import Attend
+from megatron_slm.models.attention import Attended, AttentionCall
 from megatron_slm.models.checks import LEAK, evaluating, some_tokens, straight
 from megatron_slm.models.replay import ReplayStudent
 from megatron_slm.types import Batch
@@ -16,19 +16,10 @@ from megatron_slm.types import Batch
 class Silent:
     """Attention that says nothing of any position."""
 
-    def attend(
-        self,
-        attention: Attend,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    def attend(self, call: AttentionCall) -> Attended:
         """Zeros, as large as the layer's own output."""
-        batch, heads, length, _ = query.shape
-        return value.new_zeros(batch, length, heads, value.shape[-1]), None
+        batch, heads, length, _ = call.query.shape
+        return call.value.new_zeros(batch, length, heads, call.value.shape[-1]), None
 
 
 def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
