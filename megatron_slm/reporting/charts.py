@@ -2,21 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LOOKS = (("0.25", "-", "o"), ("#0060a0", "--", "^"), ("#b05000", ":", "s"), ("#307030", "-.", "D"))
+_LOOKS: tuple[tuple[str, Any, str], ...] = (
+    ("0.25", "-", "o"),
+    ("#0060a0", "--", "^"),
+    ("#b05000", ":", "s"),
+    ("#307030", "-.", "D"),
+    ("#803080", (0, (7, 2)), "v"),
+    ("#806000", (0, (4, 1, 1, 1, 1, 1)), "x"),
+)
 """Colour, line and marker of each curve in turn."""
 
 
 class Curve(NamedTuple):
-    """Points of one labelled curve."""
+    """Points of one labelled curve, and the lowest and the highest of what `y` is the mean of, if there are several."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    lowest: Sequence[float] = ()
+    highest: Sequence[float] = ()
 
 
 def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str, path: Path) -> None:
@@ -32,20 +41,29 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str,
         _draw_panel(axis, curves)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3.5)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(handles), 3 * len(panels)),
+        frameon=False,
+        handlelength=3.5,
+    )
     figure.savefig(path, dpi=150)
 
 
 def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
-    for (label, x, y), (colour, line, marker) in zip(curves, _LOOKS, strict=False):
-        axis.plot(x, y, line, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+    for (label, x, y, lowest, highest), (colour, line, marker) in zip(curves, _LOOKS, strict=False):
+        axis.plot(x, y, linestyle=line, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
+        if lowest:
+            axis.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
     values = [value for curve in curves for value in curve.y]
     span = (max(values) - min(values)) or 1.0
-    lowest = float("-inf")
+    place = float("-inf")
     for index in sorted(range(len(curves)), key=lambda i: curves[i].y[-1]):
-        _, x, y = curves[index]
+        x, y = curves[index][1:3]
         # Values that end close together would be printed over each other.
-        lowest = max(y[-1], lowest + 0.06 * span)
-        axis.annotate(f" {y[-1]:.2f}", (x[-1], lowest), fontsize=9, color=_LOOKS[index][0], va="center")
+        place = max(y[-1], place + 0.06 * span)
+        axis.annotate(f" {y[-1]:.2f}", (x[-1], place), fontsize=9, color=_LOOKS[index][0], va="center")
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)

@@ -94,5 +94,6 @@ def test_curves_are_told_apart_without_colour(tmp_path: Path) -> None:
     looks = [(line, marker) for _, line, marker in charts._LOOKS]
     assert len({line for line, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
     curves = [Curve(name, [0, 1, 2], [5.0, 4.5, end]) for name, end in (("CLM", 4.3), ("SLM", 4.3))]
+    curves.append(Curve("of seeds", [0, 1, 2], [5.0, 4.4, 4.2], [5.0, 4.3, 4.1], [5.0, 4.5, 4.4]))
     draw_curves({"mathematics": curves, "general": curves}, "tokens", "loss", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

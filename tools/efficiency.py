@@ -1,0 +1,244 @@
+"""What the backward of a selective step may leave out: loss against cost, for CLM and each way to pay less.
+
+Trains a base on a part of noisy general text, and a reference (the base, continued on curated mathematics).
+Scores another part with both, and keeps the better half of its documents. Then, from the same base, on
+that part, for equal tokens and over several seeds: CLM; SLM with the backward exact, rows and replay; and
+rows on the documents that were kept. Compares the gradients too. Writes tables and a picture.
+
+    python tools/efficiency.py --data DIR --output runs/efficiency
+
+DIR holds `quickstart/` (jsonl.gz); SLM_DATA names it too. Two runs go on at a time, one process and one
+thread each, so that all meet the same load. A stage that is finished is not run again.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from efficiency_report import ARMS, HELD_OUT, write_report
+from quickstart import prepare_stage
+
+from megatron_slm.demo.processes import StoppedError, StopRequest, stop_on_signals
+from megatron_slm.demo.runs import SEQ_LENGTH, run_config
+from megatron_slm.demo.stages import Stage, Stages, export_stage, training_stage
+from megatron_slm.errors import UserError
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": SEQ_LENGTH,
+    "tie_word_embeddings": False,
+}
+"""A Llama of 5.6M parameters at a vocabulary of 2,048; embedding and head apart, so that their gradients are."""
+
+SAMPLES, RATIO, KEEP = 8, 0.5, 0.5
+"""Of a step of the compared runs; share of tokens that is kept, and of documents."""
+AT_ONCE = 2
+TOOLS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents `first`, `first + every`, ... of a file, the first `longest` characters of each."""
+
+    file: str
+    first: int
+    every: int
+    longest: int | None = None
+
+    def read(self, data: Path, thin: int) -> str:
+        """As JSON lines, one document in `thin` of them."""
+        with gzip.open(data / "quickstart" / self.file, "rt", encoding="utf-8") as lines:
+            texts = [json.loads(line)["text"] for line in lines][self.first :: self.every * thin]
+        return "".join(json.dumps({"text": text[: self.longest]}) + "\n" for text in texts)
+
+
+TEXTS = {
+    "general": Text("general_noisy.jsonl.gz", 1, 4),
+    "earlier": Text("general_noisy.jsonl.gz", 0, 4),
+    "curated": Text("curated_math.jsonl.gz", 0, 1),
+    "math": Text("eval_math.jsonl.gz", 0, 6),
+    "held_out": Text("general_noisy.jsonl.gz", 3, 64, 1000),
+}
+"""What the compared runs read, what the base reads, what the reference reads, and what is held out of all of them."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How much of everything.
+
+    base, reference, compared  optimizer steps; of each compared run
+    eval_interval              of these
+    batches                    micro-batches whose gradients are compared
+    thin                       one document in so many of each text is used
+    """
+
+    base: int = 160
+    reference: int = 120
+    compared: int = 180
+    eval_interval: int = 20
+    batches: int = 8
+    thin: int = 1
+
+
+QUICK = Lengths(base=4, reference=4, compared=20, eval_interval=10, batches=2, thin=12)
+"""Every stage, too short for any result."""
+
+
+class Chain:
+    """All stages.
+
+    Args:
+        data: folder of `quickstart/`.
+        folder: for everything that is made.
+        lengths: of the runs.
+        seeds: of the compared runs.
+    """
+
+    def __init__(self, data: Path, folder: Path, lengths: Lengths, seeds: list[int]) -> None:
+        self._data = data
+        self._folder = folder
+        self._lengths = lengths
+        self._seeds = seeds
+
+    def start(self) -> list[Stage]:
+        """The corpora, and the base that everything else begins with."""
+        base = self._run("base", "earlier", self._lengths.base, 2.0e-3, {"config": MODEL})
+        return [*map(self._prepare, TEXTS), base, self._export("base")]
+
+    def reference(self) -> list[Stage]:
+        """The reference, and what it says of the corpus."""
+        run = self._run("reference", "curated", self._lengths.reference, 1.0e-3, self._model("base"))
+        return [run, self._export("reference"), self.score("reference")]
+
+    def score(self, name: str) -> Stage:
+        """What a model says of every token that the compared runs may read."""
+        output = self._folder / f"score-{name}"
+        config = {"reference": self._model(name) | {"micro_batch_size": 32}, "score": {"output": str(output)}}
+        return self._command("score", f"score-{name}", config, output, 200.0)
+
+    def filter(self) -> Stage:
+        """Which documents are kept; after both scores."""
+        output = self._folder / "kept.safetensors"
+        stores = {name: str(self._folder / f"score-{name}") for name in ("base", "reference")}
+        return self._command(
+            "filter", "filter", {"filter": stores | {"keep": KEEP, "output": str(output)}}, output, 5.0
+        )
+
+    def compared(self, lane: int) -> list[Stage]:
+        """Every `AT_ONCE`-th run from number `lane` on."""
+        return [self._arm(arm, seed) for seed in self._seeds for arm in ARMS][lane::AT_ONCE]
+
+    def after(self) -> list[Stage]:
+        """The gradients at the first initialisation, at the base, and in the middle of a run."""
+        run, half = f"exact-{self._seeds[0]}", self._lengths.compared // 2
+        middle = export_stage(self._folder / run, self._folder / "hf-middle")
+        middle = replace(middle, command=(*middle.command, "--checkpoint", str(half)), recipe=half)
+        output = self._folder / "gradients.json"
+        models = [f"{name}={self._folder / f'hf-{name}'}" for name in ("base", "middle")]
+        command = (str(TOOLS / "gradient_truth.py"), str(self._folder / run), "--models", *models)
+        command += ("--batches", str(self._lengths.batches), "--output", str(output))
+        return [middle, Stage("gradients", "compare gradients", command, (output,), self._lengths.batches, 400.0)]
+
+    def _prepare(self, name: str) -> Stage:
+        thin, file = self._lengths.thin, self._folder / "texts" / f"{name}.jsonl"
+        stage, text = prepare_stage(name, file, self._folder), TEXTS[name].read(self._data, thin)
+        return replace(stage, files={file: text}, recipe=[str(TEXTS[name]), thin])
+
+    def _export(self, name: str) -> Stage:
+        return export_stage(self._folder / name, self._folder / f"hf-{name}")
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"path": str(self._folder / f"hf-{name}")}
+
+    def _run(self, name: str, corpus: str, steps: int, lr: float, model: dict[str, Any], **changes: Any) -> Stage:
+        """One run; `changes` are to groups of the configuration, and `training` is changed in parts."""
+        data = {
+            "train": str(self._folder / corpus),
+            "valid": {held_out: str(self._folder / held_out) for held_out in HELD_OUT},
+        }
+        config = run_config(self._folder / name, model, data, lr, steps, eval_interval=steps, ranks=1)
+        config["training"] |= {"backend": "plain"} | changes.pop("training", {})
+        config["data"] |= changes.pop("data", {})
+        del config["deepspeed"]
+        return training_stage(name, f"train {name}", config | changes, 1, 10.0 + 1.5 * steps, self._folder)
+
+    def _arm(self, arm: str, seed: int) -> Stage:
+        steps = self._lengths.compared
+        training = {
+            "micro_batch_size": SAMPLES,
+            "global_batch_size": SAMPLES,
+            "train_tokens": steps * SAMPLES * SEQ_LENGTH,
+            "eval_interval": self._lengths.eval_interval,
+            "save_interval": steps // 2,
+            "keep_checkpoints": 2,
+        }
+        selective: dict[str, Any] = {"objective": "slm", "reference": {"store": str(self._folder / "score-reference")}}
+        selective["selection"] = {"ratio": RATIO, "backward": ARMS[arm].backward}
+        if ARMS[arm].documents:
+            selective["data"] = {"keep": str(self._folder / "kept.safetensors")}
+        changes = {"seed": seed, "training": training} | ({} if arm == "clm" else selective)
+        return self._run(f"{arm}-{seed}", "general", steps, 8.0e-4, self._model("base"), **changes)
+
+    def _command(self, verb: str, name: str, config: dict[str, Any], output: Path, seconds: float) -> Stage:
+        data = {"data": {"train": str(self._folder / "general"), "seq_length": SEQ_LENGTH}}
+        file, text = self._folder / f"{name}.yaml", yaml.safe_dump(data | config)
+        command = ("-m", "megatron_slm", verb, str(file), "training.backend=plain")
+        recipe = text.replace(str(self._folder), "")
+        return Stage(name, name.replace("-", " "), command, (output,), recipe, seconds, {file: text})
+
+
+def run_all(chain: Chain, markers: Path, stop: StopRequest) -> None:
+    """What comes before, the compared runs some at a time, and what comes after."""
+    start = chain.start()
+    run_beside(markers, [start], stop)
+    run_beside(markers, [[*start, *chain.reference()], [*start, chain.score("base")]], stop)
+    before = [*start, *chain.reference(), chain.filter()]
+    run_beside(markers, [before], stop)
+    lanes = [[*before, *chain.compared(lane)] for lane in range(AT_ONCE)]
+    run_beside(markers, lanes, stop)
+    run_beside(markers, [[*lanes[0], *chain.after()]], stop)
+
+
+def run_beside(markers: Path, lanes: list[list[Stage]], stop: StopRequest) -> None:
+    """Chains of stages, at the same time; what one of them needs of another is finished before."""
+    with ThreadPoolExecutor(len(lanes)) as threads:
+        for lane in [threads.submit(Stages(markers, stages, ranks=AT_ONCE).run, stop) for stages in lanes]:
+            lane.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=os.environ.get("SLM_DATA"), help="folder of quickstart/")
+    parser.add_argument("--output", default="runs/efficiency", type=Path, help="default: %(default)s")
+    parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+", help="default: 1 2 3")
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, too short for any result")
+    arguments = parser.parse_args()
+    if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
+        parser.error("--data (or SLM_DATA) must name the folder that holds quickstart/")
+    folder = arguments.output.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = QUICK if arguments.quick else Lengths()
+    try:
+        with stop_on_signals() as stop:
+            run_all(Chain(Path(arguments.data), folder, lengths, arguments.seeds), folder / "stages", stop)
+    except UserError as error:
+        sys.exit(f"efficiency: {error}")
+    except StoppedError as stopped:
+        sys.exit(stopped.status)
+    sys.stdout.write(write_report(folder, arguments.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The gradient of `selection.backward: rows` and `replay` against the exact one, part by part of the model.
+
+    python tools/gradient_truth.py RUN_DIR --models base=models/base middle=models/middle --output gradients.json
+
+RUN_DIR is of a selective run with a stored reference; its samples are taken from the end of its order. For weights
+from scratch and for each model: every micro-batch is scored once, its tokens are selected by that score, and
+the same tokens go through each backward. `other batch` is what the exact gradients of two micro-batches have in
+common, and `all tokens` that of CLM on the same micro-batch: what an error may be compared with.
+"""
+
+import argparse
+import json
+import logging
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from megatron_slm.backend.plain import PlainBackend, PlainEngine
+from megatron_slm.composition.corpora import Corpora, make_samples, open_run_corpora
+from megatron_slm.composition.models import make_reference
+from megatron_slm.composition.plan import resolve
+from megatron_slm.composition.stores import Order
+from megatron_slm.config import Config, load_config
+from megatron_slm.data.loader import StepLoader
+from megatron_slm.dist import World, connect, disconnect
+from megatron_slm.models.attention import open_attention
+from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, load_pretrained
+from megatron_slm.models.exact import ExactStudent
+from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.rows import RowStudent
+from megatron_slm.models.settings import ModelSettings
+from megatron_slm.selection.rule import Rule
+from megatron_slm.types import Batch
+
+logger = logging.getLogger(__name__)
+
+SCRATCH = "scratch"
+WHOLE = "whole"
+PARTS = (
+    (r"\.layers\.(\d+)\..*(?:attn|attention|input_layernorm)", r"layer {} attention"),
+    (r"\.layers\.(\d+)\.", "layer {} MLP"),
+    (r"embed_tokens", "embedding"),
+    (r"", "head and last norm"),
+)
+"""Of a parameter's name, the first pattern that is found says its part; of Llama's family."""
+
+Gradient = dict[str, Tensor]
+
+
+class Scored(NamedTuple):
+    """A micro-batch and the reference's columns for it."""
+
+    batch: Batch
+    reference: dict[str, Tensor]
+
+
+def part_of(name: str) -> str:
+    found, title = next((found, title) for pattern, title in PARTS if (found := re.search(pattern, name)))
+    return title.format(*(int(number) + 1 for number in found.groups()))
+
+
+def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -> list[Scored]:
+    """The last micro-batches of the run's order, one a step."""
+    config, plan = resolve(config, corpora, world)
+    samples = make_samples(config, corpora, plan, Path(config.run_dir) / "cache", world)
+    settings = config.training
+    loader = StepLoader(samples, settings.micro_batch_size, plan.global_batch_size, config.data.reset_attention, world)
+    order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
+    reference, _ = make_reference(config, corpora, PlainBackend(world), order, ("reference.loss",), world)
+    starts = [loader.end(0, step) for step in range(plan.total_steps - count, plan.total_steps)]
+    batches = [loader.take(start)[0] for start in starts]
+    return [Scored(batch, reference.take([batch], ())[0]) for batch in batches]
+
+
+def students(lm: PreTrainedModel, world: World) -> dict[str, Any]:
+    open_attention(lm)
+    module = CausalLM(lm.train())
+    engine = PlainEngine(module, torch.optim.SGD(module.parameters()), 0.0, world)
+    return {
+        "exact": ExactStudent(engine),
+        "rows": RowStudent(engine, lm.base_model),
+        "replay": ReplayStudent(engine),
+    }
+
+
+def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor) -> Gradient:
+    """Of the mean loss of the tokens of weight 1, flat and concatenated for each part of the model, and whole."""
+    lm.zero_grad()
+    _, tape = student.score(batch, (), keep=True)
+    student.backward(tape, weights_BT, 1 / float(weights_BT.sum()), last=True)
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in lm.named_parameters():
+        parts[part_of(name)].append(parameter.grad.flatten().clone())
+    joined = {part: torch.cat(tensors) for part, tensors in parts.items()}
+    return joined | {WHOLE: torch.cat(list(joined.values()))}
+
+
+def compared(lm: PreTrainedModel, scored: list[Scored], ratio: float, settings: Any, world: World) -> Iterator[dict]:
+    """For each micro-batch the gradients by name."""
+    ways, rule = students(lm, world), Rule(settings)
+    for batch, reference in scored:
+        loss_BT = ways["exact"].score(batch, (), keep=False)[0]["loss"]
+        signals = {"student.loss": loss_BT, "reference.loss": reference["loss"]}
+        chosen = rule.choose(signals, batch.valid_BT, ratio, position=batch.token_position_BT)
+        found = {way: gradient(lm, student, batch, chosen.weights) for way, student in ways.items()}
+        yield found | {"all tokens": gradient(lm, ways["exact"], batch, batch.valid_BT.float())}
+
+
+def measured(gradients: Iterator[Mapping[str, Gradient]]) -> dict[str, Any]:
+    """By part: cosines with the exact gradient and ratios of norms, of every micro-batch and of their sum."""
+    found: dict[str, Any] = defaultdict(lambda: defaultdict(list))
+    total: dict[str, Gradient] = {}
+    before: Gradient | None = None
+    for ways in gradients:
+        for part, exact in ways["exact"].items():
+            _add(found[part], {way: gradient[part] for way, gradient in ways.items()}, exact)
+            if before is not None:
+                found[part]["other batch cosine"].append(cosine(before[part], exact))
+        before = ways["exact"]
+        total = {way: _sum(total.get(way), gradient) for way, gradient in ways.items()}
+    for part, exact in total["exact"].items():
+        found[part]["sum of batches"] = defaultdict(list)
+        _add(found[part]["sum of batches"], {way: gradient[part] for way, gradient in total.items()}, exact)
+    return found
+
+
+def _add(found: dict[str, list[float]], ways: Mapping[str, Tensor], exact: Tensor) -> None:
+    for way in ("rows", "replay", "all tokens"):
+        found[f"{way} cosine"].append(cosine(ways[way], exact))
+        found[f"{way} norm"].append(float(ways[way].norm() / exact.norm()))
+    found["replay from rows"].append(float((ways["replay"] - ways["rows"]).norm() / ways["rows"].norm()))
+
+
+def _sum(total: Gradient | None, more: Gradient) -> Gradient:
+    return more if total is None else {part: tensor + more[part] for part, tensor in total.items()}
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=0))
+
+
+def load(name: str, path: str | None, like: str, config: Config, corpora: Corpora, world: World) -> PreTrainedModel:
+    """The model of a folder; without one, weights from scratch in the shape of the model in `like`."""
+    model = load_pretrained(path or like, "model", False, dtype=torch.float32)
+    if path is None:
+        shape = ModelSettings(path=None, config={"model_type": model.config.model_type})
+        model = build_student(shape, model.config, torch.float32, world.device)
+        initialize_weights(model, config.seed, PlainBackend(world).gathered)
+    return model
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown, a table for each model and ratio."""
+    lines: list[str] = []
+    for name, ratios in found.items():
+        for ratio, parts in ratios.items():
+            lines += [
+                f"\n{name}, ratio {ratio}\n",
+                "| part | rows cosine | rows norm | summed | other batch | all tokens |",
+            ]
+            lines += ["|---" * 6 + "|", *(_line(part, values) for part, values in parts.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _line(part: str, values: dict[str, Any]) -> str:
+    pair = " | ".join(_spread(values[f"rows {what}"]) for what in ("cosine", "norm"))
+    summed = values["sum of batches"]["rows cosine"][0]
+    rest = " | ".join(_spread(values[f"{what} cosine"]) for what in ("other batch", "all tokens"))
+    return f"| {part} | {pair} | {summed:.3f} | {rest} |"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a selective run with a stored reference")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR", help="Hugging Face folders")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.3, 0.5, 0.7], help="default: 0.3 0.5 0.7")
+    parser.add_argument("--batches", type=int, default=8, help="micro-batches; default: %(default)s")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    config = load_config(f"{options.run_dir}/config.yaml", [f"run_dir={options.run_dir}"])
+    paths: dict[str, str | None] = {SCRATCH: None, **dict(model.split("=", 1) for model in options.models)}
+    like = options.models[0].split("=", 1)[1]
+    world = connect()
+    try:
+        corpora = open_run_corpora(config)
+        scored = scored_batches(config, corpora, world, options.batches)
+        found: dict[str, Any] = {}
+        for name, path in paths.items():
+            lm = load(name, path, like, config, corpora, world)
+            found[name] = {
+                str(ratio): measured(compared(lm, scored, ratio, config.selection, world)) for ratio in options.ratios
+            }
+            logger.info("%s is done", name)
+    finally:
+        disconnect()
+    options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
