@@ -57,13 +57,18 @@ def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
         axis.plot(x, y, linestyle=line, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
         if lowest:
             axis.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
-    values = [value for curve in curves for value in curve.y]
-    span = (max(values) - min(values)) or 1.0
-    place = float("-inf")
+    width, height = _span([x for curve in curves for x in curve.x]), _span([y for curve in curves for y in curve.y])
+    placed: list[tuple[float, float]] = []
     for index in sorted(range(len(curves)), key=lambda i: curves[i].y[-1]):
-        x, y = curves[index][1:3]
+        end, last = curves[index].x[-1], curves[index].y[-1]
         # Values that end close together would be printed over each other.
-        place = max(y[-1], place + 0.06 * span)
-        axis.annotate(f" {y[-1]:.2f}", (x[-1], place), fontsize=9, color=_LOOKS[index][0], va="center")
+        near = [below for other, below in placed if abs(other - end) < 0.1 * width]
+        place = max([last, *(below + 0.06 * height for below in near)])
+        placed.append((end, place))
+        axis.annotate(f" {last:.2f}", (end, place), fontsize=9, color=_LOOKS[index][0], va="center")
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)
+
+
+def _span(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) or 1.0
