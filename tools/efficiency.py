@@ -140,8 +140,8 @@ class Chain:
         """Every `AT_ONCE`-th run from number `lane` on."""
         return [self._arm(arm, seed) for seed in self._seeds for arm in ARMS][lane::AT_ONCE]
 
-    def after(self) -> list[Stage]:
-        """The gradients at the first initialisation, at the base, and in the middle of a run."""
+    def gradients(self) -> list[Stage]:
+        """Compared at the first initialisation, at the base, and in the middle of a run."""
         run, half = f"exact-{self._seeds[0]}", self._lengths.compared // 2
         middle = export_stage(self._folder / run, self._folder / "hf-middle")
         middle = replace(middle, command=(*middle.command, "--checkpoint", str(half)), recipe=half)
@@ -200,15 +200,15 @@ class Chain:
 
 
 def run_all(chain: Chain, markers: Path, stop: StopRequest) -> None:
-    """What comes before, the compared runs some at a time, and what comes after."""
+    """What comes before, and the compared runs, some at a time; gradients after those beside the first exact run."""
     start = chain.start()
     run_beside(markers, [start], stop)
     run_beside(markers, [[*start, *chain.reference()], [*start, chain.score("base")]], stop)
     before = [*start, *chain.reference(), chain.filter()]
     run_beside(markers, [before], stop)
     lanes = [[*before, *chain.compared(lane)] for lane in range(AT_ONCE)]
+    lanes[1] += chain.gradients()
     run_beside(markers, lanes, stop)
-    run_beside(markers, [[*lanes[0], *chain.after()]], stop)
 
 
 def run_beside(markers: Path, lanes: list[list[Stage]], stop: StopRequest) -> None:
