@@ -2,8 +2,9 @@
 
 Trains a base on a part of noisy general text, and a reference (the base, continued on curated mathematics).
 Scores another part with both, and keeps the better half of its documents. Then, from the same base, on
-that part, for equal tokens and over several seeds: CLM; SLM with the backward exact, rows and replay; and
-rows on the documents that were kept. Compares the gradients too. Writes tables and a picture.
+that part, for equal tokens and over several seeds: CLM; SLM with the backward exact, rows and replay; rows
+on the documents that were kept, and rows on the better half of the sequences that are read. Compares the
+gradients too. Writes tables and a picture.
 
     python tools/efficiency.py --data DIR --output runs/efficiency
 
@@ -86,8 +87,8 @@ class Lengths:
 
     base: int = 160
     reference: int = 120
-    compared: int = 180
-    eval_interval: int = 20
+    compared: int = 150
+    eval_interval: int = 25
     batches: int = 8
     thin: int = 1
 
@@ -137,8 +138,9 @@ class Chain:
         )
 
     def compared(self, lane: int) -> list[Stage]:
-        """Every `AT_ONCE`-th run from number `lane` on."""
-        return [self._arm(arm, seed) for seed in self._seeds for arm in ARMS][lane::AT_ONCE]
+        """One half of the arms, or the other, for each seed."""
+        half = len(ARMS) // AT_ONCE
+        return [self._arm(arm, seed) for seed in self._seeds for arm in list(ARMS)[lane * half : (lane + 1) * half]]
 
     def gradients(self) -> list[Stage]:
         """Compared at the first initialisation, at the base, and in the middle of a run."""
@@ -185,7 +187,11 @@ class Chain:
             "keep_checkpoints": 2,
         }
         selective: dict[str, Any] = {"objective": "slm", "reference": {"store": str(self._folder / "score-reference")}}
-        selective["selection"] = {"ratio": RATIO, "backward": ARMS[arm].backward}
+        selective["selection"] = {
+            "ratio": RATIO,
+            "backward": ARMS[arm].backward,
+            "candidates": ARMS[arm].candidates,
+        }
         if ARMS[arm].documents:
             selective["data"] = {"keep": str(self._folder / "kept.safetensors")}
         changes = {"seed": seed, "training": training} | ({} if arm == "clm" else selective)
@@ -207,7 +213,7 @@ def run_all(chain: Chain, markers: Path, stop: StopRequest) -> None:
     before = [*start, *chain.reference(), chain.filter()]
     run_beside(markers, [before], stop)
     lanes = [[*before, *chain.compared(lane)] for lane in range(AT_ONCE)]
-    lanes[1] += chain.gradients()
+    lanes[0] += chain.gradients()
     run_beside(markers, lanes, stop)
 
 

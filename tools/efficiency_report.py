@@ -1,12 +1,10 @@
 """What the runs of `efficiency.py` say: losses against FLOPs and seconds, as tables and a picture.
 
-FLOPs are of the convention of training/flops.py: 2 a weight that multiplies, and 4 * layers * width * T of
-attention, a forward; a backward is twice its forward, of those tokens alone for which a product is made.
+FLOPs are those that a run records (training/flops.py); scoring the corpus is counted by the same convention.
 """
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -27,11 +25,18 @@ TERA = 1e12
 
 
 class Arm(NamedTuple):
-    """A way to train: how its backward is run, whether whole documents are left out, which models scored the corpus."""
+    """A way to train.
+
+    backward    how it is run
+    documents   whole ones were left out before
+    candidates  sequences that are read for each that is trained on
+    scorers     models that scored the corpus before
+    """
 
     title: str
     backward: str = "exact"
     documents: bool = False
+    candidates: int = 1
     scorers: int = 1
 
 
@@ -41,41 +46,8 @@ ARMS = {
     "rows": Arm("rows", "rows"),
     "replay": Arm("replay", "replay"),
     "documents_rows": Arm("documents + rows", "rows", documents=True, scorers=2),
+    "candidates_rows": Arm("candidates + rows", "rows", candidates=2),
 }
-
-
-@dataclass(frozen=True)
-class Forward:
-    """FLOPs of a token's forward: the decoder's linears, the head, attention."""
-
-    linears: float
-    head: float
-    attention: float
-
-    @staticmethod
-    def of(folder: Path) -> "Forward":
-        """Of the model in a folder, at the demo's length of a sample."""
-        lm = AutoModelForCausalLM.from_pretrained(folder)
-        config, head = lm.config, 2.0 * lm.get_output_embeddings().weight.numel()
-        whole = token_flops(lm, config, SEQ_LENGTH).forward
-        attention = 4.0 * config.num_hidden_layers * config.hidden_size * SEQ_LENGTH
-        return Forward(whole - head - attention, head, attention)
-
-    @property
-    def whole(self) -> float:
-        return self.linears + self.head + self.attention
-
-    def training(self, backward: str, seen: float, selected: float) -> float:
-        """Of a run that saw so many tokens and selected some of them (CLM: all).
-
-        Exact leaves out the head's backward, rows that of all linears; replay runs the selected tokens again.
-        """
-        first = seen * self.whole
-        if backward == "exact":
-            return first + 2 * seen * (self.linears + self.attention) + 2 * selected * self.head
-        if backward == "rows":
-            return first + 2 * seen * self.attention + 2 * selected * (self.linears + self.head)
-        return first + 3 * selected * self.whole
 
 
 class Point(NamedTuple):
@@ -95,37 +67,33 @@ class Run(NamedTuple):
     step_seconds: float
 
 
-def read_run(folder: Path, arm: str, seed: int, forward: Forward) -> Run:
+def read_run(folder: Path, name: str) -> Run:
     """One compared run. Seconds are of its steps: evaluations and checkpoints are not counted."""
-    base, records = read_records(folder, "base")[-1], read_records(folder, f"{arm}-{seed}")
+    base, records = read_records(folder, "base")[-1], read_records(folder, name)
     points = [Point(0, 0.0, 0.0, _losses(base))]
     step, seconds = 0, 0.0
     for record in records:
         seconds += record["step_seconds"] * (record["step"] - step)
         step = record["step"]
         if LOSS in record:
-            flops = forward.training(ARMS[arm].backward, record["consumed_tokens"], _selected(record))
-            points.append(Point(step, flops, seconds, _losses(record)))
-    return Run(points, _selected(records[-1]), seconds / step)
+            points.append(Point(step, record["flops"], seconds, _losses(record)))
+    return Run(points, records[-1].get("consumed_selected_tokens", records[-1]["trained_tokens"]), seconds / step)
 
 
 def _losses(record: dict) -> dict[str, float]:
     return {name: record[f"eval/{name}/loss"] for name in HELD_OUT}
 
 
-def _selected(record: dict) -> int:
-    return record.get("consumed_selected_tokens", record["consumed_tokens"])
-
-
-def scoring_flops(folder: Path, forward: Forward) -> float:
-    """Of one model over the compared runs' corpus, document by document in windows that overlap by half."""
+def scoring_flops(folder: Path) -> float:
+    """Of one model like the base over the compared runs' corpus, in windows that overlap by half (docs/score.md)."""
     index = open_tokens(open_corpus(str(folder / "general"))).index  # held, for it takes its arrays with it
     length_D = index.sequence_lengths.astype(np.int64)
     stride = SEQ_LENGTH // 2
     more_D = -(-np.maximum(0, length_D - SEQ_LENGTH) // stride)
     # Every window but the last of a document is full; the last one ends with the document.
     tokens_D = np.where(more_D == 0, length_D, SEQ_LENGTH * more_D + length_D - stride * more_D)
-    return float(tokens_D.sum()) * forward.whole
+    lm = AutoModelForCausalLM.from_pretrained(folder / "hf-base")
+    return float(tokens_D.sum()) * token_flops(lm, lm.config, SEQ_LENGTH).forward
 
 
 def reached(run: Run, loss: float, cost: Callable[[Point], float]) -> float | None:
@@ -140,11 +108,10 @@ def reached(run: Run, loss: float, cost: Callable[[Point], float]) -> float | No
 
 def write_report(folder: Path, seeds: list[int]) -> str:
     """Write efficiency.json, efficiency.png and efficiency.md, and return the last."""
-    forward = Forward.of(folder / "hf-base")
-    runs = {arm: [read_run(folder, arm, seed, forward) for seed in seeds] for arm in ARMS}
-    scoring = scoring_flops(folder, forward)
+    runs = {arm: [read_run(folder, f"{arm}-{seed}") for seed in seeds] for arm in ARMS}
+    scoring = scoring_flops(folder)
     plain = {arm: [run._asdict() | {"points": [p._asdict() for p in run.points]} for run in runs[arm]] for arm in runs}
-    found = {"forward": vars(forward), "scoring": scoring, "seeds": seeds, "runs": plain}
+    found = {"scoring": scoring, "seeds": seeds, "runs": plain}
     (folder / "efficiency.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(runs, scoring, folder / "efficiency.png")
     said = f"Scoring the corpus: {scoring / TERA:.2f} TFLOP a model."
