@@ -6,7 +6,7 @@ FLOPs are those that a run records (training/flops.py); scoring the corpus is co
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 import numpy as np
@@ -55,12 +55,14 @@ class Point(NamedTuple):
 
     step: int
     flops: float
-    seconds: float
     losses: dict[str, float]
 
 
 class Run(NamedTuple):
-    """Evaluations in order, from the base on; tokens that were selected; seconds a step."""
+    """Evaluations in order, from the base on; tokens that were selected; seconds of the median step.
+
+    Evaluations and checkpoints are no part of a step.
+    """
 
     points: list[Point]
     selected: int
@@ -68,16 +70,12 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """One compared run. Seconds are of its steps: evaluations and checkpoints are not counted."""
+    """One compared run."""
     base, records = read_records(folder, "base")[-1], read_records(folder, name)
-    points = [Point(0, 0.0, 0.0, _losses(base))]
-    step, seconds = 0, 0.0
-    for record in records:
-        seconds += record["step_seconds"] * (record["step"] - step)
-        step = record["step"]
-        if LOSS in record:
-            points.append(Point(step, record["flops"], seconds, _losses(record)))
-    return Run(points, records[-1].get("consumed_selected_tokens", records[-1]["trained_tokens"]), seconds / step)
+    points = [Point(0, 0.0, _losses(base))]
+    points += [Point(r["step"], r["flops"], _losses(r)) for r in records if LOSS in r]
+    selected = records[-1].get("consumed_selected_tokens", records[-1]["trained_tokens"])
+    return Run(points, selected, median(record["step_seconds"] for record in records))
 
 
 def _losses(record: dict) -> dict[str, float]:
@@ -133,19 +131,25 @@ def losses_table(runs: dict[str, list[Run]]) -> str:
 
 
 def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
-    """Markdown: what was spent, in all and until the loss was CLM's final one of the same seed."""
-    titles = ["run", "TFLOP", "with scoring", "TFLOP to CLM's loss", "with scoring", "s a step", "s to CLM's loss"]
+    """Markdown: what was spent, in all, and until the loss was CLM's last, or exact's late one, of the same seed."""
+    late = 2 * len(runs["exact"][0].points) // 3
+    targets = {
+        "CLM's last loss": [run.points[-1].losses["math"] for run in runs["clm"]],
+        f"exact's at step {runs['exact'][0].points[late].step}": [r.points[late].losses["math"] for r in runs["exact"]],
+    }
+    titles = ["run", "TFLOP", "scoring", "s a step"]
+    titles += [f"{unit} to {target}" for target in targets for unit in ("TFLOP", "s")]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm, found in runs.items():
-        once = scoring * ARMS[arm].scorers / TERA
         flops = fmean(run.points[-1].flops for run in found) / TERA
-        ends = [run.points[-1].losses["math"] for run in runs["clm"]]
-        until = [
-            [reached(run, end, cost) for run, end in zip(found, ends, strict=True)]
-            for cost in (lambda point: point.flops / TERA, lambda point: point.seconds)
-        ]
-        columns = [f"{flops:.2f}", f"{flops + once:.2f}", _mean(until[0]), _mean(until[0], once)]
-        columns += [_spread([run.step_seconds for run in found]), _mean(until[1], digits=0)]
+        columns = [f"{flops:.2f}", f"{scoring * ARMS[arm].scorers / TERA:.2f}"]
+        seconds = [run.step_seconds for run in found]
+        columns.append(f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
+        for ends in targets.values():
+            pairs = list(zip(found, ends, strict=True))
+            columns.append(_mean([reached(*pair, lambda point: point.flops / TERA) for pair in pairs]))
+            steps = [reached(*pair, lambda point: point.step) for pair in pairs]
+            columns.append(_mean([step and step * median(seconds) for step in steps], digits=0))
         lines.append(f"| {ARMS[arm].title} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -171,7 +175,9 @@ def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def _mean(values: Sequence[float | None], more: float = 0.0, digits: int = 2) -> str:
-    """A dash where a run never came so far."""
+def _mean(values: Sequence[float | None], digits: int = 2) -> str:
+    """Over the runs that came so far; how many, if not all."""
     known = [value for value in values if value is not None]
-    return f"{fmean(known) + more:.{digits}f}" if len(known) == len(values) else "-"
+    if not known:
+        return "-"
+    return f"{fmean(known):.{digits}f}" + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
