@@ -148,6 +148,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
         ("all.jsonl.gz", gzip.compress(b'{"logprobs": [-1, -2, -3]}\n' * 2)[:-12]),
         ("all.jsonl.gz", gzip.compress(b'{"logprobs": [-1, -2, -3]}\n' * 2)[:10] + b"nonsense"),
     ],
+    ids=["no text", "no gzip", "cut short", "a header alone"],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     corpus = write_corpus(tmp_path / "c", [3, 3])
