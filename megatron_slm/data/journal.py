@@ -1,7 +1,6 @@
 """How far an attempt at preparing is: read again after a kill, so that finished inputs are not encoded twice."""
 
 import json
-import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def load_progress(folder: Path, settings: dict[str, Any]) -> Progress | None:
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove {folder} to begin afresh") from error
     differing = [
-        f"{option} was {_shown(progress.settings.get(option))} and is {_shown(settings.get(option))}"
+        _difference(option, progress.settings.get(option), settings.get(option))
         for option in {**progress.settings, **settings}
         if progress.settings.get(option) != settings.get(option)
     ]
@@ -67,5 +66,16 @@ def refuse_changed_inputs(folder: Path, progress: Progress, inputs: list[list[An
             raise UserError(f"{before[0]} has changed since it was encoded: remove {folder} to begin afresh")
 
 
+def _difference(option: str, before: Any, now: Any) -> str:
+    """Of long lists only the entries that one of them lacks, if any does."""
+    if isinstance(before, list) and isinstance(now, list):
+        gone, new = ([x for x in one if x not in other] for one, other in ((before, now), (now, before)))
+        if gone or new:
+            before, now = gone, new
+    return f"{option} was {_shown(before)} and is {_shown(now)}"
+
+
 def _shown(value: Any) -> str:
-    return textwrap.shorten(json.dumps(value), 80, placeholder=" ...")
+    """Of long texts the end too, where paths differ."""
+    text = json.dumps(value)
+    return text if len(text) <= 160 else f"{text[:40]} ... {text[-110:]}"
