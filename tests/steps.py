@@ -11,15 +11,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_slm.backend import Backend, EngineSettings
 from megatron_slm.backend.plain import PlainBackend
+from megatron_slm.composition.models import make_learner
 from megatron_slm.data.loader import StepLoader, accumulation_steps
 from megatron_slm.data.samples import Sample
 from megatron_slm.dist import World, gather_objects
-from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
-from megatron_slm.models.exact import ExactStudent
-from megatron_slm.models.replay import ReplayStudent
-from megatron_slm.models.rows import RowStudent
-from megatron_slm.models.selective_checks import check_attention
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
@@ -147,7 +143,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     reference = make_reference(world, backend, case, hf_config)
     candidates, ranked = make_candidates(engine, case)
     result |= {"tokens": [], "ranked": ranked}
-    learner = make_learner(case, engine, module)
+    learner = make_learner(case.backward, module, engine)
     step = TrainingStep(engine, reference, learner, seed=5, num_sources=2, world=world, candidates=candidates)
     times = case.candidates or 1
     loader = StepLoader(RaggedSamples(), times * case.micro_batch_size, times * case.global_batch_size, False, world)
@@ -192,14 +188,6 @@ def make_student(backend: Backend, case: Case) -> tuple[CausalLM, PretrainedConf
     if case.checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return CausalLM(lm, head_chunk=5), hf_config
-
-
-def make_learner(case: Case, engine: Any, module: CausalLM) -> Any:
-    if case.backward == "exact":
-        return ExactStudent(engine)
-    open_attention(module.lm)
-    check_attention(engine.module, module.lm)
-    return RowStudent(engine, module.lm.base_model) if case.backward == "rows" else ReplayStudent(engine)
 
 
 def make_objective(case: Case) -> Any:

@@ -36,13 +36,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_slm.backend import EngineSettings
 from megatron_slm.backend.plain import PlainBackend
+from megatron_slm.composition.models import make_learner
 from megatron_slm.dist import World
-from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import CausalLM, score_batch
-from megatron_slm.models.exact import ExactStudent
-from megatron_slm.models.replay import ReplayStudent
-from megatron_slm.models.rows import RowStudent
-from megatron_slm.models.student import Student
 from megatron_slm.selection import select_tokens
 from megatron_slm.training.flops import peak_flops, token_flops
 from megatron_slm.training.optimizer import adamw
@@ -109,17 +105,12 @@ class Bench:
         world = World(0, 1, 0, device)
         with device:
             lm = AutoModelForCausalLM.from_config(hf_config(shape), dtype=getattr(torch, shape.dtype))
-        open_attention(lm)
         self.module = CausalLM(lm).train()
         self.flops = token_flops(self.module, lm.config, shape.seq_length).training
         optimizer = adamw(self.module, TrainingSettings(global_batch_size=1, train_tokens=1), device)
         settings = EngineSettings(shape.micro_batch_size, 1, 1.0, getattr(torch, shape.dtype))
         self._engine = PlainBackend(world).training_engine(self.module, optimizer, settings)
-        self._students: dict[str, Student[Any]] = {
-            "exact": ExactStudent(self._engine),
-            "rows": RowStudent(self._engine, lm.base_model),
-            "replay": ReplayStudent(self._engine),
-        }
+        self._students = {way: make_learner(way, self.module, self._engine) for way in MODES}
         self._batch = make_batch(shape).to(device)
         with torch.no_grad():
             loss_BT = score_batch(self.module, self._batch)["loss"]

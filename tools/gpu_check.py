@@ -31,12 +31,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
 from megatron_slm.backend.plain import PlainBackend
+from megatron_slm.composition.models import make_learner
 from megatron_slm.dist import World, connect, disconnect
-from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, score_batch
-from megatron_slm.models.exact import ExactStudent
-from megatron_slm.models.replay import ReplayStudent
-from megatron_slm.models.rows import RowStudent
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.scoring.sources import ModelSource
 from megatron_slm.scoring.work import ScoringBatch, Shard
@@ -161,17 +158,11 @@ def gradient_of(way: str, device: torch.device, dtype: torch.dtype, mask_BT: tor
     cpu = torch.device("cpu")
     plain = PlainBackend(World(0, 1, 0, cpu))
     module = make_model(SMALL, 1, plain, torch.float32, cpu).to(device, dtype)
-    open_attention(module.lm)
     training = TrainingSettings(global_batch_size=SMALL.micro_batch_size, train_tokens=1)
     settings = EngineSettings(SMALL.micro_batch_size, 1, 1.0, dtype)
     world = World(0, 1, 0, device)
     engine = PlainBackend(world).training_engine(module, adamw(module, training, device), settings)
-    students = {
-        "exact": ExactStudent(engine),
-        "rows": RowStudent(engine, module.lm.base_model),
-        "replay": ReplayStudent(engine),
-    }
-    student: Any = students[way]
+    student = make_learner(way, module, engine)
     _, tape = student.score(make_batch(SMALL, device), (), keep=True)
     student.backward(tape, mask_BT.float().to(device), 1 / int(mask_BT.sum()), last=True)
     return torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(module.named_parameters())])

@@ -24,17 +24,13 @@ from transformers import PreTrainedModel
 
 from megatron_slm.backend.plain import PlainBackend, PlainEngine
 from megatron_slm.composition.corpora import Corpora, make_samples, open_run_corpora
-from megatron_slm.composition.models import make_reference
+from megatron_slm.composition.models import make_learner, make_reference
 from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order
 from megatron_slm.config import Config, load_config
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World, connect, disconnect
-from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, load_pretrained
-from megatron_slm.models.exact import ExactStudent
-from megatron_slm.models.replay import ReplayStudent
-from megatron_slm.models.rows import RowStudent
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection.rule import Rule
 from megatron_slm.types import Batch
@@ -80,14 +76,9 @@ def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -
 
 
 def students(lm: PreTrainedModel, world: World) -> dict[str, Any]:
-    open_attention(lm)
     module = CausalLM(lm.train())
     engine = PlainEngine(module, torch.optim.SGD(module.parameters()), 0.0, world)
-    return {
-        "exact": ExactStudent(engine),
-        "rows": RowStudent(engine, lm.base_model),
-        "replay": ReplayStudent(engine),
-    }
+    return {way: make_learner(way, module, engine) for way in ("exact", "rows", "replay")}
 
 
 def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor) -> Gradient:

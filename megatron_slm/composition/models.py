@@ -25,7 +25,7 @@ from megatron_slm.models.checks import check_dropout, check_dropout_settings, ch
 from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.replay import ReplayStudent
 from megatron_slm.models.rows import RowStudent
-from megatron_slm.models.selective_checks import check_attention, check_replay
+from megatron_slm.models.selective_checks import check_attention, check_replay, packed_for_rows
 from megatron_slm.models.student import Student
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
 from megatron_slm.signals.mixture import MixedReference
@@ -87,20 +87,22 @@ def make_student(
     return module, engine
 
 
-def make_learner(config: Config, module: CausalLM, engine: TrainingEngine) -> Student[Any]:
-    """The way in which selective steps score and run the backward; every rank calls it.
+def make_learner(backward: str, module: CausalLM, engine: TrainingEngine) -> Student[Any]:
+    """The way in which steps score and run the backward; every rank calls it.
 
     Args:
-        config: of the run.
+        backward: `selection.backward`; exact for a run that selects nothing.
         module, engine: as `make_student` returns them.
+
+    Raises:
+        UserError: rows or replay are not right for this model.
     """
-    backward = config.selection.backward
-    if config.objective == "clm" or backward == "exact":
+    if backward == "exact":
         return ExactStudent(engine)
     agree(lambda: open_attention(module.lm))
     check_attention(engine.module, module.lm)
     if backward == "rows":
-        return RowStudent(engine, module.lm.base_model)
+        return RowStudent(engine, module.lm.base_model, packed_for_rows(engine.module, module.lm))
     student = ReplayStudent(engine)
     check_replay(student, module.lm)
     return student

@@ -75,7 +75,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     step = TrainingStep(
         engine,
         reference,
-        make_learner(config, student, engine),
+        make_learner(config.selection.backward if config.objective == "slm" else "exact", student, engine),
         seed=config.seed,
         num_sources=len(corpora.train),
         world=world,

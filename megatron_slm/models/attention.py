@@ -41,6 +41,16 @@ class AttentionCall(NamedTuple):
     attention_mask: Tensor | None
     options: dict[str, Any]
 
+    @property
+    def scale(self) -> float | None:
+        """Of the products; None: 1 / sqrt(D)."""
+        return self.options.get("scaling")
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that a query sees, itself among them; None: all of its document so far."""
+        return self.options.get("sliding_window")
+
     def run(self) -> Attended:
         """By the layer's own kernel."""
         return self.kernel(self.module, self.query, self.key, self.value, self.attention_mask, **self.options)

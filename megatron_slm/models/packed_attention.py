@@ -3,16 +3,19 @@
 Suffixes: H heads in G groups, R queries in all, N = B * T keys in all, S of them in one block.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+QUERIES = 64
+"""That attend together on a CPU: keys after the last of them are left out, and those after each are masked."""
 BLOCK = 128
-"""Queries that attend together: keys after the last of them are left out, and those after each are masked."""
+"""Queries, and keys, of a block of flex attention."""
 
 
 class Block(NamedTuple):
@@ -40,15 +43,14 @@ class PackedQueries:
 
     def merge(self, known_BGTD: Tensor, fresh_1GRD: Tensor) -> Tensor:
         """`[G, N, D]`: what is known of all positions, and at those of the queries what is fresh, with its graph."""
-        known_GND = known_BGTD.transpose(0, 1).flatten(1, 2)
-        return known_GND.index_copy(1, self.index_R, fresh_1GRD[0])
+        return by_group(known_BGTD).index_copy(1, self.index_R, fresh_1GRD[0])
 
     def first_R(self, window: int | None) -> Tensor:
         """The first key that each query sees: of its document, or of the last `window`."""
         return self._start_R if window is None else self._start_R.maximum(self.index_R - window + 1)
 
     def blocks(self, window: int | None) -> list[Block]:
-        """At most `BLOCK` queries of one sequence each; the same in every layer of that window."""
+        """At most `QUERIES` of one sequence each; the same in every layer of that window."""
         if window not in self._blocks:
             self._blocks[window] = list(self._cut(window))
         return self._blocks[window]
@@ -57,12 +59,17 @@ class PackedQueries:
         first_R = self.first_R(window)
         ends = torch.bincount(self.index_R // self._length).cumsum(0).tolist()
         for begin, end in zip([0, *ends], ends, strict=False):
-            for start in range(begin, end, BLOCK):
-                rows = slice(start, min(start + BLOCK, end))
+            for start in range(begin, end, QUERIES):
+                rows = slice(start, min(start + QUERIES, end))
                 keys = slice(int(first_R[rows].min()), int(self.index_R[rows.stop - 1]) + 1)
                 key_S = torch.arange(keys.start, keys.stop, device=self.index_R.device)
                 mask_RS = (key_S >= first_R[rows, None]) & (key_S <= self.index_R[rows, None])
                 yield Block(rows, keys, mask_RS)
+
+
+def by_group(tensor_BGTD: Tensor) -> Tensor:
+    """`[G, N, D]`, as packed attention takes keys and values."""
+    return tensor_BGTD.transpose(0, 1).flatten(1, 2)
 
 
 class PackedAttention(Protocol):
@@ -78,13 +85,35 @@ def attend_by_sequence(
 ) -> Tensor:
     """Block after block by PyTorch's fused attention; see `PackedAttention`."""
     grouped = query.shape[1] != len(key)
-    parts = []
-    for rows, keys, mask_RS in queries.blocks(window):
-        part = scaled_dot_product_attention(
-            query[:, :, rows], key[None, :, keys], value[None, :, keys], mask_RS, scale=scale, enable_gqa=grouped
+    blocks = queries.blocks(window)
+    parts = [
+        scaled_dot_product_attention(part, keys[None], values[None], block.mask_RS, scale=scale, enable_gqa=grouped)
+        for block, part, keys, values in zip(
+            blocks,
+            query.split([block.rows.stop - block.rows.start for block in blocks], dim=2),
+            KeysOfBlocks.apply(key, blocks),
+            KeysOfBlocks.apply(value, blocks),
+            strict=True,
         )
-        parts.append(part)
+    ]
     return torch.cat(parts, dim=2)
+
+
+class KeysOfBlocks(torch.autograd.Function):
+    """`[G, N, D]` -> the `[G, S, D]` of every block. Slices alone would add a gradient of all N for each of them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
+        ctx.size, ctx.blocks = tensor.shape, blocks
+        return tuple(tensor[:, block.keys] for block in blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].new_zeros(ctx.size)
+        for block, grad in zip(ctx.blocks, grads, strict=True):
+            whole[:, block.keys] += grad
+        return whole, None
 
 
 class FlexAttention:

@@ -51,8 +51,7 @@ class Replayed:
         """Queries `[1, H, R, D]`, keys and values `[1, G, R, D]` of the selected tokens -> `[1, R, H, D]`."""
         known, fresh = self._known.of(call.module), (call.key, call.value)
         key, value = (self._queries.merge(old, new) for old, new in zip(known, fresh, strict=True))
-        scale, window = call.options.get("scaling"), call.options.get("sliding_window")
-        return self._packed(self._queries, call.query, key, value, scale, window).transpose(1, 2), None
+        return self._packed(self._queries, call.query, key, value, call.scale, call.window).transpose(1, 2), None
 
 
 @dataclass(frozen=True)

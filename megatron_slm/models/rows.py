@@ -1,4 +1,4 @@
-"""Row backward: every linear of the decoder multiplies, in its backward, the rows of selected tokens alone.
+"""Row backward: linears and attention of the decoder run, in their backward, the rows of selected tokens alone.
 
 Hidden states of positions that are not selected, and their keys and values, are constants. Their gradient is
 zero in every layer then, so that leaving out their rows changes nothing: the products are of k rows in place of all.
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.models.attention import Attended, AttentionCall, refuse_compiled
 from megatron_slm.models.causal_lm import score_batch
+from megatron_slm.models.packed_attention import PackedAttention, PackedQueries, by_group
 from megatron_slm.selection.loss import weighted_loss
 from megatron_slm.types import Batch, TokenSignals
 
@@ -27,19 +28,24 @@ class Rows:
     """The selected positions of one batch, said once, between its forward and its backward.
 
     Args:
-        shape: B, T of the batch.
+        position_ids_BT: int64, of the batch.
+        packed: attention of selected queries alone, for the backward; None: the kernel's own backward, of all.
     """
 
     mask_BT: Tensor
     index_R: Tensor
+    queries: PackedQueries
 
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
+    def __init__(self, position_ids_BT: Tensor, packed: PackedAttention | None) -> None:
+        self.shape = position_ids_BT.shape
+        self._position_ids_BT = position_ids_BT
+        self._packed = packed
 
     def choose(self, mask_BT: Tensor) -> None:
         """bool `[B, T]`."""
         self.mask_BT = mask_BT
         self.index_R = mask_BT.flatten().nonzero().squeeze(-1)
+        self.queries = PackedQueries(self.index_R, self._position_ids_BT)
 
     def take(self, tensor: Tensor) -> Tensor:
         """The selected rows `[R, D]` of `[B, T, D]`."""
@@ -55,8 +61,10 @@ class Rows:
 
     def attend(self, call: AttentionCall) -> Attended:
         """The layer's own attention; keys and values are constants where they are not selected."""
-        key, value = (ConstantUnlessSelected.apply(tensor, self) for tensor in (call.key, call.value))
-        return call._replace(key=key, value=value).run()
+        if self._packed is None:
+            key, value = (ConstantUnlessSelected.apply(tensor, self) for tensor in (call.key, call.value))
+            return call._replace(key=key, value=value).run()
+        return RowAttention.apply(call.query, call.key, call.value, call, self._packed, self), None
 
 
 class ConstantUnlessSelected(torch.autograd.Function):
@@ -71,6 +79,49 @@ class ConstantUnlessSelected(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.rows.mask_BT[:, None, :, None], None
+
+
+class RowAttention(torch.autograd.Function):
+    """A layer's attention `[B, T, H, D]`, whose backward runs the selected queries again, and no others.
+
+    Of the call nothing but its settings is kept: checkpointing would not know of tensors that were not saved.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, packed: PackedAttention, rows: Rows
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.settings, ctx.packed, ctx.rows = (call.scale, call.window), packed, rows
+        return call.run()[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows = ctx.rows
+        if len(rows.index_R) == 0:
+            return *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors), None, None, None
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            attended_RHD = attend_rows(rows, ctx.packed, *inputs, *ctx.settings)
+        query, key, value = torch.autograd.grad(attended_RHD, inputs, rows.take(grad.flatten(2)).view_as(attended_RHD))
+        mask_B1T1 = rows.mask_BT[:, None, :, None]
+        return query, key.mul_(mask_B1T1), value.mul_(mask_B1T1), None, None, None
+
+
+def attend_rows(
+    rows: Rows,
+    packed: PackedAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    window: int | None,
+) -> Tensor:
+    """`[R, H, D]` of the selected queries among `[B, H, T, D]`, over keys and values `[B, G, T, D]`."""
+    query_RHD = rows.take(query.transpose(1, 2).flatten(2)).unflatten(1, (query.shape[1], -1))
+    query_1HRD = query_RHD.transpose(0, 1)[None]
+    return packed(rows.queries, query_1HRD, by_group(key), by_group(value), scale, window)[0].transpose(0, 1)
 
 
 class RowLinear(torch.autograd.Function):
@@ -130,15 +181,17 @@ class RowStudent:
     Args:
         engine: the module (a `CausalLM` whose attention is open) with its optimizer.
         decoder: the module whose linears know the rows.
+        packed: see `Rows`.
     """
 
-    def __init__(self, engine: TrainingEngine, decoder: nn.Module) -> None:
+    def __init__(self, engine: TrainingEngine, decoder: nn.Module, packed: PackedAttention | None) -> None:
         refuse_compiled(engine.module)
         self._engine = engine
+        self._packed = packed
         self._linears = [child for child in decoder.modules() if isinstance(child, nn.Linear | Conv1D)]
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, RowTape]:
-        rows = Rows(batch.tokens_BT.shape)
+        rows = Rows(batch.position_ids_BT, self._packed)
         with torch.set_grad_enabled(keep):
             signals = self._run(batch, rows, want)
         tape = RowTape(batch, rows, signals["loss"] if keep else None)

@@ -1,4 +1,4 @@
-"""What is asked of a model before its backward leaves rows out: that positions meet in its attention alone."""
+"""What is asked of a model before its backward leaves rows out: positions meet in its attention alone, and how."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from megatron_slm.errors import UserError
 from megatron_slm.models.attention import Attended, AttentionCall
 from megatron_slm.models.checks import LEAK, evaluating, some_tokens, straight
+from megatron_slm.models.packed_attention import PackedAttention, attend_by_sequence
 from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.rows import Rows, attend_rows
 from megatron_slm.types import Batch
 
 
@@ -20,6 +22,51 @@ class Silent:
         """Zeros, as large as the layer's own output."""
         batch, heads, length, _ = call.query.shape
         return call.value.new_zeros(batch, length, heads, call.value.shape[-1]), None
+
+
+class Compared:
+    """The layers' own attention; and whether packed attention of all queries said the same in each.
+
+    Args:
+        rows: all of the batch.
+        packed: what is compared.
+    """
+
+    def __init__(self, rows: Rows, packed: PackedAttention) -> None:
+        self._rows = rows
+        self._packed = packed
+        self.same = True
+
+    def attend(self, call: AttentionCall) -> Attended:
+        """As without it."""
+        attended, weights = call.run()
+        inputs = (call.query, call.key, call.value, call.scale, call.window)
+        expected_NHD = attended.flatten(0, 1)
+        difference_NHD = attend_rows(self._rows, self._packed, *inputs) - expected_NHD
+        self.same &= bool(difference_NHD.norm() <= 2e-2 * expected_NHD.norm())
+        return attended, weights
+
+
+def packed_for_rows(module: nn.Module, model: PreTrainedModel) -> PackedAttention | None:
+    """By what the backward of rows runs selected queries; every rank calls it.
+
+    None: each layer's own kernel runs the backward, of all queries. So it is where a model's attention does more than
+    softmax of scaled products, and on accelerators, where running queries again was never measured.
+
+    Args:
+        module: the `CausalLM`, or its engine.
+        model: the model inside, with open attention.
+    """
+    text_BS = some_tokens(model, 2, 10)
+    tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
+    if tokens_BT.device.type != "cpu":
+        return None
+    rows = Rows(straight(tokens_BT), attend_by_sequence)
+    rows.choose(torch.ones_like(tokens_BT, dtype=torch.bool))
+    compared = Compared(rows, attend_by_sequence)
+    with torch.no_grad(), evaluating(model):
+        module(tokens_BT, labels_BT, straight(tokens_BT), (), {"selective": compared})
+    return attend_by_sequence if compared.same else None
 
 
 def check_attention(module: nn.Module, model: PreTrainedModel) -> None:

@@ -15,13 +15,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from megatron_slm.errors import UserError
+from megatron_slm.models import packed_attention
 from megatron_slm.models.attention import open_attention, refuse_compiled
 from megatron_slm.models.causal_lm import CausalLM
 from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.packed_attention import BLOCK, FlexAttention, PackedQueries, attend_by_sequence, block_mask
 from megatron_slm.models.replay import ReplayStudent
 from megatron_slm.models.rows import Rows, RowStudent
-from megatron_slm.models.selective_checks import check_attention, check_replay
+from megatron_slm.models.selective_checks import check_attention, check_replay, packed_for_rows
 from megatron_slm.models.student import Student
 from megatron_slm.types import Batch
 from tests.unit.test_head import VOCAB, tiny_config
@@ -35,7 +36,8 @@ FAMILIES = {
     "gpt_neox": {},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
 }
-WAYS = ("rows", "replay")
+KERNEL = "rows, by the kernel's own backward"
+WAYS = ("rows", KERNEL, "replay")
 
 
 class Engine:
@@ -60,7 +62,9 @@ def student_of(way: str, module: CausalLM) -> Student[Any]:
     if way == "exact":
         return ExactStudent(Engine(module))
     open_attention(module.lm)
-    return RowStudent(Engine(module), module.lm.base_model) if way == "rows" else ReplayStudent(Engine(module))
+    if way == "replay":
+        return ReplayStudent(Engine(module))
+    return RowStudent(Engine(module), module.lm.base_model, None if way == KERNEL else attend_by_sequence)
 
 
 def make_batch(*, packed: bool = False) -> Batch:
@@ -241,6 +245,30 @@ def test_one_kernel_and_sequence_by_sequence_attend_alike(window: int | None) ->
     torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("together", [1, 4, 64])
+def test_queries_attend_alike_however_many_together(
+    together: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_attention, "QUERIES", together)
+    batch = make_batch(packed=True)
+    index_R = some_weights(batch, 0.5).flatten().nonzero().squeeze(-1)
+    queries = PackedQueries(index_R, batch.position_ids_BT)
+    shapes = [(1, 4, len(index_R), 8), (2, 72, 8), (2, 72, 8), (1, 4, len(index_R), 8)]
+    torch.manual_seed(0)
+    query, key, value, upstream = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
+    found = attend_by_sequence(queries, *inputs, 0.3, window)
+    first_R = queries.first_R(window)
+    seen_RN = (torch.arange(72) >= first_R[:, None]) & (torch.arange(72) <= index_R[:, None])
+    key_HND, value_HND = (tensor.repeat_interleave(2, 0) for tensor in (key, value))
+    scores_1HRN = (0.3 * query @ key_HND.mT).masked_fill(~seen_RN, -math.inf)
+    expected = scores_1HRN.softmax(-1) @ value_HND
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, upstream) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("window", [None, 700])
 def test_the_kernel_skips_blocks_that_no_query_sees_and_masks_none_that_all_see(window: int | None) -> None:
     length = 1000
@@ -279,11 +307,11 @@ def test_replay_keeps_the_selected_share_of_the_activations() -> None:
         return sum(sizes.values())
 
     assert kept("replay", 0.25) < 0.5 * kept("replay", 1.1)
-    assert kept("rows", 0.25) == kept("rows", 1.1)
+    assert kept("replay", 0.25) < 0.5 * kept("rows", 0.25)
 
 
 def test_the_backward_of_rows_multiplies_the_selected_rows_alone() -> None:
-    rows = Rows(torch.Size((SEQUENCES, LENGTH)))
+    rows = Rows(make_batch().position_ids_BT, None)
     mask = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
     rows.choose(mask)
     tensor = torch.randn(SEQUENCES, LENGTH, 5)
@@ -306,6 +334,7 @@ def test_known_families_pass_the_checks(family: str) -> None:
     student = student_of("replay", module)
     check_attention(module, module.lm)
     check_replay(student, module.lm)
+    assert packed_for_rows(module, module.lm) is attend_by_sequence
 
 
 def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
@@ -317,7 +346,7 @@ def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
         check_attention(module, module.lm)
 
 
-def test_a_model_whose_attention_is_not_plain_is_refused_by_replay() -> None:
+def test_a_model_whose_attention_is_not_plain_is_refused_by_replay_and_not_packed_by_rows() -> None:
     module = make_module("llama")
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     AttentionInterface.register("capped", lambda *inputs, **options: (3 * sdpa(*inputs, **options)[0], None))
@@ -327,6 +356,7 @@ def test_a_model_whose_attention_is_not_plain_is_refused_by_replay() -> None:
     check_attention(module, module.lm)
     with pytest.raises(UserError, match="softmax of scaled products"):
         check_replay(student, module.lm)
+    assert packed_for_rows(module, module.lm) is None
 
 
 def test_an_attention_that_is_the_models_own_is_refused() -> None:
