@@ -12,10 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-QUERIES = 64
-"""That attend together on a CPU: keys after the last of them are left out, and those after each are masked."""
 BLOCK = 128
-"""Queries, and keys, of a block of flex attention."""
+"""Queries that attend together: keys after the last of them are left out, and those after each are masked."""
 
 
 class Block(NamedTuple):
@@ -50,7 +48,7 @@ class PackedQueries:
         return self._start_R if window is None else self._start_R.maximum(self.index_R - window + 1)
 
     def blocks(self, window: int | None) -> list[Block]:
-        """At most `QUERIES` of one sequence each; the same in every layer of that window."""
+        """At most `BLOCK` queries of one sequence each; the same in every layer of that window."""
         if window not in self._blocks:
             self._blocks[window] = list(self._cut(window))
         return self._blocks[window]
@@ -59,8 +57,8 @@ class PackedQueries:
         first_R = self.first_R(window)
         ends = torch.bincount(self.index_R // self._length).cumsum(0).tolist()
         for begin, end in zip([0, *ends], ends, strict=False):
-            for start in range(begin, end, QUERIES):
-                rows = slice(start, min(start + QUERIES, end))
+            for start in range(begin, end, BLOCK):
+                rows = slice(start, min(start + BLOCK, end))
                 keys = slice(int(first_R[rows].min()), int(self.index_R[rows.stop - 1]) + 1)
                 key_S = torch.arange(keys.start, keys.stop, device=self.index_R.device)
                 mask_RS = (key_S >= first_R[rows, None]) & (key_S <= self.index_R[rows, None])

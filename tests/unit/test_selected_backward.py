@@ -246,11 +246,11 @@ def test_one_kernel_and_sequence_by_sequence_attend_alike(window: int | None) ->
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("together", [1, 4, 64])
+@pytest.mark.parametrize("together", [1, 4, 128])
 def test_queries_attend_alike_however_many_together(
     together: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_attention, "QUERIES", together)
+    monkeypatch.setattr(packed_attention, "BLOCK", together)
     batch = make_batch(packed=True)
     index_R = some_weights(batch, 0.5).flatten().nonzero().squeeze(-1)
     queries = PackedQueries(index_R, batch.position_ids_BT)
