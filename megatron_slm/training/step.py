@@ -114,6 +114,7 @@ class TrainingStep:
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
             _backward(student, tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
+            del tapes  # keys and values of replay, which the next pool and the update have no room for
         loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
         tokens = self._count(dealt, batches, selected, objective)
         return StepResult(selected, learning_rate, loss, asked, self._engine.step(learning_rate), statistics, tokens)
