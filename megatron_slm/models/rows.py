@@ -159,6 +159,11 @@ def bound(linears: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
             del linear.forward
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """A linear that computes nothing of its own, as quantised ones and routers among the subclasses do."""
+    return getattr(module.forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
+
+
 def _forward(linear: nn.Module, rows: Rows, input: Tensor) -> Tensor:
     """Rows that are not those of the batch, as an expert of a mixture gets them, take the linear's own way."""
     if input.shape[:-1] != rows.shape or not torch.is_grad_enabled():
@@ -188,7 +193,7 @@ class RowStudent:
         refuse_compiled(engine.module)
         self._engine = engine
         self._packed = packed
-        self._linears = [child for child in decoder.modules() if isinstance(child, nn.Linear | Conv1D)]
+        self._linears = [child for child in decoder.modules() if _is_plain(child)]
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, RowTape]:
         rows = Rows(batch.position_ids_BT, self._packed)
