@@ -143,7 +143,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     reference = make_reference(world, backend, case, hf_config)
     candidates, ranked = make_candidates(engine, case)
     result |= {"tokens": [], "ranked": ranked}
-    learner = make_learner(case.backward, module, engine)
+    learner = make_learner(case.backward, module, engine, LENGTH)
     step = TrainingStep(engine, reference, learner, seed=5, num_sources=2, world=world, candidates=candidates)
     times = case.candidates or 1
     loader = StepLoader(RaggedSamples(), times * case.micro_batch_size, times * case.global_batch_size, False, world)

@@ -110,7 +110,7 @@ class Bench:
         optimizer = adamw(self.module, TrainingSettings(global_batch_size=1, train_tokens=1), device)
         settings = EngineSettings(shape.micro_batch_size, 1, 1.0, getattr(torch, shape.dtype))
         self._engine = PlainBackend(world).training_engine(self.module, optimizer, settings)
-        self._students = {way: make_learner(way, self.module, self._engine) for way in MODES}
+        self._students = {way: make_learner(way, self.module, self._engine, shape.seq_length) for way in MODES}
         self._batch = make_batch(shape).to(device)
         with torch.no_grad():
             loss_BT = score_batch(self.module, self._batch)["loss"]

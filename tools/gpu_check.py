@@ -162,7 +162,7 @@ def gradient_of(way: str, device: torch.device, dtype: torch.dtype, mask_BT: tor
     settings = EngineSettings(SMALL.micro_batch_size, 1, 1.0, dtype)
     world = World(0, 1, 0, device)
     engine = PlainBackend(world).training_engine(module, adamw(module, training, device), settings)
-    student = make_learner(way, module, engine)
+    student = make_learner(way, module, engine, SMALL.seq_length)
     _, tape = student.score(make_batch(SMALL, device), (), keep=True)
     student.backward(tape, mask_BT.float().to(device), 1 / int(mask_BT.sum()), last=True)
     return torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(module.named_parameters())])

@@ -75,10 +75,10 @@ def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -
     return [Scored(batch, reference.take([batch], ())[0]) for batch in batches]
 
 
-def students(lm: PreTrainedModel, world: World) -> dict[str, Any]:
+def students(lm: PreTrainedModel, world: World, seq_length: int) -> dict[str, Any]:
     module = CausalLM(lm.train())
     engine = PlainEngine(module, torch.optim.SGD(module.parameters()), 0.0, world)
-    return {way: make_learner(way, module, engine) for way in ("exact", "rows", "replay")}
+    return {way: make_learner(way, module, engine, seq_length) for way in ("exact", "rows", "replay")}
 
 
 def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor) -> Gradient:
@@ -95,7 +95,7 @@ def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor
 
 def compared(lm: PreTrainedModel, scored: list[Scored], ratio: float, settings: Any, world: World) -> Iterator[dict]:
     """For each micro-batch the gradients by name."""
-    ways, rule = students(lm, world), Rule(settings)
+    ways, rule = students(lm, world, scored[0].batch.tokens_BT.shape[1]), Rule(settings)
     for batch, reference in scored:
         loss_BT = ways["exact"].score(batch, (), keep=False)[0]["loss"]
         signals = {"student.loss": loss_BT, "reference.loss": reference["loss"]}

@@ -23,9 +23,17 @@ from megatron_slm.models.causal_lm import (
 )
 from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
 from megatron_slm.models.exact import ExactStudent
+from megatron_slm.models.packed_attention import packed_attention
 from megatron_slm.models.replay import ReplayStudent
 from megatron_slm.models.rows import RowStudent
-from megatron_slm.models.selective_checks import check_attention, check_replay, packed_for_rows
+from megatron_slm.models.selective_checks import (
+    check_attention,
+    check_opening,
+    check_plain,
+    check_replay,
+    packed_for_rows,
+    sequence_losses,
+)
 from megatron_slm.models.student import Student
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
 from megatron_slm.signals.mixture import MixedReference
@@ -87,24 +95,30 @@ def make_student(
     return module, engine
 
 
-def make_learner(backward: str, module: CausalLM, engine: TrainingEngine) -> Student[Any]:
+def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_length: int) -> Student[Any]:
     """The way in which steps score and run the backward; every rank calls it.
 
     Args:
         backward: `selection.backward`; exact for a run that selects nothing.
         module, engine: as `make_student` returns them.
+        seq_length: tokens a sample.
 
     Raises:
         UserError: rows or replay are not right for this model.
     """
     if backward == "exact":
         return ExactStudent(engine)
-    agree(lambda: open_attention(module.lm))
-    check_attention(engine.module, module.lm)
+    lm = module.lm
+    before_BT = sequence_losses(engine.module, lm, seq_length, {})
+    agree(lambda: open_attention(lm))
+    check_opening(lm, before_BT, sequence_losses(engine.module, lm, seq_length, {}))
+    check_attention(engine.module, lm)
     if backward == "rows":
-        return RowStudent(engine, module.lm.base_model, packed_for_rows(engine.module, module.lm))
-    student = ReplayStudent(engine)
-    check_replay(student, module.lm)
+        return RowStudent(engine, lm.base_model, packed_for_rows(engine.module, lm, seq_length))
+    packed = packed_attention(next(lm.parameters()).device)
+    check_plain(engine.module, lm, packed, seq_length)
+    student = ReplayStudent(engine, packed)
+    check_replay(student, lm)
     return student
 
 

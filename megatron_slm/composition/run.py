@@ -72,10 +72,11 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
     needs = rule.needs if rule is not None else ()
     reference, reference_flops = make_reference(config, corpora, backend, order, needs, world)
+    backward = config.selection.backward if config.objective == "slm" else "exact"
     step = TrainingStep(
         engine,
         reference,
-        make_learner(config.selection.backward if config.objective == "slm" else "exact", student, engine),
+        make_learner(backward, student, engine, config.data.seq_length),
         seed=config.seed,
         num_sources=len(corpora.train),
         world=world,
@@ -91,8 +92,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         if world.is_main:
             logger.info("going on from the checkpoint of step %d", state.step)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
-    flops = token_flops(student, hf_config, config.data.seq_length)
-    models = ModelFlops(flops, reference_flops, config.selection.backward)
+    models = ModelFlops(token_flops(student, hf_config, config.data.seq_length), reference_flops, backward)
     peak = peak_flops(world.device)
     speed = Throughput(models, peak and peak * world.size)
     parts = Parts(config, corpora, folder, engine, reference, store, models, speed, world)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.models.attention import Attended, AttentionCall, refuse_compiled
 from megatron_slm.models.causal_lm import masked_labels, score_batch
-from megatron_slm.models.packed_attention import PackedAttention, PackedQueries, packed_attention
+from megatron_slm.models.packed_attention import PackedAttention, PackedQueries
 from megatron_slm.selection.loss import weighted_loss
 from megatron_slm.types import Batch, TokenSignals
 
@@ -26,11 +26,17 @@ class KeyValues:
 
     def attend(self, call: AttentionCall) -> Attended:
         """The layer's own attention; its keys and values are kept."""
-        self._layers[call.module] = (call.key.detach(), call.value.detach())
+        self._layers[call.module] = (alone(call.key), alone(call.value))
         return call.run()
 
     def of(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         return self._layers[module]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """Without a graph, and in memory of its own: a view of queries, keys and values in one would hold all three."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 class Replayed:
@@ -51,7 +57,8 @@ class Replayed:
         """Queries `[1, H, R, D]`, keys and values `[1, G, R, D]` of the selected tokens -> `[1, R, H, D]`."""
         known, fresh = self._known.of(call.module), (call.key, call.value)
         key, value = (self._queries.merge(old, new) for old, new in zip(known, fresh, strict=True))
-        return self._packed(self._queries, call.query, key, value, call.scale, call.window).transpose(1, 2), None
+        attended_1HRD = self._packed(self._queries, call.query, key, value, call.scale, call.window)
+        return attended_1HRD.transpose(1, 2).contiguous(), None  # as of kernels: some models take a view of it
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,13 @@ class ReplayStudent:
 
     Args:
         engine: the module (a `CausalLM` whose attention is open) with its optimizer.
+        packed: attention of the selected tokens.
     """
 
-    def __init__(self, engine: TrainingEngine) -> None:
+    def __init__(self, engine: TrainingEngine, packed: PackedAttention) -> None:
         refuse_compiled(engine.module)
         self._engine = engine
-        self._packed = packed_attention(next(engine.module.parameters()).device)
+        self._packed = packed
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, ReplayTape]:
         signals, known = self._first_pass(batch, want)

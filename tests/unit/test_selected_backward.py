@@ -1,7 +1,9 @@
 """Rows and replay against plain autograd that detaches, layer by layer, whatever was not selected."""
 
 import dataclasses
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from megatron_slm.backend import Update
+from megatron_slm.composition.models import make_learner
+from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models import packed_attention
 from megatron_slm.models.attention import open_attention, refuse_compiled
@@ -22,9 +27,11 @@ from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.packed_attention import BLOCK, FlexAttention, PackedQueries, attend_by_sequence, block_mask
 from megatron_slm.models.replay import ReplayStudent
 from megatron_slm.models.rows import Rows, RowStudent
-from megatron_slm.models.selective_checks import check_attention, check_replay, packed_for_rows
 from megatron_slm.models.student import Student
-from megatron_slm.types import Batch
+from megatron_slm.signals.live import NoReference
+from megatron_slm.training.step import TrainingStep
+from megatron_slm.types import Batch, TokenSignals
+from tests.steps import Case, make_objective
 from tests.unit.test_head import VOCAB, tiny_config
 
 SEQUENCES, LENGTH = 3, 24
@@ -63,7 +70,7 @@ def student_of(way: str, module: CausalLM) -> Student[Any]:
         return ExactStudent(Engine(module))
     open_attention(module.lm)
     if way == "replay":
-        return ReplayStudent(Engine(module))
+        return ReplayStudent(Engine(module), attend_by_sequence)
     return RowStudent(Engine(module), module.lm.base_model, None if way == KERNEL else attend_by_sequence)
 
 
@@ -310,6 +317,32 @@ def test_replay_keeps_the_selected_share_of_the_activations() -> None:
     assert kept("replay", 0.25) < 0.5 * kept("rows", 0.25)
 
 
+@pytest.mark.parametrize("way", ["exact", "rows", "replay"])
+def test_nothing_that_a_pool_kept_is_held_while_the_next_is_scored_or_the_weights_are_updated(way: str) -> None:
+    module = make_module("llama", torch.float32)
+    student, tapes = student_of(way, module), []
+
+    class Watched(Engine):
+        def step(self, learning_rate: float) -> Update:
+            assert [tape() for tape in tapes] == [None] * 2
+            return Update(True, 0.0)
+
+    def watched(*args: Any, **options: Any) -> tuple[TokenSignals, Any]:
+        assert all(tape() is None for tape in tapes)
+        signals, tape = score(*args, **options)
+        tapes.append(weakref.ref(tape))
+        return signals, tape
+
+    score, student.score = student.score, watched
+    world = World(0, 1, 0, torch.device("cpu"))
+    step = TrainingStep(Watched(module), NoReference(), student, seed=0, num_sources=1, world=world)
+    gc.disable()
+    try:
+        step([make_batch(), make_batch(packed=True)], make_objective(Case(score="student_loss")), 0.0, 1)
+    finally:
+        gc.enable()
+
+
 def test_the_backward_of_rows_multiplies_the_selected_rows_alone() -> None:
     rows = Rows(make_batch().position_ids_BT, None)
     mask = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -328,35 +361,95 @@ def test_linears_are_as_they_were_after_a_step_and_after_an_error() -> None:
     assert all("forward" not in vars(child) for child in module.modules())
 
 
+def learner_of(way: str, module: CausalLM) -> Any:
+    return make_learner(way, module, Engine(module), LENGTH)
+
+
+def fresh_module(family: str, **options: Any) -> CausalLM:
+    """In float32, with the small weights of a model from scratch: its losses hardly tell what its attention says."""
+    torch.manual_seed(0)
+    config = tiny_config(family, **{"initializer_range": 0.02} | options)
+    return CausalLM(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_known_families_pass_the_checks(family: str) -> None:
-    module = make_module(family)
-    student = student_of("replay", module)
-    check_attention(module, module.lm)
-    check_replay(student, module.lm)
-    assert packed_for_rows(module, module.lm) is attend_by_sequence
+def test_known_families_pass_the_checks(family: str, dtype: torch.dtype) -> None:
+    learner_of("replay", make_module(family, dtype))
+    assert learner_of("rows", make_module(family, dtype))._packed is attend_by_sequence
+    learner_of("replay", CausalLM(fresh_module(family, **FAMILIES[family]).lm.to(dtype)))
 
 
 def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
     module = make_module("llama")
-    open_attention(module.lm)
     mlp = module.lm.model.layers[1].mlp
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden + hidden.roll(1, 1))
-    with pytest.raises(UserError, match=r"selection\.backward"):
-        check_attention(module, module.lm)
+    for way in ("rows", "replay"):
+        with pytest.raises(UserError, match=r"positions meet elsewhere.*selection\.backward"):
+            learner_of(way, module)
 
 
 def test_a_model_whose_attention_is_not_plain_is_refused_by_replay_and_not_packed_by_rows() -> None:
-    module = make_module("llama")
+    module = fresh_module("llama")
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     AttentionInterface.register("capped", lambda *inputs, **options: (3 * sdpa(*inputs, **options)[0], None))
     AttentionMaskInterface.register("capped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     module.lm.config._attn_implementation = "capped"
-    student = student_of("replay", module)
-    check_attention(module, module.lm)
     with pytest.raises(UserError, match="softmax of scaled products"):
-        check_replay(student, module.lm)
-    assert packed_for_rows(module, module.lm) is None
+        learner_of("replay", module)
+    assert learner_of("rows", module)._packed is None
+
+
+@pytest.mark.parametrize("family", ["phimoe", "qwen2_moe"])
+def test_a_window_that_attention_is_not_told_of_is_found_beyond_it(family: str) -> None:
+    options = {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": LENGTH - 8}
+    options |= {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4} if family == "qwen2_moe" else {}
+    module = fresh_module(family, **options)
+    with pytest.raises(UserError, match="a window that it names"):
+        learner_of("replay", module)
+    assert learner_of("rows", module)._packed is None
+
+
+def test_a_model_that_counts_positions_itself_is_refused_by_replay() -> None:
+    module = fresh_module("marian")
+    with pytest.raises(UserError, match="position_ids"):
+        learner_of("replay", module)
+
+
+def test_a_model_that_asks_for_its_kernel_by_name_is_refused() -> None:
+    module = make_module("llama")
+    mlp, config = module.lm.model.layers[1].mlp, module.lm.config
+    mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden) * (2 if config._attn_implementation == "sdpa" else 1)
+    with pytest.raises(UserError, match="by name"):
+        learner_of("rows", module)
+
+
+def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
+    module, batch = make_module("llama"), make_batch()
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    module.lm.model.layers[0].mlp.up_proj.__class__ = Scaled
+    down = module.lm.model.layers[1].mlp.down_proj
+    own = down.forward = lambda hidden: 3 * nn.Linear.forward(down, hidden)
+    weights = some_weights(batch, 0.5)
+    assert_same(gradient(module, "rows", batch, weights), detached(module, batch, weights))
+    assert down.forward is own
+
+
+def test_replay_runs_a_model_that_takes_a_view_of_what_its_attention_says() -> None:
+    learner_of("replay", fresh_module("afmoe", num_key_value_heads=2, head_dim=8, num_experts=4, num_dense_layers=2))
+
+
+def test_keys_and_values_are_kept_without_the_queries_that_they_were_made_with() -> None:
+    for family in ("gpt2", "phi3"):
+        module, batch = make_module(family) if family in FAMILIES else fresh_module(family), make_batch()
+        student = student_of("replay", module)
+        _, tape = student.score(batch, (), keep=True)
+        kept = [tensor for layer in tape.known._layers.values() for tensor in layer]
+        assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == sum(tensor.nbytes for tensor in kept)
 
 
 def test_an_attention_that_is_the_models_own_is_refused() -> None:
