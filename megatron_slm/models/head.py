@@ -120,12 +120,6 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: 
     return logits_CV if bias_V is None else logits_CV + bias_V.to(dtype)
 
 
-def _entropy(logits_CV: Tensor, lse_C: Tensor) -> Tensor:
-    """-sum p log p = lse - E[logit]."""
-    probability_CV = (logits_CV - lse_C[:, None]).exp_()
-    return lse_C - probability_CV.mul_(logits_CV).sum(-1)
-
-
 def _subtract_one_at(grad_logits_RC: Tensor, column_R1: Tensor) -> None:
     """From one column of each row, if it lies in this chunk."""
     inside_R1 = (column_R1 >= 0) & (column_R1 < grad_logits_RC.shape[1])

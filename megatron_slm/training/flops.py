@@ -88,7 +88,10 @@ class StudentTokens:
 
 
 def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
-    """What each way of `selection.backward` runs (models/exact.py, rows.py, replay.py)."""
+    """What each way of `selection.backward` runs (models/exact.py, rows.py, replay.py).
+
+    Attention's backward under rows counts in full, also where a CPU runs that of the selected queries alone.
+    """
     trained, selected = tokens.trained, tokens.selected
     first = tokens.candidates + (trained if tokens.ranked_first else 0)
     if selected is None or backward == "exact":
