@@ -66,10 +66,11 @@ def test_norms_biases_and_embeddings_do_not_decay(tied: bool) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_flops_count_the_weights_that_multiply(tied: bool) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"head_dim": 6}
     config = AutoConfig.for_model("llama", vocab_size=31, num_hidden_layers=3, tie_word_embeddings=tied, **shape)
     model = AutoModelForCausalLM.from_config(config)
-    layer = 16 * 16 + 2 * 8 * 16 + 16 * 16 + 3 * 16 * 24 + 2 * 16
-    expected = 2 * (3 * layer + 16 + 31 * 16) + 4 * 3 * 16 * 10
+    layer = 16 * 12 + 2 * 6 * 16 + 12 * 16 + 3 * 16 * 24 + 2 * 16
+    expected = 2 * (3 * layer + 16 + 31 * 16) + 4 * 3 * 12 * 10
     assert token_flops(model, config, 10).forward == expected
     assert token_flops(model, config, 10).training == 3 * expected
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -41,6 +42,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 7},
     "gpt2": {},
     "gpt_neox": {},
+    "granite": {"attention_multiplier": 0.6},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2},
 }
 KERNEL = "rows, by the kernel's own backward"
@@ -441,6 +443,28 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
 
 def test_replay_runs_a_model_that_takes_a_view_of_what_its_attention_says() -> None:
     learner_of("replay", fresh_module("afmoe", num_key_value_heads=2, head_dim=8, num_experts=4, num_dense_layers=2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_backward_of_rows_costs_the_selected_share(family: str) -> None:
+    module, batch = make_module(family), make_batch()
+
+    def cost(way: str) -> int:
+        student = student_of(way, module)
+        _, tape = student.score(batch, (), keep=True)
+        with FlopCounterMode(display=False) as counted:
+            student.backward(tape, some_weights(batch, 0.25), 1.0, last=True)
+        return counted.get_total_flops()
+
+    assert cost("rows") < 0.4 * cost("exact")
+
+
+def test_rows_that_are_not_those_of_the_batch_take_the_linears_own_way() -> None:
+    module, batch = make_module("llama"), make_batch()
+    mlp = module.lm.model.layers[0].mlp
+    mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden.flatten(0, 1).flip(0)).flip(0).view_as(hidden)
+    weights = some_weights(batch, 0.5)
+    assert_same(gradient(module, "rows", batch, weights), detached(module, batch, weights))
 
 
 def test_keys_and_values_are_kept_without_the_queries_that_they_were_made_with() -> None:
