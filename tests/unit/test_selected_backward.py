@@ -38,7 +38,7 @@ from tests.unit.test_head import VOCAB, tiny_config
 SEQUENCES, LENGTH = 3, 24
 FAMILIES = {
     "llama": {},
-    "qwen3": {},
+    "qwen3": {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1},
     "mistral": {"sliding_window": 7},
     "gpt2": {},
     "gpt_neox": {},
