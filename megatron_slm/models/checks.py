@@ -76,11 +76,13 @@ def check_head(model: PreTrainedModel) -> None:
     arguments = {"input_ids": tokens_BT, "position_ids": straight(tokens_BT), "use_cache": False}
     with torch.no_grad(), evaluating(model), _replaced_head(model) as seen:
         logits_BTV = model(**arguments).logits
-        hidden_BTD = model.base_model(**arguments).last_hidden_state
-    if len(seen) != 2 or not _is_linear(model) or not _close(seen[0], hidden_BTD) or not _same(logits_BTV, seen[1]):
+        body = model.base_model(**arguments)
+    # A base model that is the model itself asks the head again.
+    known = len(seen) == 2 and _is_linear(model) and _close(seen[0], body.last_hidden_state)
+    if not known or not _same(logits_BTV, seen[1]):
         raise UserError(
             f"{type(model).__name__} computes its logits in a way that this system does not know "
-            "(a soft cap or a scale): use another architecture."
+            "(a soft cap, a scale, or no model of its own beneath the head): use another architecture."
         )
 
 

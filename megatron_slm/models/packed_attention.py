@@ -38,6 +38,7 @@ class PackedQueries:
         self._length = position_ids_BT.shape[1]
         self._start_R = index_R - position_ids_BT.flatten()[index_R]
         self._blocks: dict[int | None, list[Block]] = {}
+        self._masks: dict[int | None, BlockMask] = {}
 
     def merge(self, known_BGTD: Tensor, fresh_1GRD: Tensor) -> Tensor:
         """`[G, N, D]`: what is known of all positions, and at those of the queries what is fresh, with its graph."""
@@ -52,6 +53,12 @@ class PackedQueries:
         if window not in self._blocks:
             self._blocks[window] = list(self._cut(window))
         return self._blocks[window]
+
+    def mask(self, window: int | None) -> BlockMask:
+        """The same in one, for flex attention."""
+        if window not in self._masks:
+            self._masks[window] = block_mask(self, window)
+        return self._masks[window]
 
     def _cut(self, window: int | None) -> Iterator[Block]:
         first_R = self.first_R(window)
@@ -128,7 +135,7 @@ class FlexAttention:
         self, queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         grouped = query.shape[1] != len(key)
-        mask = block_mask(queries, window)
+        mask = queries.mask(window)
         return self._attend(query, key[None], value[None], block_mask=mask, scale=scale, enable_gqa=grouped)
 
 

@@ -42,7 +42,7 @@ def test_models_whose_logits_are_a_product_are_accepted(model_type: str, tied: b
 def test_models_that_cap_or_scale_their_logits_are_refused(model_type: str, initializer_range: float) -> None:
     """Whatever the weights: a cap shows only at large logits, which fresh weights do not have."""
     lm = tiny_model(model_type, initializer_range=initializer_range, **CHANGED_LOGITS[model_type])
-    with pytest.raises(UserError, match="a soft cap or a scale"):
+    with pytest.raises(UserError, match="a soft cap, a scale"):
         check_head(lm)
 
 
@@ -62,6 +62,13 @@ def test_weights_that_are_not_numbers_do_not_look_like_another_head() -> None:
 def test_a_layer_between_hidden_states_and_head_is_refused() -> None:
     lm = tiny_model("llama")
     lm.lm_head.register_forward_pre_hook(lambda head, inputs: (1.05 * inputs[0],))
+    with pytest.raises(UserError, match="does not know"):
+        check_head(lm)
+
+
+def test_a_model_with_no_other_beneath_its_head_is_refused() -> None:
+    lm = tiny_model("llama")
+    lm.base_model_prefix = "nothing"
     with pytest.raises(UserError, match="does not know"):
         check_head(lm)
 
