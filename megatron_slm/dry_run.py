@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,14 +20,17 @@ from megatron_slm.data.loader import accumulation_steps, position_after
 from megatron_slm.data.samples import check_order, order_fingerprint, tokens_per_epoch
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
+from megatron_slm.models.attention import require_registered
 from megatron_slm.models.causal_lm import pretrained_config
 from megatron_slm.models.checks import check_length
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.words import rule_in_words
 from megatron_slm.signals.settings import PartSettings
+from megatron_slm.signals.store import open_store
 from megatron_slm.training.callbacks.callback import make_callback
 from megatron_slm.training.callbacks.console import quantity
+from megatron_slm.training.flops import ModelFlops, StepTokens, step_flops
 from megatron_slm.training.memory import ModelSize, RankMemory, model_size, rank_memory
 from megatron_slm.training.rollback import refuse_missing_checkpoint
 from megatron_slm.training.state import Plan
@@ -69,6 +72,7 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
     if rollback is not None:
         found.take(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
     found.take(lambda: _refuse_other_weights("model", config.model.path))
+    found.take(lambda: _refuse_unregistered_attention(config))
     for part in config.reference.parts if config.reference else []:
         found.take(partial(_refuse_other_weights, "reference", part.path))
     for name in config.callbacks:
@@ -96,24 +100,25 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
         return
     config, plan = resolved
     _say_plan(config, plan, corpora, world, found)
-    found.take(lambda: _look_at_stores(config, corpora, plan, world))
+    found.take(lambda: _look_at_stores(config, corpora, plan, world, found))
     if config.objective == "slm":
         found.say("selection", rule_in_words(config.selection))
     try:
-        _say_sizes(config, hf_config, references, world, found)
+        _say_sizes(config, plan, hf_config, references, world, found)
     except Exception as error:  # models are foreign code, and not all of it runs without memory
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        found.say("memory", f"neither it nor the disk can be estimated for this model ({reason})")
+        found.say("memory", f"neither it nor cost and disk can be estimated for this model ({reason})")
 
 
 def _say_sizes(
     config: Config,
+    plan: Plan,
     hf_config: PretrainedConfig,
     references: list[tuple[PartSettings, PretrainedConfig]],
     world: World,
     found: Findings,
 ) -> None:
-    """Models, memory and disk."""
+    """Models, cost, memory and disk."""
     precision = PRECISIONS[config.training.precision]
     length = config.data.seq_length
     size = model_size(hf_config, config.training.micro_batch_size, length, precision)
@@ -122,6 +127,7 @@ def _say_sizes(
     for (part, reference), (reference_size, sharded) in zip(references, frozen, strict=True):
         place = "split over the ranks" if sharded else "whole on each rank"
         found.say("reference", _model_in_words(reference, reference_size, f"from {part.path}, {place}"))
+    _say_cost(config, plan, ModelFlops(size.flops, sum(other.flops.forward for other, _ in frozen)), world, found)
     memory = rank_memory(
         size,
         frozen,
@@ -133,6 +139,26 @@ def _say_sizes(
     )
     _say_memory(memory, world, found)
     _say_disk(config, size, precision, found)
+
+
+def _say_cost(config: Config, plan: Plan, models: ModelFlops, world: World, found: Findings) -> None:
+    """Of a step at `selection.ratio`, as the run's records will count it, and against a plain one."""
+    trained, read = plan.tokens_per_step, plan.samples_per_step * plan.seq_length
+    plain = models.student.training * trained
+    flops = plain
+    if config.objective == "slm":
+        rule = config.selection
+        micro_steps = accumulation_steps(plan.global_batch_size, config.training.micro_batch_size, world.size)
+        tokens = StepTokens(
+            candidates=read if plan.candidates > 1 else 0,
+            trained=trained,
+            selected=round(rule.ratio * trained),
+            reference=read,
+            ranked_first=rule.pool == "step" and micro_steps > 1,
+        )
+        flops = step_flops(replace(models, backward=rule.backward), tokens)
+    whole = plan.total_steps * flops
+    found.say("cost", f"{flops:.2g} FLOPs a step, {flops / plain:.2f} of a plain one; {whole:.2g} in all")
 
 
 def _replayed(config: Config) -> float | None:
@@ -151,8 +177,8 @@ def _live_references(config: Config, corpora: Corpora) -> list[tuple[PartSetting
     return [(part, _reference_config(config, part, corpora)) for part in live]
 
 
-def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World) -> None:
-    """Open every store that will be read."""
+def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World, found: Findings) -> None:
+    """Open every store that will be read, and say whose scores it holds."""
     data, settings = config.data, config.reference
     fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0, corpora.kept)
     end = position_after(data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
@@ -160,6 +186,8 @@ def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World) 
         if part.store is not None:
             needs = Rule(config.selection).needs
             open_reference_store(part.store, config, corpora, Order(fingerprint, end), needs, world)
+            origin = open_store(part.store).manifest.reference.get("path", "elsewhere")
+            found.say("reference", f"read from {part.store}, scores of {origin}")
 
 
 def _reference_config(config: Config, part: PartSettings, corpora: Corpora) -> PretrainedConfig:
@@ -176,6 +204,13 @@ def _refuse_other_weights(setting: str, path: str | None) -> None:
         raise UserError(f"{setting}.path is '{path}', which holds no *.safetensors: save the model as safetensors.")
 
 
+def _refuse_unregistered_attention(config: Config) -> None:
+    """That Hugging Face chooses without being told shows when the model is there."""
+    kernel = config.model.attn_implementation
+    if config.objective == "slm" and config.selection.backward != "exact" and kernel is not None:
+        require_registered(kernel, "the student")
+
+
 def _say_data(config: Config, corpora: Corpora, found: Findings) -> None:
     trained = ", ".join(f"{corpus.name} {quantity(corpus.num_tokens)}" for corpus in corpora.train)
     held_out = ", ".join(f"{name} {quantity(corpus.num_tokens)}" for name, corpus in corpora.valid.items()) or "none"
@@ -190,6 +225,7 @@ def _say_plan(config: Config, plan: Plan, corpora: Corpora, world: World, found:
     read = plan.total_steps * plan.samples_per_step * plan.seq_length
     passes = read / tokens_per_epoch(config.data, corpora.train, corpora.kept)
     candidates = f", the best of {plan.samples_per_step} candidates" if plan.candidates > 1 else ""
+    checkpointed = ", activations checkpointed" if training.activation_checkpointing == "full" else ""
     found.say(
         "plan",
         f"{plan.total_steps:,} steps of {quantity(plan.tokens_per_step)} tokens, {passes:.2g} passes over data.train, "
@@ -198,7 +234,7 @@ def _say_plan(config: Config, plan: Plan, corpora: Corpora, world: World, found:
     found.say(
         "step",
         f"{plan.global_batch_size} samples = {world.size} ranks x {training.micro_batch_size} x {micro_steps} "
-        f"micro-steps, {plan.seq_length} tokens each{candidates}",
+        f"micro-steps, {plan.seq_length} tokens each{candidates}{checkpointed}",
     )
 
 

@@ -15,6 +15,7 @@ thread each, so that all meet the same load. A stage that is finished is not run
 import argparse
 import gzip
 import json
+import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +232,8 @@ def main() -> None:
     parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+", help="default: 1 2 3")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, too short for any result")
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_slm").setLevel(logging.INFO)
     if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
         parser.error("--data (or SLM_DATA) must name the folder that holds quickstart/")
     folder = arguments.output.absolute()

@@ -15,6 +15,8 @@ import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +31,12 @@ from megatron_slm.composition.plan import resolve
 from megatron_slm.composition.stores import Order
 from megatron_slm.config import Config, load_config
 from megatron_slm.data.loader import StepLoader
+from megatron_slm.data.progress import Meter
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, load_pretrained
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection.rule import Rule
 from megatron_slm.types import Batch
-
-logger = logging.getLogger(__name__)
 
 SCRATCH = "scratch"
 WHOLE = "whole"
@@ -122,6 +123,12 @@ def measured(gradients: Iterator[Mapping[str, Gradient]]) -> dict[str, Any]:
     return found
 
 
+def _shown(meter: Meter, number: Iterator[int], gradients: Iterator[Mapping[str, Gradient]]) -> Iterator[Any]:
+    for found in gradients:
+        yield found
+        meter.reach(next(number))
+
+
 def _add(found: dict[str, list[float]], ways: Mapping[str, Tensor], exact: Tensor) -> None:
     for way in ("rows", "replay", "all tokens"):
         found[f"{way} cosine"].append(cosine(ways[way], exact))
@@ -183,6 +190,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_slm").setLevel(logging.INFO)
     config = load_config(f"{options.run_dir}/config.yaml", [f"run_dir={options.run_dir}"])
     paths: dict[str, str | None] = {SCRATCH: None, **dict(model.split("=", 1) for model in options.models)}
     like = options.models[0].split("=", 1)[1]
@@ -191,12 +200,12 @@ def main() -> None:
         corpora = open_run_corpora(config)
         scored = scored_batches(config, corpora, world, options.batches)
         found: dict[str, Any] = {}
-        for name, path in paths.items():
-            lm = load(name, path, like, config, corpora, world)
-            found[name] = {
-                str(ratio): measured(compared(lm, scored, ratio, config.selection, world)) for ratio in options.ratios
-            }
-            logger.info("%s is done", name)
+        with Meter(len(paths) * len(options.ratios) * len(scored), "micro-batches") as meter:
+            shown = partial(_shown, meter, count(1))
+            for name, path in paths.items():
+                lm = load(name, path, like, config, corpora, world)
+                ways = {ratio: compared(lm, scored, ratio, config.selection, world) for ratio in options.ratios}
+                found[name] = {str(ratio): measured(shown(gradients)) for ratio, gradients in ways.items()}
     finally:
         disconnect()
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

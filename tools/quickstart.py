@@ -12,6 +12,7 @@ finished is not run again.
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--ranks", default=2, type=int, help="processes a run; default: %(default)s")
     parser.add_argument("--ratio", default=0.5, type=float, help="share of tokens to keep; default: %(default)s")
     arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_slm").setLevel(logging.INFO)
     if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
         parser.error("--data (or SLM_DATA) must name the folder that holds quickstart/ and general/")
     folder = arguments.output.absolute()

@@ -18,7 +18,7 @@ from megatron_slm.data.progress import Meter
 from megatron_slm.data.staging import staging
 from megatron_slm.errors import UserError
 from megatron_slm.files import sync
-from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest
+from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest, least_share
 from megatron_slm.filtering.settings import FilterSettings
 from megatron_slm.signals.store import Store
 
@@ -44,10 +44,11 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
         corpora = open_corpora(config)
         paths = {"filter.base": settings.base, "filter.reference": settings.reference}
         stores = [_open_store(setting, path, corpora) for setting, path in paths.items()]
+        _refuse_same(*stores)
         distinct = list({tuple(corpus.sha256.values()): corpus for corpus in corpora.train}.values())
         found = _excess(distinct, *(_losses(store, distinct) for store in stores))
         kept = _kept(found, settings.keep)
-        _refuse_empty(distinct, kept, settings.keep)
+        _refuse_empty(distinct, found, kept, settings.keep)
         aside = folder / output.name
         base, reference = (store.fingerprint() for store in stores)
         write_keep_list(aside, distinct, kept, {"keep": settings.keep, "base": base, "reference": reference})
@@ -72,6 +73,16 @@ def _open_store(setting: str, path: str, corpora: Corpora) -> Store:
             "corpora with score.kind=document."
         )
     return store
+
+
+def _refuse_same(base: Store, reference: Store) -> None:
+    if base.fingerprint() == reference.fingerprint():
+        raise UserError(
+            f"filter.base is {base.path} and filter.reference is {reference.path}, which hold the same scores, so that "
+            "no document exceeds: name the scores of a young model as filter.base, and those of the reference."
+        )
+    for setting, store in (("filter.base", base), ("filter.reference", reference)):
+        logger.info("%s: %s, scores of %s", setting, store.path, store.manifest.reference.get("path", "elsewhere"))
 
 
 def _losses(store: Store, corpora: list[Corpus]) -> list[Losses]:
@@ -99,12 +110,18 @@ def _kept(found: list[DocumentExcess], keep: float) -> list[NDArray[np.bool_]]:
     return np.split(kept_D, np.cumsum([len(excess.total_D) for excess in found])[:-1])
 
 
-def _refuse_empty(corpora: list[Corpus], kept: list[NDArray[np.bool_]], keep: float) -> None:
+def _refuse_empty(
+    corpora: list[Corpus], found: list[DocumentExcess], kept: list[NDArray[np.bool_]], keep: float
+) -> None:
+    mean_D = np.concatenate([excess.mean_D for excess in found])
+    end = 0
     for corpus, documents in zip(corpora, kept, strict=True):
+        start, end = end, end + len(documents)
         if not documents.any():
+            least = math.ceil(1e4 * least_share(mean_D, slice(start, end))) / 1e4
             raise UserError(
                 f"filter.keep is {keep}, which keeps none of the {len(documents)} documents of {corpus.prefix}: raise "
-                "it, or leave this corpus out of data.train."
+                f"it to {least:g} or more, or leave this corpus out of data.train."
             )
 
 

@@ -99,3 +99,10 @@ def highest(mean_D: NDArray[np.float64], keep: float) -> NDArray[np.bool_]:
     kept_D = mean_D > threshold
     kept_D[np.flatnonzero(mean_D == threshold)[: count - kept_D.sum()]] = True
     return kept_D
+
+
+def least_share(mean_D: NDArray[np.float64], some: slice) -> float:
+    """The share of all documents up to the best of some of them: `highest` keeps that one, and with one fewer none."""
+    best = some.start + int(mean_D[some].argmax())
+    before = np.count_nonzero(mean_D > mean_D[best]) + np.count_nonzero(mean_D[:best] == mean_D[best])
+    return float(before + 1) / len(mean_D)

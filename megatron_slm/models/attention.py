@@ -72,14 +72,27 @@ def open_attention(lm: PreTrainedModel) -> None:
     kernel = lm.config._attn_implementation
     if kernel.startswith(PREFIX):
         return
-    if kernel not in ALL_ATTENTION_FUNCTIONS.valid_keys() or kernel not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
-        raise UserError(
-            f"selection.backward needs an attention of Hugging Face's registry, and {type(lm).__name__} runs "
-            f"'{kernel}': set model.attn_implementation=sdpa, or selection.backward=exact."
-        )
+    require_registered(kernel, type(lm).__name__)
     AttentionInterface.register(PREFIX + kernel, partial(_attend, ALL_ATTENTION_FUNCTIONS[kernel]))
     AttentionMaskInterface.register(PREFIX + kernel, ALL_MASK_ATTENTION_FUNCTIONS[kernel])
     lm.config._attn_implementation = PREFIX + kernel
+
+
+def require_registered(kernel: str, model: str) -> None:
+    """Refuse attention that cannot be looked up by its name.
+
+    Args:
+        kernel: `model.attn_implementation`, or what Hugging Face chose.
+        model: who runs it, for the message.
+
+    Raises:
+        UserError: it is not in Hugging Face's registries.
+    """
+    if kernel not in ALL_ATTENTION_FUNCTIONS.valid_keys() or kernel not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys():
+        raise UserError(
+            f"selection.backward is rows or replay, which need an attention of Hugging Face's registry, and {model} "
+            f"runs '{kernel}': set model.attn_implementation=sdpa, or selection.backward=exact."
+        )
 
 
 def refuse_compiled(module: nn.Module) -> None:

@@ -130,4 +130,6 @@ class SelectionSettings:
         if self.candidates > 1 and self.combine is not None:
             raise ValueError("candidates are ranked by one score, and combine has several: use score, or 1")
         if self.candidates > 1 and self.start > 0:
-            raise ValueError("candidates are scored from the first step on, and start begins later: use start 0, or 1")
+            raise ValueError(
+                "candidates are scored from the first step on, and start begins later: use start 0, or candidates 1"
+            )

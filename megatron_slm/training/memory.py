@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_slm.models.head import CHUNK_BYTES
+from megatron_slm.training.flops import TokenFlops, token_flops
 
 LIVE_PARAMETERS, REDUCE_BUCKET = 1_000_000_000, 500_000_000
 """DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size, in parameters."""
@@ -42,6 +43,7 @@ class ModelSize:
     boundary_bytes    the hidden states of one micro-batch
     cache_bytes       keys and values of one layer for one micro-batch
     head_bytes        the head's chunk of logits, its exponentials and their gradient
+    flops             of a token
     """
 
     parameters: int
@@ -50,6 +52,7 @@ class ModelSize:
     boundary_bytes: int
     cache_bytes: int
     head_bytes: int
+    flops: TokenFlops
 
 
 def model_size(config: PretrainedConfig, samples: int, seq_length: int, precision: torch.dtype) -> ModelSize:
@@ -71,7 +74,7 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * samples * seq_length * groups * width * precision.itemsize
-    return ModelSize(parameters, layers, two - one, boundary, cache, head)
+    return ModelSize(parameters, layers, two - one, boundary, cache, head, token_flops(whole, config, seq_length))
 
 
 def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:

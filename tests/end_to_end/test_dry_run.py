@@ -34,6 +34,7 @@ def test_a_dry_run_tells_the_plan_for_any_number_of_ranks_and_writes_nothing(cor
     assert lines["step"] == "8 samples = 4 ranks x 2 x 1 micro-steps, 32 tokens each"
     assert lines["selection"] == "excess, the highest 60%; scope global, pool micro_step"
     assert "split over the ranks" in lines["reference"] and "weights" in lines["memory"]
+    assert lines["cost"].endswith(" of a plain one; " + f"{4 * float(lines['cost'].split()[0]):.2g} in all")
     assert lines["run"].endswith("run, new")
     assert "WARNING" not in said
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
@@ -44,6 +45,13 @@ def test_weights_that_are_pickles_are_seen_before_they_are_loaded(corpora: Path,
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     answer = dry_run(corpora, tmp_path / "run", f"reference.path={tmp_path / 'pickled'}")
     assert "which holds no *.safetensors" in sentence_of("train", *answer[:2])
+
+
+def test_attention_that_rows_cannot_reach_is_seen_before_a_model_is_loaded(corpora: Path, tmp_path: Path) -> None:
+    eager = ("model.attn_implementation=eager", "selection.backward=rows")
+    answer = dry_run(corpora, tmp_path / "run", *eager)
+    assert "the student runs 'eager': set model.attn_implementation=sdpa" in sentence_of("train", *answer[:2])
+    assert dry_run(corpora, tmp_path / "run", eager[0])[0] == 0
 
 
 ORDER = ("--rollback is 5", "data.skip_samples leaves out 9000 samples")

@@ -190,6 +190,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a store of another tokenizer": (["data.train=CORPORA/other"], "filter.base is STORES/base, whose tokens are of"),
     "a store of samples": (["filter.reference=PACKED"], "filter.reference is PACKED, of kind packed, which scores"),
     "too few to keep": (["filter.keep=0.001"], "filter.keep is 0.001, which keeps none of the"),
+    "one store twice": (["filter.base=STORES/reference"], "filter.base is STORES/reference and filter.reference is"),
     "a file that exists": (["filter.output=STORES/keep"], "filter.output is STORES/keep, which exists: name"),
 }
 TRAINING: dict[str, tuple[list[str], str]] = {

@@ -20,7 +20,7 @@ from megatron_slm.data.keep_list import open_keep_list, write_keep_list
 from megatron_slm.data.samples import order_fingerprint
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest
+from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest, least_share
 from megatron_slm.signals.score_file import BLOCK_ROWS, ScoreFile
 from tests.unit.test_store import write_scores
 
@@ -34,6 +34,19 @@ def test_the_documents_of_highest_mean_are_kept_exactly_and_ties_go_to_the_earli
     count = max(1, math.floor(keep * len(means) + 0.5))
     best = sorted(range(len(means)), key=lambda number: (-means[number], number))[:count]
     assert np.flatnonzero(highest(np.array(means), keep)).tolist() == sorted(best)
+
+
+@given(MEANS, st.data())
+def test_the_least_share_keeps_one_of_some_documents_and_less_keeps_none(
+    means: list[float], data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, len(means) - 1))
+    some = slice(start, data.draw(st.integers(start + 1, len(means))))
+    mean_D = np.array(means)
+    least = least_share(mean_D, some)
+    assert highest(mean_D, least)[some].sum() == 1
+    if least > 1 / len(means):  # one document is always kept
+        assert not highest(mean_D, least - 1 / len(means))[some].any()
 
 
 def make_corpus(folder: Path, lengths: list[int], mask: list[bool] | None = None) -> Corpus:

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from megatron_slm.training.flops import TokenFlops
 from megatron_slm.training.memory import ModelSize, model_size, rank_memory
 
 MODELS = {
@@ -14,7 +15,7 @@ MODELS = {
     "gpt2": {"n_embd": 64, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "qwen3": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
-SIZE = ModelSize(parameters=1000, layers=4, layer_bytes=50, boundary_bytes=10, cache_bytes=4, head_bytes=7)
+SIZE = ModelSize(1000, 4, layer_bytes=50, boundary_bytes=10, cache_bytes=4, head_bytes=7, flops=TokenFlops(0.0, 0.0))
 
 
 def make(name: str, layers: int) -> PretrainedConfig:
