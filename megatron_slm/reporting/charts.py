@@ -65,7 +65,16 @@ def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
         near = [below for other, below in placed if abs(other - end) < 0.1 * width]
         place = max([last, *(below + 0.06 * height for below in near)])
         placed.append((end, place))
-        axis.annotate(f" {last:.2f}", (end, place), fontsize=9, color=_LOOKS[index][0], va="center")
+        axis.annotate(
+            f"{last:.2f}",
+            (end, last),
+            xytext=(end + 0.015 * width, place),
+            fontsize=9,
+            color=_LOOKS[index][0],
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            arrowprops={"arrowstyle": "-", "color": _LOOKS[index][0], "linewidth": 0.7} if place > last else None,
+        )
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)
 
