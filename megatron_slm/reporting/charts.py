@@ -53,13 +53,15 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str,
 
 
 def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
+    from matplotlib.patheffects import withStroke
+
     for (label, x, y, lowest, highest), (colour, line, marker) in zip(curves, _LOOKS, strict=False):
         axis.plot(x, y, linestyle=line, color=colour, marker=marker, markersize=4, linewidth=1.6, label=label)
         if lowest:
             axis.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
     width, height = _span([x for curve in curves for x in curve.x]), _span([y for curve in curves for y in curve.y])
     placed: list[tuple[float, float]] = []
-    for index in sorted(range(len(curves)), key=lambda i: curves[i].y[-1]):
+    for index in sorted(range(len(curves)), key=lambda i: (round(curves[i].y[-1], 2), -curves[i].x[-1])):
         end, last = curves[index].x[-1], curves[index].y[-1]
         # Values that end close together would be printed over each other.
         near = [below for other, below in placed if abs(other - end) < 0.1 * width]
@@ -72,7 +74,7 @@ def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
             fontsize=9,
             color=_LOOKS[index][0],
             va="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": _LOOKS[index][0], "linewidth": 0.7} if place > last else None,
         )
     axis.margins(x=0.12)
