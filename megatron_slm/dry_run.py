@@ -107,7 +107,7 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
         _say_sizes(config, plan, hf_config, references, world, found)
     except Exception as error:  # models are foreign code, and not all of it runs without memory
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        found.say("memory", f"neither it nor cost and disk can be estimated for this model ({reason})")
+        found.say("memory", f"neither it nor cost nor disk can be estimated for this model ({reason})")
 
 
 def _say_sizes(

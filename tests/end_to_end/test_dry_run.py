@@ -83,7 +83,7 @@ def test_a_model_whose_code_needs_real_memory_is_no_mistake(corpora: Path, tmp_p
     mamba = ("model.config={model_type: mamba, hidden_size: 32, num_hidden_layers: 2}", "objective=clm")
     status, heard, said = dry_run(corpora, tmp_path / "run", *mamba)
     assert status == 0, heard
-    assert "neither it nor the disk can be estimated" in said and "plan" in said
+    assert "neither it nor cost nor disk can be estimated" in said and "plan" in said
 
 
 def test_a_dry_run_sees_what_a_resume_would_refuse(corpora: Path, tmp_path: Path) -> None:
