@@ -77,7 +77,8 @@ def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
         raise UserError(f"{place} has no message of the role 'assistant', only of {roles}: nothing would be learned")
     if any(not _says_something(turn) for turn in answers):
         raise UserError(f"{place} has an empty answer of the assistant: give one, or remove the record")
-    return messages
+    # Parquet fills in keys that other messages have; templates ask whether a key is there.
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _says_something(turn: dict[str, Any]) -> bool:
