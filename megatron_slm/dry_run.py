@@ -186,8 +186,7 @@ def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World, 
         if part.store is not None:
             needs = Rule(config.selection).needs
             open_reference_store(part.store, config, corpora, Order(fingerprint, end), needs, world)
-            origin = open_store(part.store).manifest.reference.get("path", "elsewhere")
-            found.say("reference", f"read from {part.store}, scores of {origin}")
+            found.say("reference", f"read from {part.store}, scores of {open_store(part.store).manifest.scorer}")
 
 
 def _reference_config(config: Config, part: PartSettings, corpora: Corpora) -> PretrainedConfig:

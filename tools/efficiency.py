@@ -15,7 +15,6 @@ thread each, so that all meet the same load. A stage that is finished is not run
 import argparse
 import gzip
 import json
-import logging
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from typing import Any
 
 import yaml
 from efficiency_report import ARMS, HELD_OUT, write_report
-from quickstart import prepare_stage
+from quickstart import begin, prepare_stage
 
 from megatron_slm.demo.processes import StoppedError, StopRequest, stop_on_signals
 from megatron_slm.demo.runs import SEQ_LENGTH, run_config
@@ -231,11 +230,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/efficiency", type=Path, help="default: %(default)s")
     parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+", help="default: 1 2 3")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, too short for any result")
-    arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megatron_slm").setLevel(logging.INFO)
-    if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
-        parser.error("--data (or SLM_DATA) must name the folder that holds quickstart/")
+    arguments = begin(parser, "quickstart/")
     folder = arguments.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     lengths = QUICK if arguments.quick else Lengths()

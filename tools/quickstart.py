@@ -72,17 +72,23 @@ def chain(folder: Path, data: Path, ratio: float, ranks: int) -> list[Stage]:
     return [*prepared, base, exports["base"], reference, exports["reference"], clm, *choices]
 
 
+def begin(parser: argparse.ArgumentParser, holds: str) -> argparse.Namespace:
+    """The arguments, of which --data names a folder that holds this; progress is told from here on."""
+    arguments = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_slm").setLevel(logging.INFO)
+    if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
+        parser.error(f"--data (or SLM_DATA) must name the folder that holds {holds}")
+    return arguments
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=os.environ.get("SLM_DATA"), help="folder of quickstart/ and general/")
     parser.add_argument("--output", default="runs/quickstart", type=Path, help="default: %(default)s")
     parser.add_argument("--ranks", default=2, type=int, help="processes a run; default: %(default)s")
     parser.add_argument("--ratio", default=0.5, type=float, help="share of tokens to keep; default: %(default)s")
-    arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megatron_slm").setLevel(logging.INFO)
-    if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
-        parser.error("--data (or SLM_DATA) must name the folder that holds quickstart/ and general/")
+    arguments = begin(parser, "quickstart/ and general/")
     folder = arguments.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(

@@ -45,10 +45,14 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
         paths = {"filter.base": settings.base, "filter.reference": settings.reference}
         stores = [_open_store(setting, path, corpora) for setting, path in paths.items()]
         _refuse_same(*stores)
+        for store in stores:
+            logger.info("%s: %s, scores of %s", store.setting, store.path, store.manifest.scorer)
         distinct = list({tuple(corpus.sha256.values()): corpus for corpus in corpora.train}.values())
         found = _excess(distinct, *(_losses(store, distinct) for store in stores))
-        kept = _kept(found, settings.keep)
-        _refuse_empty(distinct, found, kept, settings.keep)
+        mean_D = np.concatenate([excess.mean_D for excess in found])
+        ends = np.cumsum([corpus.num_documents for corpus in distinct])
+        kept = np.split(highest(mean_D, settings.keep), ends[:-1])
+        _refuse_empty(distinct, kept, mean_D, settings.keep)
         aside = folder / output.name
         base, reference = (store.fingerprint() for store in stores)
         write_keep_list(aside, distinct, kept, {"keep": settings.keep, "base": base, "reference": reference})
@@ -81,8 +85,6 @@ def _refuse_same(base: Store, reference: Store) -> None:
             f"filter.base is {base.path} and filter.reference is {reference.path}, which hold the same scores, so that "
             "no document exceeds: name the scores of a young model as filter.base, and those of the reference."
         )
-    for setting, store in (("filter.base", base), ("filter.reference", reference)):
-        logger.info("%s: %s, scores of %s", setting, store.path, store.manifest.reference.get("path", "elsewhere"))
 
 
 def _losses(store: Store, corpora: list[Corpus]) -> list[Losses]:
@@ -104,16 +106,9 @@ def _tell_meter(meter: Meter, before: int, done: int) -> None:
     meter.reach(before + done)
 
 
-def _kept(found: list[DocumentExcess], keep: float) -> list[NDArray[np.bool_]]:
-    """Which documents of each corpus are kept, all of them ranked together."""
-    kept_D = highest(np.concatenate([excess.mean_D for excess in found]), keep)
-    return np.split(kept_D, np.cumsum([len(excess.total_D) for excess in found])[:-1])
-
-
 def _refuse_empty(
-    corpora: list[Corpus], found: list[DocumentExcess], kept: list[NDArray[np.bool_]], keep: float
+    corpora: list[Corpus], kept: list[NDArray[np.bool_]], mean_D: NDArray[np.float64], keep: float
 ) -> None:
-    mean_D = np.concatenate([excess.mean_D for excess in found])
     end = 0
     for corpus, documents in zip(corpora, kept, strict=True):
         start, end = end, end + len(documents)

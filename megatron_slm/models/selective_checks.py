@@ -87,7 +87,7 @@ def packed_for_rows(module: nn.Module, model: PreTrainedModel, seq_length: int) 
     """
     if next(model.parameters()).device.type != "cpu":
         return None
-    return attend_by_sequence if _is_plain(module, model, attend_by_sequence, seq_length) else None
+    return attend_by_sequence if _packs(module, model, attend_by_sequence, seq_length) else None
 
 
 def check_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> None:
@@ -102,11 +102,11 @@ def check_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttenti
     Raises:
         UserError: soft caps, sinks, chunks, or windows of which it does not tell.
     """
-    if not _is_plain(module, model, packed, seq_length):
+    if not _packs(module, model, packed, seq_length):
         _refuse(model, "its attention does more than softmax of scaled products in a window that it names")
 
 
-def _is_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> bool:
+def _packs(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> bool:
     position_BT = torch.arange(seq_length, device=next(model.parameters()).device)[None]
     rows = Rows(position_BT, packed)
     rows.choose(position_BT % 3 != 1)

@@ -74,6 +74,11 @@ class Manifest:
     def text(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
+    @property
+    def scorer(self) -> str:
+        """Whose scores these are, in words."""
+        return str(self.reference.get("path", "elsewhere"))
+
 
 @dataclass(frozen=True)
 class Store:
