@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.errors import AgreedError, UserError
-from megatron_slm.launcher import launcher_variables
+from megatron_slm.launcher import launcher_variables, one_process, ranks_started
 
 T = TypeVar("T")
 
@@ -34,18 +34,35 @@ class World:
 
 
 def connect(timeout_minutes: float = 30.0) -> World:
-    """Join the process group that the launcher describes, and say where this process stands.
+    """Join the process group that the launcher describes, and return the place of this process in it.
 
-    Understands torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-    MASTER_PORT), srun (SLURM_*), and no launcher at all (one process).
+    Understands torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), mpirun
+    (OMPI_COMM_WORLD_*, PMI_*), srun (SLURM_*), and no launcher at all (one process).
 
     Args:
         timeout_minutes: how long a collective may wait for a silent rank before the run stops.
 
     Raises:
-        UserError: the launcher's variables contradict each other, or no meeting comes about.
+        UserError: the launcher's variables are incomplete or contradict each other, or the ranks cannot meet.
     """
     os.environ.update(launcher_variables(os.environ))
+    return _join(timeout_minutes)
+
+
+def connect_alone(command: str) -> World:
+    """Make a process group of this process alone, for a command that runs as one process.
+
+    Raises:
+        AgreedError: a launcher started several.
+    """
+    ranks = ranks_started(os.environ)
+    if ranks != "1":
+        raise AgreedError(f"{command} was started on {ranks} ranks, but it runs as one process. Start one.")
+    os.environ.update(one_process())
+    return _join(timeout_minutes=30.0)
+
+
+def _join(timeout_minutes: float) -> World:
     rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not 0 <= rank < size:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}: start all ranks with one launcher.")

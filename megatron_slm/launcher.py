@@ -1,4 +1,4 @@
-"""What the launcher told this process, and what it is told in return. Imports nothing heavy."""
+"""What the launcher tells this process through its environment, and what it is told in return. Imports nothing heavy."""
 
 import json
 import os
@@ -8,11 +8,54 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
+
+from megatron_slm.errors import UserError
+
+DEFAULT_PORT = "29500"
+"""Where ranks meet unless MASTER_PORT says otherwise; PyTorch's default."""
+
+_ONE_PROCESS = "Start the ranks with one launcher; for one process, unset these variables."
+
+
+class _Mpi(NamedTuple):
+    """The variables by which one family of `mpirun` describes a rank.
+
+    rank, size  of all ranks
+    local_rank  names to look for, in this order
+    local_size  ranks on this host
+    """
+
+    name: str
+    rank: str
+    size: str
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+
+
+_MPI = (
+    _Mpi(
+        "Open MPI",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_LOCAL_RANK",),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    # Hydra (MPICH, Intel MPI), and PALS on Cray systems.
+    _Mpi(
+        "MPICH or Intel MPI",
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+    ),
+)
 
 
 def is_main_process(environment: Mapping[str, str]) -> bool:
-    """Rank 0, or no launcher at all: the one that speaks for all ranks."""
-    return environment.get("RANK", environment.get("SLURM_PROCID", "0")) == "0"
+    """Return whether this is rank 0, or a process without a launcher: the one that writes for all ranks."""
+    ranks = ["RANK", *(mpi.rank for mpi in _MPI), *(["SLURM_PROCID"] if _is_slurm_step(environment) else [])]
+    return next((environment[name] for name in ranks if name in environment), "0") == "0"
 
 
 def tell_launcher(sentence: str) -> None:
@@ -21,17 +64,8 @@ def tell_launcher(sentence: str) -> None:
         Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
-def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of torchrun, whichever launcher started this process.
-
-    DeepSpeed and torch both read them from the environment. A job script may itself run inside
-    an allocation, so SLURM's variables count only in a step started by srun.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        return {name: environment.get(name, default) for name, default in defaults.items()}
-    if "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit():
-        return _slurm_variables(environment)
+def one_process() -> dict[str, str]:
+    """Return the variables of a process that is alone, whatever started it."""
     return {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -41,18 +75,133 @@ def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whichever launcher started this process.
+
+    DeepSpeed and torch both read these from the environment. The first launcher of this list that left its variables
+    describes the ranks: torchrun and the deepspeed launcher, `mpirun`, `srun`. `mpirun` comes before `srun`, because
+    under Slurm it starts its own daemons with `srun`, whose variables its ranks inherit.
+
+    Raises:
+        UserError: the variables of a launcher are incomplete, or this process runs alone inside a Slurm allocation of
+            several tasks.
+    """
+    found = _launched(environment)
+    if found is None:
+        _refuse_allocation(environment)
+        return one_process()
+    return found
+
+
+def ranks_started(environment: Mapping[str, str]) -> str:
+    """Return how many ranks a launcher started, as it wrote it; 1 where there is no launcher.
+
+    Raises:
+        UserError: the variables of a launcher are incomplete.
+    """
+    return (_launched(environment) or {"WORLD_SIZE": "1"})["WORLD_SIZE"]
+
+
+def _launched(environment: Mapping[str, str]) -> dict[str, str] | None:
+    if "RANK" in environment:
+        return _torch_variables(environment)
+    for mpi in _MPI:
+        # `srun --mpi=pmi2` sets these too, but without the rank on the host: its own variables say that.
+        if mpi.rank in environment and not (_is_slurm_step(environment) and not _first(environment, mpi.local_rank)):
+            return _mpi_variables(environment, mpi)
+    if _is_slurm_step(environment):
+        return _slurm_variables(environment)
+    if environment.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, but RANK is not set. {_ONE_PROCESS}")
+    return None
+
+
+def _torch_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    size = environment.get("WORLD_SIZE")
+    if size is None:
+        raise UserError(f"RANK is {environment['RANK']}, but WORLD_SIZE is not set. {_ONE_PROCESS}")
+    defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": DEFAULT_PORT}
+    # Without it, all ranks of a host would use its first device.
+    if size != "1" and "LOCAL_RANK" not in environment:
+        raise UserError(
+            f"WORLD_SIZE is {size}, but LOCAL_RANK is not set. Start the ranks with a launcher that sets it, such as "
+            "torchrun, or export it: the number of the rank on its host, from 0."
+        )
+    return {name: environment.get(name, default) for name, default in defaults.items()} | {
+        "RANK": environment["RANK"],
+        "WORLD_SIZE": size,
+    }
+
+
+def _mpi_variables(environment: Mapping[str, str], mpi: _Mpi) -> dict[str, str]:
+    # The deepspeed launcher exports WORLD_SIZE to the ranks that it starts through MPICH.
+    size = environment.get(mpi.size) or environment.get("WORLD_SIZE")
+    local_rank = _first(environment, mpi.local_rank)
+    if size is None or local_rank is None:
+        missing = mpi.size if size is None else mpi.local_rank[0]
+        raise UserError(
+            f"{mpi.rank} is {environment[mpi.rank]}, but {missing} is not set, so the variables of {mpi.name} are "
+            f"incomplete. {_ONE_PROCESS}"
+        )
+    address = environment.get("MASTER_ADDR")
+    if address is None and _first(environment, mpi.local_size) != size:
+        raise UserError(
+            f"MASTER_ADDR is not set, and mpirun ({mpi.name}) started {size} ranks on several hosts. Pass the host of "
+            "rank 0 to all of them: mpirun -x MASTER_ADDR=HOST (Open MPI) or mpirun -genv MASTER_ADDR HOST (MPICH, "
+            "Intel MPI); under the deepspeed launcher, in --launcher_args."
+        )
+    return {
+        "RANK": environment[mpi.rank],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
+        "MASTER_ADDR": address or "127.0.0.1",
+        "MASTER_PORT": environment.get("MASTER_PORT", DEFAULT_PORT),
+    }
+
+
+def _is_slurm_step(environment: Mapping[str, str]) -> bool:
+    """Return whether `srun` started this process.
+
+    A job script runs inside an allocation too: it has a job id, but the id of its step is no number.
+    """
+    return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit()
+
+
 def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    size = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
+    local_rank = environment.get("SLURM_LOCALID")
+    if size is None or local_rank is None:
+        missing = "SLURM_STEP_NUM_TASKS" if size is None else "SLURM_LOCALID"
+        raise UserError(
+            f"SLURM_PROCID is {environment['SLURM_PROCID']}, but {missing} is not set, so Slurm's variables are "
+            "incomplete. Start the ranks with srun; for one process, unset SLURM_PROCID."
+        )
     hosts = environment.get("SLURM_STEP_NODELIST", "")
     address = first_host(hosts) if hosts else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
     return {
         "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": local_rank,
         "MASTER_ADDR": environment.get("MASTER_ADDR", address),
         # Jobs and steps that share a host must not meet at one port.
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + (job + 7919 * step) % 20000)),
     }
+
+
+def _refuse_allocation(environment: Mapping[str, str]) -> None:
+    """Refuse to run alone where several tasks were allocated: under `salloc`, in a job script, in a notebook there."""
+    for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"):
+        if environment.get(name, "1") != "1":
+            raise UserError(
+                f"{name} is {environment[name]}, but this process was not started by srun, so it would run alone. "
+                "Start it with srun, or with torchrun on each node; to run one process on purpose, set RANK=0 "
+                "WORLD_SIZE=1."
+            )
+
+
+def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    return next((environment[name] for name in names if name in environment), None)
 
 
 def first_host(hosts: str) -> str:

@@ -15,7 +15,7 @@ from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.filtering.settings import FilterSettings
-from megatron_slm.launcher import launcher_variables
+from megatron_slm.launcher import ranks_started
 
 _EPILOG = """example:
   megatron-slm score run.yaml reference.path=models/base score.output=scores/base
@@ -43,9 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Config, FilterSettings]:
-    ranks = (os.environ | launcher_variables(os.environ))["WORLD_SIZE"]
+    ranks = ranks_started(os.environ)
     if ranks != "1":
-        raise AgreedError(f"filter was started on {ranks} ranks: start one process.")
+        raise AgreedError(f"filter was started on {ranks} ranks, but it runs as one process. Start one.")
     config = parse_partial(read_tree(arguments.config, arguments.overrides))
     if config.filter is None:
         raise UserError(

@@ -16,7 +16,7 @@ from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.keep_list import open_keep_list
 from megatron_slm.errors import UserError, agreed
-from megatron_slm.launcher import is_main_process
+from megatron_slm.launcher import is_main_process, ranks_started
 from megatron_slm.signals.store import open_store
 
 if TYPE_CHECKING:
@@ -151,6 +151,6 @@ def _open(setting: str, prefix: str) -> None:
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:
     from megatron_slm.dry_run import dry_run
 
-    report = dry_run(config, ranks or int(os.environ.get("WORLD_SIZE", "1")), rollback)
+    report = dry_run(config, ranks or int(ranks_started(os.environ)), rollback)
     if is_main_process(os.environ):
         sys.stdout.write(report)

@@ -13,7 +13,7 @@ LEAVES = {"errors", "files", "types", "launcher", "dist", "backend"}
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
-    "launcher": set(),
+    "launcher": {"errors"},
     "types": set(),
     "dist": {"errors", "launcher"},
     "backend": {"dist", "errors"},

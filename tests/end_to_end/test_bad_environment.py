@@ -34,7 +34,10 @@ LAUNCHES = {
     "ranks in words": ({"RANK": "0", "WORLD_SIZE": "all"}, "WORLD_SIZE is 'all', not a number"),
     "a rank beyond the last": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
     "a place in words": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
-    "no such host": ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "host.invalid"}, "MASTER_ADDR host.invalid"),
+    "no such host": (
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host.invalid"},
+        "MASTER_ADDR host.invalid",
+    ),
 }
 
 
@@ -49,7 +52,8 @@ def test_a_wrong_launch_is_named(corpora: Path, tmp_path: Path, mistake: str) ->
 
 def test_a_port_in_use_is_named(corpora: Path, tmp_path: Path, busy_port: str) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
-    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": busy_port}
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": busy_port}
     assert f"MASTER_PORT {busy_port}" in refused_among(environment, "train", str(config))
 
 

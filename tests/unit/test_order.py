@@ -15,7 +15,6 @@ from megatron_slm.data.samples import Samples, build_samples, cycle_seed
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.launcher import first_host, launcher_variables
 from tests.gloo import RankError, run_ranks
 
 T = 32
@@ -221,24 +220,3 @@ def test_a_batch_that_cannot_be_dealt_names_the_settings() -> None:
 def test_repeated_names_are_made_unique() -> None:
     names = unique_names(["a/web", "b/web", "c/books", "d/web"])
     assert len(set(names)) == 4 and names[0] == "web" and names[2] == "books"
-
-
-@pytest.mark.parametrize(
-    ("hosts", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("n[3-5]", "n3"), ("n[3,5],m", "n3"), ("m,n[3-5]", "m")]
-)
-def test_rank_0_runs_on_the_first_host_of_slurms_list(hosts: str, first: str) -> None:
-    assert first_host(hosts) == first
-
-
-def test_launchers_are_told_apart() -> None:
-    torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
-    assert launcher_variables(torchrun) == {"LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
-    step = {"SLURM_JOB_ID": "50007", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "16", "SLURM_NTASKS": "64"}
-    task = step | {"SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
-    found = launcher_variables(task)
-    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("9", "16", "1")
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", str(20000 + (50007 + 2 * 7919) % 20000))
-    assert launcher_variables(task | {"SLURM_STEP_NODELIST": "gpu[007-009,12]"})["MASTER_ADDR"] == "gpu007"
-    assert launcher_variables(task | {"MASTER_ADDR": "h", "SLURM_STEP_NODELIST": "n1"})["MASTER_ADDR"] == "h"
-    alone = launcher_variables({"SLURM_PROCID": "0", "SLURM_NTASKS": "64"})
-    assert (alone["RANK"], alone["WORLD_SIZE"]) == ("0", "1")
