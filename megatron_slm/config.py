@@ -8,16 +8,17 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_slm.config_file import read_tree
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
 from megatron_slm.filtering.settings import FilterSettings
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.paths import PathText, expand_path
 from megatron_slm.scoring.settings import ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings
 from megatron_slm.signals.settings import ReferenceSettings
@@ -107,7 +108,7 @@ class Config:
     deepspeed  passed to DeepSpeed, except what this system owns [; DeepSpeed]
     """
 
-    run_dir: str
+    run_dir: PathText
     model: ModelSettings
     data: DataSettings
     training: TrainingSettings
@@ -131,6 +132,7 @@ class Config:
                 "leave it out"
             )
         _check_deepspeed(self.deepspeed)
+        self.deepspeed = _expand_paths(self.deepspeed, "deepspeed")
 
     @property
     def candidates(self) -> int:
@@ -155,6 +157,18 @@ def _check_deepspeed(section: dict[str, Any]) -> None:
         raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: use 0, 1, 2 or 3")
 
 
+def _expand_paths(value: Any, name: str) -> Any:
+    """Expand the paths in DeepSpeed's section, such as `nvme_path`, at any depth."""
+    if isinstance(value, dict):
+        return {key: _expand_paths(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, str) and name.endswith("path"):
+        try:
+            return expand_path(value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
+    return value
+
+
 def load_config(path: str, overrides: list[str]) -> Config:
     """The configuration in a YAML file, with `a.b=c` overrides applied.
 
@@ -162,18 +176,6 @@ def load_config(path: str, overrides: list[str]) -> Config:
         UserError: the file, a key, a type or a value is wrong; a sentence each.
     """
     return parse_config(read_tree(path, overrides))
-
-
-def read_tree(path: str, overrides: list[str]) -> dict[str, Any]:
-    """The same as nested dicts, unchecked.
-
-    Raises:
-        UserError: the file, or the form of an override, is wrong.
-    """
-    tree = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(tree, override)
-    return tree
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -210,36 +212,6 @@ def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
 def _is_not_the_runs(key: str) -> bool:
     """Where the run lies, and what another command reads."""
     return key == "run_dir" or key.partition(".")[0] in ("score", "filter")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"The configuration {path} cannot be read ({error.strerror}): check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"The configuration {path} must hold 'key: value' lines.")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    if not equals or not name:
-        raise UserError(f"The override '{override}' must look like a.b=c, such as training.lr=1.0e-4.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"The override '{override}' has a value that is not YAML: quote it.") from error
-    *parents, last = name.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        if not isinstance(tree[parent], dict):
-            raise UserError(f"The override '{override}' goes through {parent}, which is not a group of settings.")
-        tree = tree[parent]
-    tree[last] = value
 
 
 def _settings_class(hint: Any) -> type | None:
@@ -359,7 +331,9 @@ def parse_quantity(text: str) -> int | float | str:
 
 def _sentence(error: ValidationError) -> str:
     """The first thing that pydantic found, as a sentence."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # Of a setting that may be of several types, what a type's own check says names the mistake best.
+    first = next((found for found in errors if found["type"] == "value_error"), errors[0])
     name = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]") and part not in ("str", "int"))
     is_short = first["type"] == "missing" and isinstance(first["loc"][-1], int)
     if is_short or (first["type"] in ("tuple_type", "too_long")):
@@ -374,7 +348,9 @@ def _sentence(error: ValidationError) -> str:
         if isinstance(value, dict) and setting in value:
             return f"{name}{'.' if name else ''}{setting} is {value[setting]!r}: {message}."
         end = "" if message.endswith((".", "?")) else "."
-        return f"{name}: {message}{end}" if name else f"{message}{end}"
+        # A validator of one setting does not know its name.
+        colon = " " if message.startswith("is ") else ": "
+        return f"{name}{colon}{message}{end}" if name else f"{message}{end}"
     message = message.replace("valid dictionary", "group such as {key: value}").replace("valid string", "text")
     return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}."
 

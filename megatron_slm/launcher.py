@@ -1,4 +1,4 @@
-"""What the launcher tells this process through its environment, and what it is told in return. Imports nothing heavy."""
+"""What the launcher tells this process through its environment, and what it is told. Imports nothing heavy."""
 
 import json
 import os

@@ -26,7 +26,8 @@ from megatron_slm.composition.models import make_reference
 from megatron_slm.composition.run import build_run
 from megatron_slm.composition.scoring import score_corpora
 from megatron_slm.composition.stores import Order
-from megatron_slm.config import Config, parse_config, parse_quantity, read_tree
+from megatron_slm.config import Config, parse_config, parse_quantity
+from megatron_slm.config_file import read_tree
 from megatron_slm.dist import World, all_reduce_sum, connect, disconnect
 from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.scores.excess import excess

@@ -4,7 +4,7 @@ from typing import Any
 
 from megatron_slm.config import Config, parse_config
 
-_UNUSED = {"run_dir": "", "model": {"config": {"model_type": "llama"}}}
+_UNUSED = {"run_dir": "unused", "model": {"config": {"model_type": "llama"}}}
 """What a configuration needs for training, and not for reading its corpora."""
 
 

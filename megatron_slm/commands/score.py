@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.commands._partial import parse_partial
-from megatron_slm.config import Config, read_tree
+from megatron_slm.config import Config
+from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed

@@ -1,6 +1,8 @@
 import re
 from dataclasses import dataclass, field
 
+from megatron_slm.paths import PathText
+
 
 @dataclass
 class DataSettings:
@@ -17,14 +19,14 @@ class DataSettings:
     skip_samples     half-open ranges of the order to leave out, such as [[640, 648]] [samples; ours]
     """
 
-    train: str | list[str | float]
+    train: PathText | list[PathText | float]
     seq_length: int = 2048
-    valid: dict[str, str] = field(default_factory=dict)
+    valid: dict[str, PathText] = field(default_factory=dict)
     split: str | None = None
-    keep: str | None = None
+    keep: PathText | None = None
     reset_attention: bool = False
     order_tokens: int | None = None
-    cache: str | None = None
+    cache: PathText | None = None
     skip_samples: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

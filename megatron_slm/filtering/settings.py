@@ -1,5 +1,7 @@
 from dataclasses import dataclass
 
+from megatron_slm.paths import PathText
+
 
 @dataclass
 class FilterSettings:
@@ -11,9 +13,9 @@ class FilterSettings:
     output     file to make, for `data.keep` [path; ours]
     """
 
-    base: str
-    reference: str
-    output: str
+    base: PathText
+    reference: PathText
+    output: PathText
     keep: float = 0.5
 
     def __post_init__(self) -> None:

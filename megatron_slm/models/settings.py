@@ -1,6 +1,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_slm.paths import PathText
+
 
 @dataclass
 class ModelSettings:
@@ -14,7 +16,7 @@ class ModelSettings:
     make_vocab_size_divisible_by  from scratch, pad the tokenizer's vocabulary size up to a multiple [; Megatron]
     """
 
-    path: str | None = None
+    path: PathText | None = None
     config: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     attn_implementation: str | None = None

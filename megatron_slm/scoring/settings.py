@@ -1,6 +1,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_slm.paths import PathText
+
 
 @dataclass
 class ScoreSettings:
@@ -13,7 +15,7 @@ class ScoreSettings:
     shard_tokens  written and flushed at a time; a restart repeats at most so many [tokens; ours]
     """
 
-    output: str
+    output: PathText
     kind: Literal["document", "packed"] = "document"
     encoding: Literal["fixed16", "float32"] = "fixed16"
     entropy: bool = False

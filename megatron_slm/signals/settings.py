@@ -1,6 +1,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_slm.paths import PathText
+
 
 @dataclass
 class PartSettings:
@@ -14,8 +16,8 @@ class PartSettings:
     trust_remote_code  run Python that comes with the model; off unless asked for [; Hugging Face]
     """
 
-    path: str | None = None
-    store: str | None = None
+    path: PathText | None = None
+    store: PathText | None = None
     weight: float = 1.0
     micro_batch_size: int = 16
     shard: bool = True
@@ -44,8 +46,8 @@ class ReferenceSettings:
     trust_remote_code  run Python that comes with the model; off unless asked for [; Hugging Face]
     """
 
-    path: str | None = None
-    store: str | None = None
+    path: PathText | None = None
+    store: PathText | None = None
     mix: Literal["mean", "minimum", "log_mixture"] = "mean"
     of: list[PartSettings] = field(default_factory=list)
     micro_batch_size: int = 16

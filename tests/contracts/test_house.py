@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "files", "types", "launcher", "dist", "backend"}
+LEAVES = {"errors", "files", "paths", "types", "launcher", "dist", "backend"}
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "paths": set(),
     "launcher": {"errors"},
     "types": set(),
     "dist": {"errors", "launcher"},
@@ -29,8 +30,20 @@ MAY_IMPORT = {
     "training": LEAVES | {"data", "models", "signals", "selection", "reporting"},
     # Pages and pictures of plain values: for any part that shows something.
     "reporting": set(),
-    "config": {"errors", "data", "models", "signals", "scoring", "filtering", "selection", "training"},
-    "run_folder": {"config", "dist", "errors", "files", "training"},
+    "config_file": {"errors"},
+    "config": {
+        "errors",
+        "config_file",
+        "paths",
+        "data",
+        "models",
+        "signals",
+        "scoring",
+        "filtering",
+        "selection",
+        "training",
+    },
+    "run_folder": {"config", "dist", "errors", "files", "paths", "training"},
     "composition": LEAVES
     | {"config", "run_folder"}
     | {"data", "models", "signals", "scoring", "filtering", "selection", "training"},
@@ -38,7 +51,7 @@ MAY_IMPORT = {
     "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "signals", "selection", "training"},
     # A verb may ask any part but the edges.
     "commands": LEAVES
-    | {"config", "run_folder", "composition", "dry_run", "demo"}
+    | {"config", "config_file", "run_folder", "composition", "dry_run", "demo"}
     | {"data", "models", "signals", "scoring", "filtering", "selection", "training"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},

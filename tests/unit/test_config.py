@@ -1,0 +1,119 @@
+"""What a configuration file and its overrides may not drop or leave to chance: keys given twice, paths, comments."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_slm.config import dump_config, load_config
+from megatron_slm.errors import UserError
+
+CONFIG = """\
+run_dir: runs/a
+model:
+  config: {model_type: llama}
+data: {train: web}
+training:
+  global_batch_size: 1
+  train_tokens: 10
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def refused(file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(str(file), list(overrides))
+    return str(error.value)
+
+
+def test_a_group_given_twice_is_named_with_both_lines(file: Path) -> None:
+    file.write_text(CONFIG + "training: {lr: 1.0e-3}\n")
+    sentence = refused(file)
+    assert "training" in sentence and "lines 5 and 8" in sentence
+
+
+def test_a_setting_given_twice_is_named_with_its_group_and_both_lines(file: Path) -> None:
+    file.write_text(CONFIG + "  lr: 1.0e-3\n  lr: 2.0e-3\n")
+    sentence = refused(file)
+    assert "training.lr" in sentence and "lines 8 and 9" in sentence
+
+
+def test_a_key_given_twice_is_found_in_lists_and_in_groups_of_others(file: Path) -> None:
+    file.write_text(CONFIG + "selection: {combine: union, of: [{score: excess, ratio: 0.5, ratio: 0.6}]}\n")
+    assert "selection.of.ratio" in refused(file)
+    file.write_text(CONFIG + "deepspeed: {zero_optimization: {stage: 1, stage: 3}}\n")
+    assert "deepspeed.zero_optimization.stage" in refused(file)
+
+
+def test_anchors_and_merges_are_no_duplicates(file: Path) -> None:
+    file.write_text(CONFIG + "reference:\n  of:\n  - &one {path: a, weight: 2}\n  - {<<: *one, path: b}\n")
+    reference = load_config(str(file), []).reference
+    assert reference is not None
+    assert [(part.path, part.weight) for part in reference.of] == [("a", 2.0), ("b", 2.0)]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("reference={path: a, path: b}",),
+        ("training.lr=1", "training.lr=2"),
+        ("training.lr=1", "training={train_tokens: 2, global_batch_size: 1}"),
+    ],
+)
+def test_an_override_that_drops_another_is_refused(file: Path, overrides: tuple[str, ...]) -> None:
+    refused(file, *overrides)
+
+
+def test_a_group_may_be_given_and_then_refined(file: Path) -> None:
+    config = load_config(str(file), ["reference={path: a}", "reference.micro_batch_size=3", "training.lr=1"])
+    assert config.reference is not None and config.reference.micro_batch_size == 3
+
+
+def test_a_number_sign_in_an_override_is_no_comment(file: Path) -> None:
+    assert load_config(str(file), ["run_dir=runs/b #1"]).run_dir == "runs/b #1"
+    assert load_config(str(file), ["run_dir=#1"]).run_dir == "#1"
+    refused(file, "reference={path: a} # not kept")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run_dir={}",
+        "model.path={}",
+        "reference={{path: '{}'}}",
+        "reference={{store: '{}'}}",
+        "reference={{of: [{{path: '{}'}}]}}",
+        "data.train={}",
+        "data.train=[0.5, web, 0.5, '{}']",
+        "data.valid={{held_out: '{}'}}",
+        "data.keep={}",
+        "data.cache={}",
+        "score.output={}",
+        "filter={{base: a, reference: b, output: '{}'}}",
+        "deepspeed={{zero_optimization: {{offload_optimizer: {{device: nvme, nvme_path: '{}'}}}}}}",
+    ],
+)
+def test_every_path_is_expanded_recorded_so_and_never_empty(
+    file: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("SCRATCH", "/scratch/x")
+    monkeypatch.delenv("MISSING", raising=False)
+    for written, expanded in (
+        ("~/a", "/home/somebody/a"),
+        ("$SCRATCH/a", "/scratch/x/a"),
+        ("${SCRATCH}b", "/scratch/xb"),
+    ):
+        recorded = dump_config(load_config(str(file), [override.format(written)]))
+        assert expanded in recorded and written not in recorded
+        assert yaml.safe_load(recorded)["run_dir"]
+    assert "MISSING" in refused(file, override.format("$MISSING/a"))
+    assert "no user" in refused(file, override.format("~nobody-of-this-name/a"))
+    name = override.partition("=")[0]
+    assert name.partition(".")[0] in refused(file, override.format(" ") if "'" in override else f"{name}=''")
