@@ -9,6 +9,7 @@ checkpoints/step_00000500/engine/     the backend's files, of all ranks
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,9 @@ from megatron_slm.files import sync, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+
+_CHECKPOINT = re.compile(r"step_(\d{8,})")
+_UNFINISHED = re.compile(rf"\.writing-{_CHECKPOINT.pattern}")
 
 
 class CheckpointStore:
@@ -137,8 +141,9 @@ class CheckpointStore:
             raise UserError(f"{free / 1e6:,.1f} MB are free and it takes {need / 1e6:,.1f} MB")
 
     def _clear(self) -> None:
-        for left in self._folder.glob(".writing-*"):
-            shutil.rmtree(left)
+        for left in self._folder.iterdir() if self._folder.exists() else ():
+            if _UNFINISHED.fullmatch(left.name):
+                shutil.rmtree(left)
 
     def _write_state(self, aside: Path, progress: dict[str, Any]) -> None:
         torch.save(_random_state(), aside / f"rng_rank{self._world.rank:04d}.pt")
@@ -180,13 +185,29 @@ def _estimate(engine: TrainingEngine) -> int:
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of a checkpoint's folder; names sort as steps do."""
+    """Return the name of the checkpoint's folder."""
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint's folder; None if the name is not one that `checkpoint_name` makes."""
+    found = _CHECKPOINT.fullmatch(checkpoint.name)
+    step = int(found[1]) if found else None
+    return step if step is not None and checkpoint.name == checkpoint_name(step) else None
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Return every checkpoint in the order of their steps, also those after `latest`.
+
+    Only exact names count: a copy such as `step_00000500.good` is somebody else's, and is never read or removed.
+    """
+    steps = {path: step_of(path) for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()}
+    return sorted((path for path in steps if steps[path] is not None), key=lambda path: steps[path] or 0)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints in the order of their steps: those up to `latest`, or all where it names none of them."""
-    published = sorted(path for path in folder.glob("step_*") if path.is_dir())
+    """Return the checkpoints up to `latest` in the order of their steps, or all if it names none of them."""
+    published = all_checkpoints(folder)
     latest = folder / "latest"
     name = latest.read_text().strip() if latest.exists() else ""
     names = [path.name for path in published]
@@ -195,7 +216,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints."""
-    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(folder)]
+    return [step for path in list_checkpoints(folder) if (step := step_of(path)) is not None]
 
 
 def _sum(path: Path, flush: bool) -> list[Any]:

@@ -11,7 +11,13 @@ from pathlib import Path
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.files import sync, write_durably
-from megatron_slm.training.checkpoints import CheckpointStore, checkpoint_name, saved_steps
+from megatron_slm.training.checkpoints import (
+    CheckpointStore,
+    all_checkpoints,
+    checkpoint_name,
+    saved_steps,
+    step_of,
+)
 from megatron_slm.training.records import split_records
 
 
@@ -42,7 +48,7 @@ def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) ->
 
 
 def _move_aside(run_dir: Path, step: int) -> None:
-    later = sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.name > checkpoint_name(step))
+    later = [path for path in all_checkpoints(run_dir / "checkpoints") if (step_of(path) or 0) > step]
     records = {name: split_records(run_dir / name, step)[1] for name in ("metrics.jsonl", "spikes.jsonl")}
     if not later and not any(records.values()):
         return

@@ -12,7 +12,14 @@ from megatron_slm.commands.train import _rollback
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.training import rollback
-from megatron_slm.training.checkpoints import MANIFEST, CheckpointStore, _sum, checkpoint_name, list_checkpoints
+from megatron_slm.training.checkpoints import (
+    MANIFEST,
+    CheckpointStore,
+    _sum,
+    checkpoint_name,
+    list_checkpoints,
+    saved_steps,
+)
 from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -124,3 +131,32 @@ def test_a_launcher_that_starts_a_run_again_does_not_take_it_back_again(
     assert _rollback(10) == 10
     monkeypatch.setenv(name, "1")
     assert _rollback(10) is None
+
+
+class FileEngine:
+    """An engine that saves one file, and has a small module so that the room it needs can be estimated."""
+
+    module = torch.nn.Linear(2, 2)
+
+    def save(self, folder: Path) -> None:
+        (folder / "weights").write_text("new")
+
+
+def test_copies_with_other_names_are_never_read_moved_or_removed(run_dir: Path) -> None:
+    checkpoints = run_dir / "checkpoints"
+    mine = ["step_00000015.good", "step_15", "step_000000020", "step_00000020 (copy)", ".writing-step_00000030.mine"]
+    for name in mine:
+        shutil.copytree(checkpoints / checkpoint_name(15), checkpoints / name)
+    (checkpoints / checkpoint_name(40)).write_text("a file")
+    left_by_a_kill = checkpoints / f".writing-{checkpoint_name(12)}"
+    left_by_a_kill.mkdir()
+    assert saved_steps(checkpoints) == [5, 10, 15, 20]
+    (checkpoints / "latest").unlink()
+    assert saved_steps(checkpoints) == [5, 10, 15, 20, 25]
+    go_back(run_dir, 10)
+    assert saved_steps(checkpoints) == [5, 10]
+    store = CheckpointStore(checkpoints, ALONE, keep=1)
+    store.save(FileEngine(), {"step": 11})  # type: ignore[arg-type]
+    assert saved_steps(checkpoints) == [11] and not left_by_a_kill.exists()
+    assert all((checkpoints / name / "weights").read_text() == "of 15" for name in mine)
+    assert (checkpoints / checkpoint_name(40)).read_text() == "a file"
