@@ -231,6 +231,8 @@ def test_mistakes_are_sentences_and_nothing_is_lost(corpora: Path, stores: Path,
 
 def test_a_filtering_on_several_ranks_is_refused(corpora: Path, stores: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path / "filter.yaml", filter_tree(corpora, stores, tmp_path / "keep")))
-    status, heard = run_ranks(command_line_among, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "filter", config)[0]
+    status, heard = run_ranks(
+        command_line_among, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "filter", config
+    )[0]
     assert "filter was started on 2 ranks" in sentence_of("filter", status, heard)
     assert not (tmp_path / "keep").exists()
