@@ -10,11 +10,12 @@ from typing import TypeVar
 import torch
 from transformers import PretrainedConfig
 
+from megatron_slm.backend import refuse_other_ranks
 from megatron_slm.composition.corpora import Corpora, kept_in_words, open_run_corpora, require_tokenizer
 from megatron_slm.composition.models import PRECISIONS, student_config
 from megatron_slm.composition.objective import make_rule
-from megatron_slm.composition.plan import resolve
-from megatron_slm.composition.stores import Order, open_reference_store
+from megatron_slm.composition.plan import resolve, schedule_changes
+from megatron_slm.composition.stores import Order, open_reference_store, student_as_reference
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps, position_after
 from megatron_slm.data.samples import check_order, order_fingerprint, tokens_per_epoch
@@ -30,6 +31,7 @@ from megatron_slm.signals.settings import PartSettings
 from megatron_slm.signals.store import open_store
 from megatron_slm.training.callbacks.callback import make_callback
 from megatron_slm.training.callbacks.console import quantity
+from megatron_slm.training.checkpoints import list_checkpoints, saved_ranks, saved_steps, step_of
 from megatron_slm.training.flops import ModelFlops, StepTokens, step_flops
 from megatron_slm.training.memory import ModelSize, RankMemory, model_size, rank_memory
 from megatron_slm.training.rollback import refuse_missing_checkpoint
@@ -71,6 +73,7 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
     found.say("run", f"{config.run_dir}, {'goes on where it stands' if folder.has_begun else 'new'}")
     if rollback is not None:
         found.take(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
+    found.take(lambda: _refuse_other_ranks(config, folder, ranks, rollback))
     found.take(lambda: _refuse_other_weights("model", config.model.path))
     found.take(lambda: _refuse_unregistered_attention(config))
     for part in config.reference.parts if config.reference else []:
@@ -79,6 +82,8 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
         found.take(partial(make_callback, name))
     corpora = found.take(lambda: open_run_corpora(config))
     found.take(lambda: make_rule(config, world))
+    if warning := found.take(lambda: student_as_reference(config)):
+        found.say("", f"WARNING: {warning}")
     if corpora is not None:
         _look_at_models(config, corpora, world, found)
     if found.mistakes:
@@ -100,6 +105,7 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
         return
     config, plan = resolved
     _say_plan(config, plan, corpora, world, found)
+    found.take(lambda: _say_moved_schedules(resolved, corpora, world, found))
     found.take(lambda: _look_at_stores(config, corpora, plan, world, found))
     if config.objective == "slm":
         found.say("selection", rule_in_words(config.selection))
@@ -108,6 +114,14 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
     except Exception as error:  # models are foreign code, and not all of it runs without memory
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         found.say("memory", f"neither it nor cost nor disk can be estimated for this model ({reason})")
+
+
+def _say_moved_schedules(now: tuple[Config, Plan], corpora: Corpora, world: World, found: Findings) -> None:
+    folder = RunFolder(now[0].run_dir, world)
+    stored, steps = folder.stored(), saved_steps(folder.checkpoints)
+    if stored is not None and steps:
+        for sentence in schedule_changes(resolve(stored, corpora, world), now, steps[-1]):
+            found.say("", f"WARNING: {sentence}")
 
 
 def _say_sizes(
@@ -195,6 +209,15 @@ def _reference_config(config: Config, part: PartSettings, corpora: Corpora) -> P
     found = pretrained_config(path, "reference", part.trust_remote_code)
     check_length(found, "reference", config.data.seq_length)
     return found
+
+
+def _refuse_other_ranks(config: Config, folder: RunFolder, ranks: int, rollback: int | None) -> None:
+    """Loading the checkpoint would refuse them too, after the models are built."""
+    saved = [path for path in list_checkpoints(folder.checkpoints) if rollback is None or step_of(path) == rollback]
+    if not saved or config.training.backend == "plain":
+        return
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 3)
+    refuse_other_ranks(saved[-1], stage, saved_ranks(saved[-1]) or ranks, ranks)
 
 
 def _refuse_other_weights(setting: str, path: str | None) -> None:

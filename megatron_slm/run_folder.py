@@ -17,6 +17,7 @@ from megatron_slm.config import Config, differences_on_resume, dump_config, load
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_durably
+from megatron_slm.paths import dangling_link
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
@@ -57,6 +58,7 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be made, is in use, or belongs to something else.
         """
+        self._refuse_dangling_link()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._world.is_main:
@@ -71,11 +73,13 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to something else, or to a run of another configuration.
         """
+        self._refuse_dangling_link()
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir is {self.path}, which is a file: use another.")
         if self.config.exists() and not self.config.read_text(encoding="utf-8").startswith(HEADER):
             raise UserError(f"run_dir is {self.path}, whose config.yaml is not a run's: use another run_dir.")
-        return self._settle_known(config) if self.has_begun else config
+        stored = self.stored()
+        return config if stored is None else self._settle_known(stored, config)
 
     def _hold(self) -> None:
         """A lock that dies with this process."""
@@ -87,16 +91,38 @@ class RunFolder:
                 f"run_dir is {self.path}, in which another process is training: stop it, or use another run_dir."
             ) from error
 
-    def _settle_known(self, config: Config) -> Config:
+    def _refuse_dangling_link(self) -> None:
+        if target := dangling_link(self.path):
+            raise UserError(
+                f"run_dir is {self.path}, a link to {target}, which does not exist. Create that folder, or use another "
+                "run_dir."
+            )
+
+    def stored(self) -> Config | None:
+        """Return the configuration of the run that stands here; None for a new run.
+
+        Raises:
+            UserError: its config.yaml is gone, or cannot be read.
+        """
+        if not self.has_begun:
+            return None
         if not self.config.exists():
             raise UserError(f"run_dir is {self.path}, which has lost its config.yaml: put it back, or use another.")
         stored = load_config(str(self.config), [])
+        # Runs from before this setting selected among all valid tokens.
+        selection = dataclasses.replace(stored.selection, min_context=stored.selection.min_context or 0)
+        return dataclasses.replace(stored, selection=selection)
+
+    def _settle_known(self, stored: Config, config: Config) -> Config:
         data, training = config.data, config.training
         if data.order_tokens is None:
             data = dataclasses.replace(data, order_tokens=stored.data.order_tokens)
         if training.precision is None:
             training = dataclasses.replace(training, precision=stored.training.precision)
-        config = dataclasses.replace(config, data=data, training=training)
+        selection = config.selection
+        if selection.min_context is None:
+            selection = dataclasses.replace(selection, min_context=stored.selection.min_context)
+        config = dataclasses.replace(config, data=data, training=training, selection=selection)
         differences = differences_on_resume(stored, config)
         if differences:
             raise UserError(

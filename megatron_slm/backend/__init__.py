@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megatron_slm.errors import UserError
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -36,6 +38,19 @@ class EngineSettings:
     accumulation: int
     clip_grad: float
     precision: torch.dtype
+
+
+def refuse_other_ranks(checkpoint: Path, stage: int, saved: int, ranks: int) -> None:
+    """Refuse to resume a partitioned checkpoint on another number of ranks.
+
+    Raises:
+        UserError: the numbers differ, and the stage of ZeRO partitions the optimizer.
+    """
+    if stage > 0 and saved != ranks:
+        raise UserError(
+            f"The checkpoint {checkpoint} was written by {saved} ranks, but this run has {ranks}. ZeRO stage {stage} "
+            f"resumes on the same number only: start {saved} ranks."
+        )
 
 
 class TrainingEngine(Protocol):

@@ -16,7 +16,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megatron_slm.backend import EngineSettings, M, Update
+from megatron_slm.backend import EngineSettings, M, Update, refuse_other_ranks
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 
@@ -176,11 +176,8 @@ class DeepSpeedEngine:
 
     def _refuse_other_world_size(self, folder: Path) -> None:
         saved = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
-        if saved and saved != self._world.size:
-            raise UserError(
-                f"The checkpoint {folder} was written by {saved} ranks and this run has {self._world.size}: "
-                f"ZeRO stage {self._stage} resumes at the same number only; start {saved} ranks."
-            )
+        if saved:
+            refuse_other_ranks(folder, self._stage, saved, self._world.size)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from functools import partial
 import torch
 
 from megatron_slm.composition.callbacks import Parts, make_callbacks
-from megatron_slm.composition.corpora import kept_in_words, make_samples, open_run_corpora
+from megatron_slm.composition.corpora import Corpora, kept_in_words, make_samples, open_run_corpora
 from megatron_slm.composition.models import make_backend, make_learner, make_reference, make_student, student_config
 from megatron_slm.composition.objective import make_candidates, make_rule, objective_at
-from megatron_slm.composition.plan import resolve
-from megatron_slm.composition.stores import Order, store_fingerprints
+from megatron_slm.composition.plan import learning_rate_at, resolve, schedule_changes
+from megatron_slm.composition.stores import Order, effective_min_context, store_fingerprints, student_as_reference
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.data.samples import Samples
@@ -24,7 +24,6 @@ from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.flops import ModelFlops, peak_flops, token_flops
 from megatron_slm.training.requests import Requests
 from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
-from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
@@ -55,11 +54,14 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     """
     folder = RunFolder(config.run_dir, world)
     config = agree(lambda: folder.settle(config))
+    stored = agree(folder.stored)
     if rollback is not None:
         agree(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
     corpora = agree(lambda: open_run_corpora(config))
     config, plan = agree(lambda: resolve(config, corpora, world))
     rule = agree(lambda: make_rule(config, world))
+    if (warning := agree(lambda: student_as_reference(config))) and world.is_main:
+        logger.warning(warning)
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     hf_config = agree(lambda: student_config(config, corpora))
     samples = make_samples(config, corpora, plan, folder.cache, world)
@@ -71,6 +73,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     student, engine = make_student(config, hf_config, backend, world)
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
     needs = rule.needs if rule is not None else ()
+    min_context = agree(lambda: effective_min_context(config))
     reference, reference_flops = make_reference(config, corpora, backend, order, needs, world)
     backward = config.selection.backward if config.objective == "slm" else "exact"
     step = TrainingStep(
@@ -80,7 +83,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         seed=config.seed,
         num_sources=len(corpora.train),
         world=world,
-        candidates=make_candidates(config, rule, engine),
+        candidates=make_candidates(config, rule, engine, min_context),
     )
     state = RunState(plan, samples.fingerprint)
     torch.manual_seed(config.seed + world.rank)
@@ -91,16 +94,35 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         agree(lambda: state.restore(progress))
         if world.is_main:
             logger.info("going on from the checkpoint of step %d", state.step)
+            _warn_of_moved_schedules(stored, corpora, (config, plan), state.step, world)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     models = ModelFlops(token_flops(student, hf_config, config.data.seq_length), reference_flops, backward)
     peak = peak_flops(world.device)
     speed = Throughput(models, peak and peak * world.size)
-    parts = Parts(config, corpora, folder, engine, reference, store, models, speed, world)
-    rate = partial(_learning_rate, config, plan)
-    objective = partial(objective_at, config, plan, rule)
+    parts = Parts(config, corpora, folder, engine, reference, store, models, speed, min_context, world)
+    rate = partial(learning_rate_at, config, plan)
+    objective = partial(objective_at, config, plan, rule, min_context)
     told = make_callbacks(parts, own, state.step)
     trainer = Trainer(loader, step, rate, objective, told, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
+
+
+def _warn_of_moved_schedules(
+    stored: Config | None, corpora: Corpora, now: tuple[Config, Plan], step: int, world: World
+) -> None:
+    """Warn where another `training.train_tokens` than before moves what is a function of the run's length."""
+    if stored is None:
+        return
+    before = resolve(stored, corpora, world)
+    changes = schedule_changes(before, now, step)
+    if changes:
+        logger.warning(
+            "the run has %d steps instead of %d: %s. To keep to the earlier schedule, export the run and start another "
+            "one from it.",
+            now[1].total_steps,
+            before[1].total_steps,
+            "; ".join(changes),
+        )
 
 
 def _loader(config: Config, plan: Plan, samples: Samples, world: World) -> StepLoader:
@@ -112,16 +134,4 @@ def _loader(config: Config, plan: Plan, samples: Samples, world: World) -> StepL
         config.data.reset_attention,
         world,
         config.data.skip_samples,
-    )
-
-
-def _learning_rate(config: Config, plan: Plan, tokens: int) -> float:
-    training = config.training
-    return learning_rate(
-        tokens,
-        train_tokens=plan.total_steps * plan.tokens_per_step,
-        warmup_tokens=training.warmup_tokens,
-        lr=training.lr,
-        min_lr=training.min_lr,
-        schedule=training.schedule,
     )

@@ -1,5 +1,6 @@
 """A store of reference scores, matched with the run that wants to read it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,40 @@ def store_fingerprints(config: Config) -> list[str]:
     """Of every store that the run reads."""
     parts = config.reference.parts if config.reference is not None and config.objective == "slm" else []
     return [open_store(part.store).fingerprint() for part in parts if part.store is not None]
+
+
+def reads_document_store(config: Config) -> bool:
+    """Return whether a store of kind `document` is among the references of a selective run.
+
+    Raises:
+        UserError: a store cannot be opened.
+    """
+    parts = config.reference.parts if config.reference is not None and config.objective == "slm" else []
+    return any(open_store(part.store).manifest.kind == "document" for part in parts if part.store is not None)
+
+
+def student_as_reference(config: Config) -> str | None:
+    """Return a warning if the only reference is the student's own starting point, under the score `excess`.
+
+    Raises:
+        UserError: a store cannot be opened.
+    """
+    settings, student = config.reference, config.model.path
+    scores = [part.score for part in config.selection.of] or [config.selection.score]
+    if config.objective == "clm" or settings is None or student is None or "excess" not in scores:
+        return None
+    paths = [part.path or open_store(str(part.store)).manifest.scorer for part in settings.parts]
+    if any(os.path.realpath(path) != os.path.realpath(student) for path in paths):
+        return None
+    return (
+        f"the reference is {paths[0]}, which is also model.path: the excess loss of every token is 0 at the start, and "
+        "noise after that. Train the reference on text that you trust first, or use another selection.score."
+    )
+
+
+def effective_min_context(config: Config) -> int:
+    """Return `selection.min_context` of a resolved configuration; 0 where no store of kind `document` is read."""
+    return (config.selection.min_context or 0) if reads_document_store(config) else 0
 
 
 def open_reference_store(

@@ -178,6 +178,14 @@ def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
         return None
 
 
+def saved_ranks(checkpoint: Path) -> int | None:
+    """Return how many ranks wrote a checkpoint; None if that is not known."""
+    try:
+        return int(json.loads((checkpoint / MANIFEST).read_text())["world_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _estimate(engine: TrainingEngine) -> int:
     """Bytes of a checkpoint, before there is one: weights in the run's precision and in float32, and Adam's moments."""
     parameters = list(engine.module.parameters())

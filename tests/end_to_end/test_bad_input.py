@@ -344,6 +344,15 @@ def test_a_run_folder_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> 
     assert (tmp_path / "run").read_text() == "mine"
 
 
+def test_a_run_directory_that_is_a_link_to_nothing_is_named(corpora: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(tmp_path / "gone")
+    config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run")))
+    for arguments in ((), ("--dry-run",)):
+        sentence = refused("train", config, *arguments)
+        assert f"a link to {tmp_path / 'gone'}, which does not exist" in sentence
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_folder_with_a_configuration_of_ones_own_is_left_alone(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", config_tree(corpora, tmp_path))
     before = config.read_bytes()

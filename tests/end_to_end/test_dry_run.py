@@ -54,6 +54,40 @@ def test_attention_that_rows_cannot_reach_is_seen_before_a_model_is_loaded(corpo
     assert dry_run(corpora, tmp_path / "run", eager[0])[0] == 0
 
 
+@pytest.fixture(scope="module")
+def stopped(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole run of two steps on two ranks, with its base and reference the same model."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    run_ranks(train_in_process, 2, config_tree(corpora, run_dir, train_tokens=2 * 8 * 32, min_lr=1.0e-5))
+    return run_dir
+
+
+def dry_run_of(stopped: Path, corpora: Path, *arguments: str) -> tuple[int, str, str]:
+    tree = config_tree(corpora, stopped, train_tokens=2 * 8 * 32, min_lr=1.0e-5)
+    config = write_config(stopped.with_suffix(".yaml"), tree)
+    return run_ranks(shown, 1, "train", str(config), "--dry-run", *arguments)[0]
+
+
+def test_ranks_that_cannot_resume_the_checkpoint_are_seen_before_the_start(stopped: Path, corpora: Path) -> None:
+    status, heard, said = dry_run_of(stopped, corpora, "--ranks", "1")
+    assert status == 2 and "written by 2 ranks" in heard and not said
+    assert dry_run_of(stopped, corpora, "--ranks", "2")[0] == 0
+
+
+def test_a_longer_run_is_told_how_its_schedule_moves(stopped: Path, corpora: Path) -> None:
+    said = dry_run_of(stopped, corpora, "--ranks", "2", "training.train_tokens=1024")[2]
+    # Step 3 of 4 ends at three quarters of the cosine from 1e-3 to 1e-5; of 2 steps, both rates are the last.
+    assert "learning rate of step 3 is 0.000155" in said and said.count(" 1e-05") == 2
+    assert "learning rate" not in dry_run_of(stopped, corpora, "--ranks", "2")[2]
+
+
+def test_a_reference_that_is_the_starting_point_is_seen(corpora: Path, tmp_path: Path) -> None:
+    same = (f"model={{path: {corpora / 'reference'}}}", f"reference.path={tmp_path / 'link'}")
+    (tmp_path / "link").symlink_to(corpora / "reference")
+    assert "model.path: the excess loss of every token is 0" in dry_run(corpora, tmp_path / "run", *same)[2]
+    assert "is also model.path" not in dry_run(corpora, tmp_path / "run", *same, "selection.score=loss_drop")[2]
+
+
 ORDER = ("--rollback is 5", "data.skip_samples leaves out 9000 samples")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_slm.dist import World
+from tests.end_to_end.test_bad_input import command_line
 from tests.gloo import RankError, run_ranks
 from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records, train_in_process, write_config
 
@@ -247,3 +248,18 @@ def train_half(world: World, tree: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         return
     raise AssertionError("the run went past step 10")
+
+
+def test_a_longer_run_says_how_its_learning_rate_moves(corpora: Path, tmp_path: Path) -> None:
+    short = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=2 * 8 * 32, micro_batch_size=4)
+    config = str(write_config(tmp_path / "run.yaml", short))
+    assert run_ranks(command_line, 1, "train", config)[0][0] == 0
+    status, heard = run_ranks(command_line, 1, "train", config, f"training.train_tokens={4 * 8 * 32}")[0]
+    assert status == 0, heard
+    rates = [record["lr"] for record in records(tmp_path / "run")]
+    assert rates[1] == 0 and rates[2] > 0
+    assert f"learning rate of step 3 is {rates[2]:.3g};" in heard
+    # Resumed once more with the same length, nothing moves.
+    assert (
+        "learning rate of step" not in run_ranks(command_line, 1, "train", config, "training.train_tokens=1024")[0][1]
+    )
