@@ -26,6 +26,7 @@ class Batch:
     sample_index_B   int64, ordinal of the sample in the run's order
     source_B         int64, entry of the blend that the sample comes from
     label_offset_BT  int64, offset in tokens of each label in its source's `.bin`; -1 for padding
+    continued_B      int64, tokens at the beginning of `tokens_BT` that continue a document from before the sample
     """
 
     tokens_BT: Tensor
@@ -35,6 +36,7 @@ class Batch:
     sample_index_B: Tensor
     source_B: Tensor
     label_offset_BT: Tensor
+    continued_B: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
@@ -51,6 +53,19 @@ class Batch:
     def concatenate(batches: list["Batch"]) -> "Batch":
         """The sequences of all batches, in order, as one batch."""
         return Batch(*(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(Batch)))
+
+    def lacks_context_BT(self, min_context: int) -> Tensor:
+        """Return which labels have too little of their document before them.
+
+        A label lacks context if its document began before the sample and fewer than `min_context` tokens precede
+        the label in the sample.
+
+        Returns:
+            bool `[B, T]`.
+        """
+        # Label t is token t + 1 of the sample, so t + 1 tokens precede it.
+        preceding_T = torch.arange(1, self.tokens_BT.shape[1] + 1, device=self.tokens_BT.device)
+        return (preceding_T < self.continued_B[:, None]) & (preceding_T < min_context)
 
     @property
     def token_position_BT(self) -> Tensor:

@@ -63,6 +63,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))
     initial: dict[str, Tensor] | None = None
     candidates: int | None = None
+    min_context: int = 0
 
 
 TINY_LLAMA = {
@@ -89,7 +90,13 @@ class RaggedSamples:
         text = (np.arange(LENGTH + 1) * (1 + ordinal % 5) + ordinal) % VOCABULARY
         noisy = noise.random(LENGTH + 1) < 0.3
         text = np.where(noisy, noise.integers(0, VOCABULARY, LENGTH + 1), text)
-        return Sample(text, np.arange(LENGTH + 1) + ordinal, np.arange(LENGTH + 1), ordinal % 2)
+        places = np.arange(LENGTH + 1)
+        return Sample(text, places + ordinal, places, ordinal % 2, continued_length(ordinal))
+
+
+def continued_length(ordinal: int) -> int:
+    """Return how many tokens at the beginning of a sample continue a document: none in some samples, all in others."""
+    return (ordinal * 5) % (LENGTH + 2)
 
 
 def valid_length(sample_index_B: Tensor) -> Tensor:
@@ -195,7 +202,7 @@ def make_objective(case: Case) -> Any:
         return CausalLanguageModeling()
     rule = case.rule | {"of": [RankedScore(**part) for part in case.rule.get("of", [])]}
     settings = SelectionSettings(score=case.score, ratio=case.ratio, scope=case.scope, **rule)
-    return SelectiveLanguageModeling(Rule(settings), case.ratio, case.pool == "step")
+    return SelectiveLanguageModeling(Rule(settings), case.ratio, case.pool == "step", case.min_context)
 
 
 def make_reference(world: World, backend: Backend, case: Case, hf_config: PretrainedConfig) -> Any:
@@ -221,7 +228,8 @@ def make_candidates(engine: Any, case: Case) -> tuple[Candidates | None, list[tu
         return original(signals, valid_BT)
 
     rule.rank_sequences = noting
-    return Candidates(LiveReference(engine.module, case.micro_batch_size), rule, case.micro_batch_size, 5), ranked
+    student = LiveReference(engine.module, case.micro_batch_size)
+    return Candidates(student, rule, case.micro_batch_size, 5, case.min_context), ranked
 
 
 def keep_first_gradient(engine: Any, module: CausalLM, case: Case, result: dict[str, Any]) -> None:

@@ -166,7 +166,7 @@ def make_batch(shape: Shape) -> Batch:
     position_BT = torch.arange(shape.seq_length).repeat(shape.micro_batch_size, 1)
     sample_B = torch.arange(shape.micro_batch_size)
     valid_BT = torch.ones(size, dtype=torch.bool)
-    return Batch(tokens_BT, labels_BT, valid_BT, position_BT, sample_B, sample_B * 0, position_BT)
+    return Batch(tokens_BT, labels_BT, valid_BT, position_BT, sample_B, sample_B * 0, position_BT, sample_B * 0)
 
 
 def measure(shape: Shape, device: torch.device, modes: list[str], ratios: list[float]) -> dict[str, Any]:

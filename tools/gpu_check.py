@@ -113,6 +113,7 @@ def make_batch(shape: Shape, device: torch.device, first: int = 0) -> Batch:
         sample_index_B=torch.arange(first, first + shape.micro_batch_size),
         source_B=torch.zeros(shape.micro_batch_size, dtype=torch.long),
         label_offset_BT=position_BT,
+        continued_B=torch.zeros(shape.micro_batch_size, dtype=torch.long),
     ).to(device)
 
 

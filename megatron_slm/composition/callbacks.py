@@ -50,6 +50,8 @@ class Parts:
     store: CheckpointStore
     models: ModelFlops
     speed: Throughput
+    store_check: Callback | None
+    min_context: int
     world: World
 
 
@@ -71,7 +73,7 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
     events = agree(lambda: _open_records(folder, step) if world.is_main else None)
     return [
         *_checks(parts, streams),
-        StepMetrics(sources, selective, config.selection.quantiles if config.reference else ()),
+        StepMetrics(sources, selective, config.selection.quantiles if config.reference else (), parts.min_context),
         *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
         Accounting(parts.models),
         parts.speed,
@@ -111,6 +113,8 @@ def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback
     if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
         references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
         checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, str(settings.path)))
+    elif parts.store_check is not None:
+        checks.append(parts.store_check)
     elif not isinstance(reference, LiveReference | NoReference) and parts.world.is_main:
         logger.info("no reference check: only one live reference can be asked about the evaluation sets")
     return checks

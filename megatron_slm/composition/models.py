@@ -1,6 +1,9 @@
 """Student and reference, and where their weights live."""
 
+import logging
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from megatron_slm.composition.corpora import Corpora, require_tokenizer
 from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
-from megatron_slm.dist import World, agree
+from megatron_slm.dist import World, agree, gather_objects
+from megatron_slm.errors import AgreedError
 from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import (
     CausalLM,
@@ -38,8 +42,11 @@ from megatron_slm.models.student import Student
 from megatron_slm.signals.live import LiveReference, NoReference, Reference
 from megatron_slm.signals.mixture import MixedReference
 from megatron_slm.signals.settings import PartSettings
+from megatron_slm.signals.store import open_store
 from megatron_slm.training.flops import token_flops
 from megatron_slm.training.optimizer import adamw
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS: dict[str | None, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -148,6 +155,22 @@ def make_reference(
     if not settings.of:
         return references[0], flops
     return MixedReference(references, [part.weight for part in settings.of], settings.mix), flops
+
+
+def open_scorer(config: Config, corpora: Corpora, backend: Backend) -> Reference | None:
+    """Load the model that wrote the run's only store, if its folder is known and here; every rank calls it."""
+    parts = config.reference.parts if config.reference is not None else []
+    if len(parts) != 1 or parts[0].store is None:
+        return None
+    path = open_store(parts[0].store).manifest.reference.get("path")
+    if not gather_objects(path is not None and Path(path).is_dir())[0]:
+        return None
+    part = replace(parts[0], path=path, store=None)
+    try:
+        return LiveReference(frozen_model(config, part, corpora, backend)[0], part.micro_batch_size)
+    except AgreedError as error:
+        logger.info("the model that wrote the store cannot be compared with it: %s", error)
+        return None
 
 
 def frozen_model(config: Config, part: PartSettings, corpora: Corpora, backend: Backend) -> tuple[nn.Module, float]:

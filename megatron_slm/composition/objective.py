@@ -34,20 +34,20 @@ def make_rule(config: Config, world: World) -> Rule | None:
     return rule
 
 
-def make_candidates(config: Config, rule: Rule | None, engine: TrainingEngine) -> Candidates | None:
+def make_candidates(config: Config, rule: Rule | None, engine: TrainingEngine, min_context: int) -> Candidates | None:
     """What chooses among candidates, by the student's own scores; None where all samples are trained on."""
     if rule is None or config.candidates == 1:
         return None
     samples = config.training.micro_batch_size
-    return Candidates(LiveReference(engine.module, samples), rule, samples, config.seed)
+    return Candidates(LiveReference(engine.module, samples), rule, samples, config.seed, min_context)
 
 
-def objective_at(config: Config, plan: Plan, rule: Rule | None, tokens: int) -> Objective:
-    """Of the step that begins after so many tokens; a function of them, so that all ranks agree."""
+def objective_at(config: Config, plan: Plan, rule: Rule | None, min_context: int, tokens: int) -> Objective:
+    """Return the objective of the step that begins after `tokens`; a function of them, so that all ranks agree."""
     ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_steps * plan.tokens_per_step)
     if rule is None or ratio is None:
         return CausalLanguageModeling()
-    return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step")
+    return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step", min_context)
 
 
 def _check_mix(settings: ReferenceSettings | None, rule: Rule) -> None:

@@ -13,7 +13,7 @@ from megatron_slm.training.schedule import learning_rate
 from megatron_slm.training.state import Plan
 
 MIN_CONTEXT = 64
-"""Default of `selection.min_context` with a store of kind `document`; docs/score.md has the measurement."""
+"""Largest default of `selection.min_context` with a store of kind `document`; docs/score.md has the measurement."""
 
 
 def resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Plan]:
@@ -43,7 +43,8 @@ def resolve(config: Config, corpora: Corpora, world: World) -> tuple[Config, Pla
     training = dataclasses.replace(training, precision=precision)
     selection = config.selection
     if selection.min_context is None:
-        selection = dataclasses.replace(selection, min_context=MIN_CONTEXT if reads_document_store(config) else 0)
+        least = min(MIN_CONTEXT, data.seq_length // 4) if reads_document_store(config) else 0
+        selection = dataclasses.replace(selection, min_context=least)
     config = dataclasses.replace(config, data=data, training=training, selection=selection)
     _refuse_bf16_alone(config)
     return config, plan

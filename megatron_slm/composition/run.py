@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers import PretrainedConfig
 
+from megatron_slm.backend import Backend, TrainingEngine
 from megatron_slm.composition.callbacks import Parts, make_callbacks
 from megatron_slm.composition.corpora import Corpora, kept_in_words, make_samples, open_run_corpora
-from megatron_slm.composition.models import make_backend, make_learner, make_reference, make_student, student_config
+from megatron_slm.composition.models import (
+    make_backend,
+    make_learner,
+    make_reference,
+    make_student,
+    open_scorer,
+    student_config,
+)
 from megatron_slm.composition.objective import make_candidates, make_rule, objective_at
 from megatron_slm.composition.plan import learning_rate_at, resolve, schedule_changes
 from megatron_slm.composition.stores import Order, effective_min_context, store_fingerprints, student_as_reference
@@ -18,17 +27,25 @@ from megatron_slm.data.loader import StepLoader
 from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree
 from megatron_slm.run_folder import RunFolder
+from megatron_slm.selection.rule import Rule
+from megatron_slm.signals.live import LiveReference, Reference
 from megatron_slm.training.callbacks.callback import Callback, make_callback
+from megatron_slm.training.callbacks.store_check import StoreCheck
 from megatron_slm.training.callbacks.throughput import Throughput
 from megatron_slm.training.checkpoints import CheckpointStore
 from megatron_slm.training.flops import ModelFlops, peak_flops, token_flops
+from megatron_slm.training.objective import SelectiveLanguageModeling
 from megatron_slm.training.requests import Requests
 from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
 from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Trainer
+from megatron_slm.types import Batch
 
 logger = logging.getLogger(__name__)
+
+CHECKED_TOKENS = 8192
+"""Tokens per rank on which a store is checked before the first step."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +57,26 @@ class Run:
     folder: RunFolder
 
 
-def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), rollback: int | None = None) -> Run:
-    """Everything of a run, resumed where its folder stands; every rank calls it.
+@dataclass(frozen=True)
+class Settled:
+    """A run whose configuration is checked and resolved, before a model is built or a sample is indexed.
 
-    Args:
-        config: of the run.
-        world: this process among all.
-        callbacks: of the caller's own, beside those that the configuration names.
-        rollback: step of the checkpoint to go on from; what came after it is moved aside.
-
-    Raises:
-        UserError: the same on all ranks, for anything that the user can mend.
+    stored     configuration of the run that this one resumes; None for a new run
+    callbacks  of the user's own
     """
+
+    folder: RunFolder
+    stored: Config | None
+    config: Config
+    plan: Plan
+    corpora: Corpora
+    rule: Rule | None
+    callbacks: list[Callback]
+    hf_config: PretrainedConfig
+
+
+def settle_run(config: Config, world: World, callbacks: Sequence[Callback], rollback: int | None) -> Settled:
+    """Hold the run directory and check what a user can get wrong; the arguments are those of `build_run`."""
     folder = RunFolder(config.run_dir, world)
     config = agree(lambda: folder.settle(config))
     stored = agree(folder.stored)
@@ -64,13 +89,32 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         logger.warning(warning)
     own = [*callbacks, *agree(lambda: [make_callback(name) for name in config.callbacks])]
     hf_config = agree(lambda: student_config(config, corpora))
+    return Settled(folder, stored, config, plan, corpora, rule, own, hf_config)
+
+
+def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), rollback: int | None = None) -> Run:
+    """Build everything of a run, resumed from its run directory; every rank calls it.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+        callbacks: of the caller's own, beside those that the configuration names.
+        rollback: step of the checkpoint to go on from; what came after it is moved aside.
+
+    Raises:
+        UserError: the same on all ranks, for anything that the user can mend.
+    """
+    settled = settle_run(config, world, callbacks, rollback)
+    folder, config, plan, corpora, rule = (
+        settled.folder, settled.config, settled.plan, settled.corpora, settled.rule
+    )  # fmt: skip
     samples = make_samples(config, corpora, plan, folder.cache, world)
     agree(lambda: folder.begin(config, samples.fingerprint, store_fingerprints(config)))
     if corpora.kept is not None and world.is_main:
         logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
     loader = _loader(config, plan, samples, world)
     backend = make_backend(config, world)
-    student, engine = make_student(config, hf_config, backend, world)
+    student, engine = make_student(config, settled.hf_config, backend, world)
     order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
     needs = rule.needs if rule is not None else ()
     min_context = agree(lambda: effective_min_context(config))
@@ -85,41 +129,84 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         world=world,
         candidates=make_candidates(config, rule, engine, min_context),
     )
-    state = RunState(plan, samples.fingerprint)
-    torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
-    if rollback is not None:
-        roll_back(folder.path, store, rollback, world)
-    if (progress := store.restore(engine)) is not None:
-        agree(lambda: state.restore(progress))
-        if world.is_main:
-            logger.info("going on from the checkpoint of step %d", state.step)
-            _warn_of_moved_schedules(stored, corpora, (config, plan), state.step, world)
+    state = _restored(settled, RunState(plan, samples.fingerprint), store, engine, rollback, world)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
-    models = ModelFlops(token_flops(student, hf_config, config.data.seq_length), reference_flops, backward)
+    models = ModelFlops(token_flops(student, settled.hf_config, config.data.seq_length), reference_flops, backward)
     peak = peak_flops(world.device)
     speed = Throughput(models, peak and peak * world.size)
-    parts = Parts(config, corpora, folder, engine, reference, store, models, speed, min_context, world)
+    check = _store_check(settled, loader, engine, reference, backend, min_context, world)
+    parts = Parts(config, corpora, folder, engine, reference, store, models, speed, check, min_context, world)
     rate = partial(learning_rate_at, config, plan)
     objective = partial(objective_at, config, plan, rule, min_context)
-    told = make_callbacks(parts, own, state.step)
+    told = make_callbacks(parts, settled.callbacks, state.step)
     trainer = Trainer(loader, step, rate, objective, told, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
 
 
-def _warn_of_moved_schedules(
-    stored: Config | None, corpora: Corpora, now: tuple[Config, Plan], step: int, world: World
-) -> None:
+def _restored(
+    settled: Settled,
+    state: RunState,
+    store: CheckpointStore,
+    engine: TrainingEngine,
+    rollback: int | None,
+    world: World,
+) -> RunState:
+    """Load the newest checkpoint, or that of step `rollback`, into the engine, and return where it stands."""
+    torch.manual_seed(settled.config.seed + world.rank)
+    if rollback is not None:
+        roll_back(settled.folder.path, store, rollback, world)
+    progress = store.restore(engine)
+    if progress is None:
+        return state
+    agree(lambda: state.restore(progress))
+    if world.is_main:
+        logger.info("going on from the checkpoint of step %d", state.step)
+        _warn_of_moved_schedules(settled, state.step, world)
+    return state
+
+
+def _store_check(
+    settled: Settled,
+    loader: StepLoader,
+    engine: TrainingEngine,
+    reference: Reference,
+    backend: Backend,
+    min_context: int,
+    world: World,
+) -> StoreCheck | None:
+    """Return the check of a run that reads a store; None where there is none, or `reference.check_windows` is 0."""
+    config, rule, settings = settled.config, settled.rule, settled.config.reference
+    if rule is None or settings is None or not settings.check_windows or not store_fingerprints(config):
+        return None
+    return StoreCheck(
+        partial(_first_batches, loader, config, world),
+        LiveReference(engine.module, config.training.micro_batch_size),
+        reference,
+        SelectiveLanguageModeling(rule, config.selection.ratio, False, min_context),
+        partial(open_scorer, config, settled.corpora, backend),
+        config.seed,
+    )
+
+
+def _first_batches(loader: StepLoader, config: Config, world: World) -> list[Batch]:
+    """Read this rank's first micro-batches: as many of the first step's as hold `CHECKED_TOKENS`, at least one."""
+    batches = loader.read(0)
+    count = max(1, CHECKED_TOKENS // batches[0].tokens_BT.numel())
+    return [batch.to(world.device) for batch in batches[:count]]
+
+
+def _warn_of_moved_schedules(settled: Settled, step: int, world: World) -> None:
     """Warn where another `training.train_tokens` than before moves what is a function of the run's length."""
-    if stored is None:
+    if settled.stored is None:
         return
-    before = resolve(stored, corpora, world)
-    changes = schedule_changes(before, now, step)
+    before = resolve(settled.stored, settled.corpora, world)
+    changes = schedule_changes(before, (settled.config, settled.plan), step)
     if changes:
         logger.warning(
             "the run has %d steps instead of %d: %s. To keep to the earlier schedule, export the run and start another "
             "one from it.",
-            now[1].total_steps,
+            settled.plan.total_steps,
             before[1].total_steps,
             "; ".join(changes),
         )

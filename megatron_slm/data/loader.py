@@ -88,13 +88,14 @@ class StepLoader:
     def take(self, position: int) -> list[Batch]:
         """This rank's micro-batches of the step that begins at this position of the order, on its device."""
         start, future = self._ahead or (-1, None)
-        batches = future.result() if future and start == position else self._read(position)
+        batches = future.result() if future and start == position else self.read(position)
         following = self.end(position)
         if self.end(following) <= len(self._samples):
-            self._ahead = following, self._thread.submit(self._read, following)
+            self._ahead = following, self._thread.submit(self.read, following)
         return [batch.to(self._world.device) for batch in batches]
 
-    def _read(self, position: int) -> list[Batch]:
+    def read(self, position: int) -> list[Batch]:
+        """Return this rank's micro-batches of the step that begins at this position, in host memory."""
         ordinals = list(chain(*runs_beside(self._skip, position, self._global_batch_size)))
         stride = self._micro_batch_size * self._world.size
         mine = range(self._world.rank * self._micro_batch_size, len(ordinals), stride)
@@ -120,6 +121,7 @@ def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool
         sample_index_B=torch.tensor(ordinals),
         source_B=torch.tensor([sample.source for sample in samples]),
         label_offset_BT=offset_BS[:, 1:],
+        continued_B=torch.tensor([sample.continued for sample in samples]),
     )
 
 

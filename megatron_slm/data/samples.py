@@ -44,17 +44,19 @@ WHOLE = "1,0,0"
 class Sample(NamedTuple):
     """`seq_length + 1` consecutive tokens of the packed stream, the last one only as a label.
 
-    text      int64 `[T + 1]`
-    offset    int64 `[T + 1]`, offset in tokens in the source's `.bin`
-    position  int64 `[T + 1]`, counted from the last document start within the sample
-    source    entry of the blend
-    valid     bool `[T + 1]`, whether a token counts; None where all of them do
+    text       int64 `[T + 1]`
+    offset     int64 `[T + 1]`, offset in tokens in the source's `.bin`
+    position   int64 `[T + 1]`, counted from the last document start within the sample
+    source     entry of the blend
+    continued  tokens at the beginning that continue a document from before the sample; 0 if a document begins there
+    valid      bool `[T + 1]`, whether a token counts; None where all of them do
     """
 
     text: NDArray[np.int64]
     offset: NDArray[np.int64]
     position: NDArray[np.int64]
     source: int
+    continued: int = 0
     valid: NDArray[np.bool_] | None = None
 
 
@@ -113,7 +115,7 @@ class PackedDocuments(GPTDataset):
             indexed_indices = indexed_indices[config.kept[dataset_path][indexed_indices]]
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
 
-    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         place = int(self.shuffle_index[index])
         first, begin = (int(value) for value in self.sample_index[place])
         last, end = (int(value) for value in self.sample_index[place + 1])
@@ -129,6 +131,7 @@ class PackedDocuments(GPTDataset):
             "text": np.concatenate(texts, dtype=np.int64),
             "offset": np.concatenate(offsets),
             "position": np.concatenate(positions),
+            "continued": len(texts[0]) if begin > 0 else 0,
         }
 
     def _document_offset(self, document: int) -> int:
@@ -173,7 +176,7 @@ class Samples:
         source = int(item.get("dataset_id", 0))
         mask = self._masks[source]
         valid = None if mask is None else mask[item["offset"]].astype(bool)
-        return Sample(item["text"], item["offset"], item["position"], source, valid)
+        return Sample(item["text"], item["offset"], item["position"], source, item["continued"], valid)
 
 
 def build_samples(

@@ -52,6 +52,7 @@ class EvaluationStream:
             sample_index_B=torch.tensor(windows),
             source_B=torch.zeros(len(windows), dtype=torch.long),
             label_offset_BT=offset_BT,
+            continued_B=self._continued(np.array(windows)),
         )
 
     def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +66,14 @@ class EvaluationStream:
         """False for padding, and for what the mask leaves out."""
         real_BT = offset_BT >= 0
         return real_BT if self._mask is None else real_BT & torch.from_numpy(self._mask[offset_BT.numpy()]).bool()
+
+    def _continued(self, window_B: np.ndarray) -> torch.Tensor:
+        """Return the tokens at the beginning of each window whose document began before it, int64 `[B]`."""
+        start_B = window_B * self._seq_length
+        document_B = np.searchsorted(self._document_start, start_B, side="right") - 1
+        end_B = np.append(self._document_start, len(self._tokens))[document_B + 1]
+        continued_B = (end_B - start_B).clip(0, self._seq_length + 1)
+        return torch.from_numpy(np.where(self._document_start[document_B] < start_B, continued_B, 0))
 
     def _positions(self, window_B: np.ndarray) -> torch.Tensor:
         start_B1 = window_B[:, None] * self._seq_length

@@ -153,7 +153,7 @@ def check_replay(student: ReplayStudent, model: PreTrainedModel) -> None:
     whole_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
     sample_B = torch.arange(2, device=tokens_BT.device)
     position_BT = straight(tokens_BT)
-    batch = Batch(tokens_BT, text_BS[:, 1:], whole_BT, position_BT, sample_B, sample_B, position_BT)
+    batch = Batch(tokens_BT, text_BS[:, 1:], whole_BT, position_BT, sample_B, sample_B, position_BT, sample_B * 0)
     chosen_BT = (position_BT % 3 != 1).float()
     with torch.no_grad(), evaluating(model):
         signals, tape = student.score(batch, (), keep=True)

@@ -110,6 +110,7 @@ class DocumentWork:
             sample_index_B=torch.from_numpy(picked),
             source_B=torch.zeros(len(picked), dtype=torch.long),
             label_offset_BT=row_BT,
+            continued_B=torch.from_numpy(np.where(windows.is_first, 0, windows.end - windows.begin)[picked]),
         )
         return ScoringBatch(batch, row_BT)
 

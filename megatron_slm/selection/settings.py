@@ -41,6 +41,8 @@ class SelectionSettings:
     schedule         of the ratio: constant; linear or cosine, from 1 to ratio; or steps [; ours]
     schedule_tokens  after start, tokens that linear and cosine take [tokens; ours]
     ratio_steps      for steps, [[tokens, ratio], ...]: the ratio after training on so many tokens, 1 before [; ours]
+    min_context      with a store of kind document: in a document that began before the sample, tokens with fewer tokens
+                     before them in the sample are not selected; default: 64 with such a store [tokens; ours]
     candidates       score so many times the samples without gradients, and train on each rank's best [; RHO-LOSS]
     start            share of training.train_tokens before which all tokens count and the reference rests [share; ours]
     """
@@ -60,6 +62,7 @@ class SelectionSettings:
     schedule: Literal["constant", "linear", "cosine", "steps"] = "constant"
     schedule_tokens: int | None = None
     ratio_steps: list[tuple[int, float]] = field(default_factory=list)
+    min_context: int | None = None
     candidates: int = 1
     start: float = 0.0
 
@@ -69,6 +72,8 @@ class SelectionSettings:
             raise ValueError("ratio is the share of tokens to keep: give a number above 0 and at most 1")
         if any(not 0 < q < 1 for q in self.quantiles):
             raise ValueError("quantiles must lie between 0 and 1")
+        if self.min_context is not None and self.min_context < 0:
+            raise ValueError("min_context must be 0 or more")
         if not self.temperature > 0:
             raise ValueError("temperature must be above 0")
         if self.weighting == "soft" and self.backward != "exact":

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_slm.errors import AgreedError
 from megatron_slm.selection.rule import Rule
 from megatron_slm.signals.live import Reference
-from megatron_slm.training.objective import named_signals, wanted
+from megatron_slm.training.objective import competing_tokens, named_signals, wanted
 from megatron_slm.types import Batch, TokenSignals
 
 
@@ -24,20 +24,22 @@ class Chosen(NamedTuple):
 
 
 class Candidates:
-    """Keeps the best sequences of each micro-batch of this rank, by their mean score over valid tokens.
+    """Keeps the best sequences of each micro-batch of this rank, by their mean score over competing tokens.
 
     Args:
         student: its scores without gradients.
         rule: whose score ranks them.
         micro_batch_size: sequences to keep of each micro-batch.
         seed: of the column `uniform`.
+        min_context: see `competing_tokens`.
     """
 
-    def __init__(self, student: Reference, rule: Rule, micro_batch_size: int, seed: int) -> None:
+    def __init__(self, student: Reference, rule: Rule, micro_batch_size: int, seed: int, min_context: int = 0) -> None:
         self._student = student
         self._rule = rule
         self._micro_batch_size = micro_batch_size
         self._seed = seed
+        self._min_context = min_context
 
     def choose(self, batches: list[Batch], reference: Reference) -> Chosen:
         """Score all micro-batches of the step, then keep; every rank calls it with as many.
@@ -63,7 +65,7 @@ class Candidates:
     def _best(self, batch: Batch, student: TokenSignals, reference: TokenSignals) -> Tensor:
         signals = named_signals(batch, student, reference, self._seed)
         try:
-            score_B = self._rule.rank_sequences(signals, batch.valid_BT)
+            score_B = self._rule.rank_sequences(signals, competing_tokens(batch, self._min_context))
         except ValueError as error:  # a score of the user's, on every rank
             raise AgreedError(str(error)) from error
         return best_rows(score_B, self._micro_batch_size)

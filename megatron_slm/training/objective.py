@@ -17,14 +17,19 @@ from megatron_slm.types import Batch, TokenSignals
 
 
 class Choice(NamedTuple):
-    """Of this rank: mask_BT bool, what is kept; weights_BT float32; threshold float32, NaN if there is none.
+    """What was selected from one pool.
 
-    num_nan int64: tokens of all ranks whose score is NaN.
+    mask_BT       bool, this rank: the selected tokens
+    weights_BT    float32, this rank
+    threshold     float32; NaN if there is none
+    competing_BT  bool, this rank: the tokens that could be selected
+    num_nan       int64, all ranks: competing tokens whose score is NaN
     """
 
     mask_BT: Tensor
     weights_BT: Tensor
     threshold: Tensor
+    competing_BT: Tensor
     num_nan: Tensor | int = 0
 
 
@@ -66,6 +71,20 @@ def named_signals(batch: Batch, student: TokenSignals, reference: TokenSignals, 
     )
 
 
+def competing_tokens(batch: Batch, min_context: int) -> Tensor:
+    """Return the valid tokens that may be selected, bool `[B, T]`.
+
+    A store of kind `document` holds the reference's loss of each token after its whole document. Where a sample begins
+    in the middle of a document, the student has not seen what came before. Its loss is higher for that reason alone,
+    and the excess says nothing about whether the token can be learned.
+
+    Args:
+        batch: a micro-batch or a pool of this rank.
+        min_context: `selection.min_context`; 0 leaves out nothing.
+    """
+    return batch.valid_BT & ~batch.lacks_context_BT(min_context)
+
+
 class CausalLanguageModeling:
     """Every valid token counts."""
 
@@ -77,7 +96,8 @@ class CausalLanguageModeling:
         return all_reduce_sum(torch.stack([pool.valid_BT.sum() for pool in pools]))
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
-        return Choice(pool.valid_BT, pool.valid_BT.float(), torch.tensor(torch.nan, device=pool.valid_BT.device))
+        no_threshold = torch.tensor(torch.nan, device=pool.valid_BT.device)
+        return Choice(pool.valid_BT, pool.valid_BT.float(), no_threshold, competing_BT=pool.valid_BT)
 
 
 class SelectiveLanguageModeling:
@@ -85,24 +105,27 @@ class SelectiveLanguageModeling:
 
     Args:
         rule: what is kept, by which score.
-        ratio: share of the valid tokens that is kept.
+        ratio: share of the competing tokens that is selected.
         pools_whole_step: rank the whole optimizer step together instead of each micro-step.
+        min_context: see `competing_tokens`.
     """
 
     selects = True
 
-    def __init__(self, rule: Rule, ratio: float, pools_whole_step: bool) -> None:
+    def __init__(self, rule: Rule, ratio: float, pools_whole_step: bool, min_context: int = 0) -> None:
         self.needs = rule.needs
         self.pools_whole_step = pools_whole_step
         self._rule = rule
         self._ratio = ratio
+        self._min_context = min_context
 
     def plan(self, pools: list[Batch]) -> Tensor:
-        return self._rule.plan([pool.valid_BT for pool in pools], self._ratio)
+        return self._rule.plan([competing_tokens(pool, self._min_context) for pool in pools], self._ratio)
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
+        competing_BT = competing_tokens(pool, self._min_context)
         try:
-            selection = self._rule.choose(signals, pool.valid_BT, self._ratio, position=pool.token_position_BT)
+            selection = self._rule.choose(signals, competing_BT, self._ratio, position=pool.token_position_BT)
         except ValueError as error:  # a score of the user's, on every rank
             raise AgreedError(str(error)) from error
-        return Choice(selection.mask, selection.weights, selection.threshold, selection.num_nan)
+        return Choice(selection.mask, selection.weights, selection.threshold, competing_BT, selection.num_nan)

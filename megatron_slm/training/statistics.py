@@ -49,7 +49,16 @@ class StepStatistics:
     def __init__(self, num_sources: int, device: torch.device) -> None:
         self._sums = {
             name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in ("valid", "selected", "loss", "selected_loss", "reference_loss", "thresholds", "threshold")
+            for name in (
+                "valid",
+                "competing",
+                "selected",
+                "loss",
+                "selected_loss",
+                "reference_loss",
+                "thresholds",
+                "threshold",
+            )
         }
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
         self._excess: list[tuple[Tensor, Tensor]] = []
@@ -71,6 +80,7 @@ class StepStatistics:
         valid_BT, loss_BT = pool.valid_BT, signals["student.loss"]
         self._nan += choice.num_nan
         self._add("valid", valid_BT)
+        self._add("competing", choice.competing_BT)
         self._add("selected", choice.mask_BT)
         self._add("loss", loss_BT * valid_BT)
         self._add("selected_loss", loss_BT * choice.mask_BT)
@@ -78,7 +88,8 @@ class StepStatistics:
         self._add("threshold", choice.threshold.nan_to_num(0.0, 0.0, 0.0))
         if "reference.loss" in signals:
             self._add("reference_loss", signals["reference.loss"] * valid_BT)
-            self._excess.append((loss_BT - signals["reference.loss"], valid_BT))
+            # Only tokens that compete: their quantile 1 - ratio is the threshold.
+            self._excess.append((loss_BT - signals["reference.loss"], choice.competing_BT))
         for row, mask_BT in enumerate((valid_BT, choice.mask_BT)):
             self._by_source_2S[row].index_add_(0, pool.source_B, mask_BT.sum(-1).double())
 
@@ -96,24 +107,24 @@ class StepStatistics:
         sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
         return dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
 
-    def excess_quantiles(self, quantiles: tuple[float, ...], num_valid: int) -> list[float]:
-        """Exact quantiles of the step's excess loss over all ranks; empty without a reference.
+    def excess_quantiles(self, quantiles: tuple[float, ...], num_competing: int) -> list[float]:
+        """Return exact quantiles of the competing tokens' excess loss over all ranks; empty without a reference.
 
         Args:
             quantiles: in (0, 1).
-            num_valid: tokens of all ranks.
+            num_competing: competing tokens of all ranks.
         """
         if not self.has_reference or not quantiles:
             return []
-        excess_N, valid_N = self._all_excess()
-        count = torch.tensor(num_valid, device=valid_N.device)
-        return score_quantiles(excess_N, valid_N, quantiles, num_valid=count).tolist()
+        excess_N, competing_N = self._all_excess()
+        count = torch.tensor(num_competing, device=competing_N.device)
+        return score_quantiles(excess_N, competing_N, quantiles, num_valid=count).tolist()
 
     def excess_histogram(self) -> Histogram:
-        """Of the step's valid tokens over all ranks, by one all-reduce; every rank calls it. Needs a reference."""
+        """Count the competing tokens of all ranks by one all-reduce; every rank calls it. Needs a reference."""
         bins = 2 * HISTOGRAM_LIMIT * BINS_PER_NAT
-        excess_N, valid_N = self._all_excess()
-        excess_N = excess_N[valid_N].double()
+        excess_N, competing_N = self._all_excess()
+        excess_N = excess_N[competing_N].double()
         bin_N = ((excess_N + HISTOGRAM_LIMIT) * BINS_PER_NAT).floor().clamp(0, bins - 1).long()
         sums = torch.stack([excess_N.sum(), excess_N.square().sum()])
         everywhere = all_reduce_sum(torch.cat([torch.bincount(bin_N, minlength=bins), sums])).tolist()
@@ -124,6 +135,8 @@ class StepStatistics:
         return Histogram([int(count) for count in counts[first:last]], edges, total, squares)
 
     def _all_excess(self) -> tuple[Tensor, Tensor]:
-        """Excess loss `[N]` of this rank's tokens in the step, and which of them are valid."""
-        excess_N, valid_N = (torch.cat([part.flatten() for part in parts]) for parts in zip(*self._excess, strict=True))
-        return excess_N, valid_N
+        """Return the excess loss `[N]` of this rank's tokens in the step, and which of them compete."""
+        excess_N, competing_N = (
+            torch.cat([part.flatten() for part in parts]) for parts in zip(*self._excess, strict=True)
+        )
+        return excess_N, competing_N

@@ -26,7 +26,8 @@ score.output score.kind score.encoding score.entropy score.shard_tokens
 selection.score selection.ratio selection.scope selection.pool selection.backward selection.quantiles
 selection.combine selection.of.score selection.of.ratio selection.unit selection.sequence_ratio
 selection.weighting selection.temperature
-selection.candidates selection.schedule selection.schedule_tokens selection.ratio_steps selection.start
+selection.min_context selection.candidates selection.schedule selection.schedule_tokens selection.ratio_steps
+selection.start
 data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache data.skip_samples
 data.keep
 reference.check_windows training.spike_sigma training.profile_steps

@@ -25,7 +25,7 @@ def pool_of(world: World, number: int, empty: bool) -> tuple[Batch, dict[str, to
     student[:, 1::7] += 40 * (-1) ** number
     ids = torch.zeros(shape, dtype=torch.long)
     source = torch.zeros(shape[0], dtype=torch.long)
-    batch = Batch(ids, ids, valid & (not empty), ids, source, source, ids)
+    batch = Batch(ids, ids, valid & (not empty), ids, source, source, ids, source * 0)
     return batch, {"student.loss": student, "reference.loss": reference}
 
 

@@ -1,5 +1,6 @@
 """The optimizer step is one function of its samples, however they are dealt to ranks and micro-steps."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -8,7 +9,7 @@ import torch
 
 from megatron_slm import score
 from tests.gloo import run_ranks
-from tests.steps import LENGTH, Case, assert_same_run, flat, flipped, run_steps, valid_length
+from tests.steps import LENGTH, Case, assert_same_run, continued_length, flat, flipped, run_steps, valid_length
 
 TEN = Case(steps=10)
 
@@ -74,6 +75,49 @@ def test_the_random_score_is_the_same_on_any_number_of_ranks() -> None:
     case = Case(score="random", micro_batch_size=4, stage=None)
     one, two = on_ranks(1, case), on_ranks(2, replace(case, micro_batch_size=2))
     assert flipped(one["chosen"], two["chosen"]) == (0, 0)
+
+
+def without_context(sample: int, min_context: int) -> torch.Tensor:
+    """Return which labels of a sample lack context, counted label by label."""
+    return torch.tensor(
+        [
+            token < continued_length(sample) and token < min_context
+            for token in range(1, LENGTH + 1)  # token t of the sample follows t tokens, and is label t - 1
+        ]
+    )
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size", "samples"), [(1, 4, 8), (2, 2, 8), (3, 1, 6), (4, 1, 8)])
+def test_tokens_that_lack_context_are_never_selected_and_not_counted(
+    world_size: int, micro_batch_size: int, samples: int
+) -> None:
+    case = Case(steps=2, micro_batch_size=micro_batch_size, global_batch_size=samples, min_context=7)
+    result = on_ranks(world_size, case)
+    competing = {}
+    for sample, chosen in result["chosen"].items():
+        lacking = without_context(sample, 7)
+        valid = torch.arange(LENGTH) < valid_length(torch.tensor(sample))
+        competing[sample] = int((valid & ~lacking).sum())
+        assert not (torch.from_numpy(chosen["mask"]) & lacking).any()
+    assert sum(competing.values()) < sum(int(valid_length(torch.tensor(sample))) for sample in competing)
+    at_once = world_size * micro_batch_size
+    for step in range(case.steps):
+        pools = [range(first, first + at_once) for first in range(step * samples, (step + 1) * samples, at_once)]
+        counts = [sum(competing[sample] for sample in pool) for pool in pools]
+        planned = sum(max(int(count > 0), math.floor(0.6 * count + 0.5)) for count in counts)
+        assert result["planned"][step] == result["selected"][step] == planned
+        assert result["sums"][step]["competing"] == sum(counts)
+        # All valid tokens are in the mean loss, whether they compete or not.
+        mine = range(step * samples, (step + 1) * samples)
+        assert result["sums"][step]["valid"] == sum(int(valid_length(torch.tensor(sample))) for sample in mine)
+
+
+@pytest.mark.parametrize("unit", ["token", "sequence"])
+def test_leaving_out_tokens_that_lack_context_is_the_same_on_any_number_of_ranks(unit: str) -> None:
+    case = Case(steps=2, pool="step", min_context=5, rule={"unit": unit})
+    one = on_ranks(1, case)
+    for world_size in (2, 4):
+        assert_same_run(one, on_ranks(world_size, replace(case, micro_batch_size=4 // world_size)))
 
 
 @score(needs=("student.loss",))

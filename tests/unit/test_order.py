@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.data.corpus import open_corpus, unique_names
-from megatron_slm.data.loader import StepLoader, accumulation_steps, runs_beside
+from megatron_slm.data.corpus import open_corpus, open_tokens, unique_names
+from megatron_slm.data.loader import StepLoader, accumulation_steps, make_batch, runs_beside
 from megatron_slm.data.samples import Samples, build_samples, cycle_seed
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.dist import World
@@ -60,6 +60,33 @@ def test_positions_restart_where_documents_do(blend: dict) -> None:
         assert np.flatnonzero(sample.position == 0).tolist() == [0, *starts]
         steps = np.diff(sample.position)
         assert ((steps == 1) | (sample.position[1:] == 0)).all()
+
+
+def test_what_continues_a_document_from_before_the_sample_is_counted(corpora: Path, blend: dict) -> None:
+    starts = []
+    for name in ("web", "books"):
+        index = open_tokens(open_corpus(str(corpora / name))).index  # held: its arrays go with it
+        starts.append(set((np.cumsum(index.sequence_lengths) - index.sequence_lengths).tolist()))
+    counts = []
+    for sample in blend["samples"]:
+        begins = [place for place, offset in enumerate(sample.offset) if offset in starts[sample.source]]
+        expected = begins[0] if begins else T + 1  # all tokens before the first document that begins here
+        assert sample.continued == expected
+        counts.append(expected)
+    assert 0 in counts and T + 1 in counts and len(set(counts)) > 20
+
+
+def test_labels_lack_context_up_to_the_first_document_or_the_limit(blend: dict) -> None:
+    samples = blend["samples"][:40]
+    for reset_attention in (False, True):
+        batch = make_batch(samples, list(range(40)), reset_attention)
+        for limit in (0, 1, 5, T, 2 * T):
+            expected = [
+                # Label t is token t + 1, which t + 1 tokens precede.
+                [place < sample.continued and place < limit for place in range(1, T + 1)]
+                for sample in samples
+            ]
+            assert batch.lacks_context_BT(limit).tolist() == expected
 
 
 def test_the_blend_has_its_weights(blend: dict) -> None:

@@ -86,7 +86,7 @@ def make_batch(*, packed: bool = False) -> Batch:
         )
     valid = torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 5], [LENGTH]])
     sample = torch.arange(SEQUENCES)
-    return Batch(text[:, :-1], text[:, 1:], valid, position, sample, sample * 0, position)
+    return Batch(text[:, :-1], text[:, 1:], valid, position, sample, sample * 0, position, sample * 0)
 
 
 def some_weights(batch: Batch, share: float, empty: tuple[int, ...] = ()) -> Tensor:

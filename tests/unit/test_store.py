@@ -58,6 +58,7 @@ def batch_of(row_BT: list[list[int]], source_B: list[int]) -> Batch:
         sample_index_B=torch.arange(len(rows)),
         source_B=torch.tensor(source_B),
         label_offset_BT=rows,
+        continued_B=torch.zeros(len(rows), dtype=torch.long),
     )
 
 

@@ -32,7 +32,9 @@ def result_of_step(step: int) -> StepResult:
     """Losses of 2 x 8 tokens; excess loss from `step` on, 0.5 a token."""
     excess = step + torch.arange(16.0).view(2, 8) / 2
     ids = torch.arange(16).view(2, 8)
-    batch = Batch(ids, ids + 1, torch.ones(2, 8, dtype=torch.bool), ids, ids[:, 0] // 8, ids[:, 0] // 8, ids)
+    batch = Batch(
+        ids, ids + 1, torch.ones(2, 8, dtype=torch.bool), ids, ids[:, 0] // 8, ids[:, 0] // 8, ids, ids[:, 0] * 0
+    )
     statistics = StepStatistics(2, torch.device("cpu"))
     signals = {"student.loss": excess + 1, "reference.loss": torch.ones(2, 8)}
     statistics.add(batch, signals, Choice(excess > step + 3, (excess > step + 3).float(), torch.tensor(3.0)))

@@ -138,7 +138,7 @@ def pool_of(ids: list[int], valid: int, reference: bool = True) -> Pool:
     text = torch.tensor([ids, [0] * len(ids)])
     valid_BT = (torch.arange(length) < valid).repeat(2, 1)
     row = torch.tensor([7, 8])
-    batch = Batch(text[:, :-1], text[:, 1:], valid_BT, text[:, :-1], row, torch.tensor([1, 0]), text[:, 1:])
+    batch = Batch(text[:, :-1], text[:, 1:], valid_BT, text[:, :-1], row, torch.tensor([1, 0]), text[:, 1:], row * 0)
     signals = {"student.loss": torch.arange(float(length)).repeat(2, 1)}
     if reference:
         signals["reference.loss"] = torch.ones(2, length)

@@ -14,12 +14,14 @@ class StepMetrics(Callback):
         sources: names of the blend's entries.
         selective: report what exists only where tokens are selected.
         quantiles: of the excess loss; none where there never is a reference.
+        min_context: see `competing_tokens`; above 0, the share of tokens that do not compete is reported.
     """
 
-    def __init__(self, sources: list[str], selective: bool, quantiles: tuple[float, ...]) -> None:
+    def __init__(self, sources: list[str], selective: bool, quantiles: tuple[float, ...], min_context: int = 0) -> None:
         self._sources = sources
         self._selective = selective
         self._quantiles = quantiles
+        self._min_context = min_context
         self._warned = False
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
@@ -45,7 +47,7 @@ class StepMetrics(Callback):
         statistics = result.statistics
         quantiles: list[float] | list[None] = [None] * len(self._quantiles)
         if statistics.has_reference:
-            quantiles = statistics.excess_quantiles(self._quantiles, round(sums["valid"]))
+            quantiles = statistics.excess_quantiles(self._quantiles, round(sums["competing"]))
         return {
             "consumed_selected_tokens": state.consumed_selected_tokens,
             "loss/selected": ratio(sums["selected_loss"], sums["selected"]),
@@ -54,12 +56,18 @@ class StepMetrics(Callback):
             "selection/threshold": ratio(sums["threshold"], sums["thresholds"]),
             "selection/ratio": ratio(sums["selected"], sums["valid"]),
             "selection/nan": statistics.num_nan,
+            **self._excluded(sums),
             **{
                 f"selection/ratio/{name}": ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
                 for source, name in enumerate(self._sources)
             },
             **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=True)},
         }
+
+    def _excluded(self, sums: dict[str, float]) -> dict[str, float | None]:
+        if not self._min_context:
+            return {}
+        return {"selection/short_context": ratio(sums["valid"] - sums["competing"], sums["valid"])}
 
     def _warn(self, without_score: int) -> None:
         """Once: such tokens are kept last, so a run goes on with a few of them."""
