@@ -1,4 +1,4 @@
-"""Paths as people write them in a configuration."""
+"""Paths as people write them: expanded when a configuration is read, and refused where something is already."""
 
 import os
 import re
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
+
+from megatron_slm.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
 
@@ -39,3 +41,17 @@ PathText = Annotated[str, AfterValidator(expand_path)]
 def dangling_link(path: Path) -> str | None:
     """Return where a symbolic link that leads nowhere points to; None for anything else."""
     return os.readlink(path) if path.is_symlink() and not path.exists() else None
+
+
+def refuse_taken(setting: str, path: Path) -> None:
+    """Refuse to create a file or folder where something is, also a link that leads nowhere.
+
+    Raises:
+        UserError: naming `setting`.
+    """
+    if target := dangling_link(path):
+        raise UserError(
+            f"{setting} is {path}, a link to {target}, which does not exist. Remove the link, or name another path."
+        )
+    if path.exists():
+        raise UserError(f"{setting} is {path}, which exists. Name a path that does not exist, or remove it first.")

@@ -55,7 +55,8 @@ def made(folder: Path, tokens: int, documents: int, tokenizer: str) -> Path:
     config.write_text(json.dumps({"data": {"train": [str(prefix)]}}))
     for model in ("base", "reference"):
         np.save(f"{prefix}.npy", -draw.random(tokens, dtype=np.float32))
-        command("score", str(config), f"score.output={prefix}-{model}", "--import", f"{prefix}.npy")
+        store = (f"score.output={prefix}-{model}", "score.kind=document")
+        command("score", str(config), *store, "--import", f"{prefix}.npy")
     Path(f"{prefix}.npy").unlink()
     return config
 

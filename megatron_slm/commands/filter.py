@@ -19,8 +19,8 @@ from megatron_slm.filtering.settings import FilterSettings
 from megatron_slm.launcher import ranks_started
 
 _EPILOG = """example:
-  megatron-slm score run.yaml reference.path=models/base score.output=scores/base
-  megatron-slm score run.yaml reference.path=models/reference score.output=scores/reference
+  megatron-slm score run.yaml score.kind=document reference.path=models/base score.output=scores/base
+  megatron-slm score run.yaml score.kind=document reference.path=models/reference score.output=scores/reference
   megatron-slm filter run.yaml filter.base=scores/base filter.reference=scores/reference \\
       filter.keep=0.5 filter.output=keep/web.safetensors
   megatron-slm train run.yaml data.keep=keep/web.safetensors

@@ -1,8 +1,9 @@
-"""Write what a reference says of every token of a corpus, so that training reads it instead of running the model.
+"""Score every token of a run, or of a corpus, with the reference once, so that training reads the losses.
 
-The configuration of a run serves; `data.train`, `reference.path` and `score.output` are all that is needed.
-Works alone as one process, and under torchrun, the deepspeed launcher and srun. A restart goes on where a kill
-left it. docs/score.md says which context each token is scored in, and what the files hold.
+By default, the samples of the run that CONFIG.yaml describes are scored as a live reference would see them. With
+score.kind=document, the corpora are scored document by document, for any order of samples: data.train, reference.path
+and score.output are enough for that. Works alone as one process, and under torchrun, the deepspeed launcher, mpirun and
+srun. After a kill, the same command resumes. docs/score.md compares the two kinds.
 """
 
 import argparse
@@ -20,11 +21,12 @@ from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.scoring.settings import ScoreSettings
 
 _EPILOG = """examples:
-  megatron-slm score run.yaml score.output=scores/web
-  torchrun --nproc-per-node 8 -m megatron_slm score run.yaml score.output=scores/web reference.micro_batch_size=64
-  megatron-slm score run.yaml score.output=scores/web --import logprobs.npy
-  megatron-slm score run.yaml score.output=scores/web --verify
-  megatron-slm train run.yaml reference.store=scores/web
+  megatron-slm score run.yaml score.output=scores/run
+  megatron-slm train run.yaml reference.store=scores/run
+  torchrun --nproc-per-node 8 -m megatron_slm score run.yaml score.output=scores/run reference.micro_batch_size=64
+  megatron-slm score run.yaml score.output=scores/web score.kind=document
+  megatron-slm score run.yaml score.output=scores/web score.kind=document --import logprobs.npy
+  megatron-slm score run.yaml score.output=scores/run --verify
 
 --import: one .npy (a log-probability, in nats, for every token of PREFIX.bin) or .jsonl ({"logprobs": [...]}, a line a
 document, its end-of-document token included) for each corpus of data.train, in their order.
@@ -60,14 +62,20 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     tree = read_tree(arguments.config, arguments.overrides)
-    packed = isinstance(tree.get("score"), dict) and tree["score"].get("kind") == "packed"
+    score = tree.get("score")
+    packed = isinstance(score, dict) and not arguments.verify and score.get("kind", "packed") == "packed"
     if packed and "training" not in tree:
-        raise UserError("score.kind is packed, which scores the samples of one run: give its training group too.")
+        raise UserError(
+            "score.kind is packed, which scores the samples of one run, but there is no training group. Add the run's "
+            "training group, or set score.kind=document to score the corpora for any order of samples."
+        )
     config = parse_partial(tree, whole_training=packed)
     if config.score is None:
         raise UserError("score.output is not set: name the folder to make, as in score.output=scores/web.")
     if arguments.imports and (packed or config.score.entropy):
-        raise UserError("--import takes a loss a token of each corpus: use score.kind=document and no score.entropy.")
+        raise UserError(
+            "--import takes one loss per token of each corpus. Set score.kind=document and no score.entropy."
+        )
     if arguments.imports and arguments.verify:
         raise UserError("--verify reads what is there: leave --import out.")
     for prefix in blend(config.data.train)[0]:

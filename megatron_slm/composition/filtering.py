@@ -20,6 +20,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.files import sync
 from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest, least_share
 from megatron_slm.filtering.settings import FilterSettings
+from megatron_slm.paths import refuse_taken
 from megatron_slm.signals.store import Store
 
 DOING = "filtering"
@@ -39,7 +40,7 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
         UserError: anything that the user can mend; what exists is as it was.
     """
     output = Path(settings.output)
-    _refuse_existing(output)
+    refuse_taken("filter.output", output)
     with staging(output, "filter.output", DOING) as folder:
         corpora = open_corpora(config)
         paths = {"filter.base": settings.base, "filter.reference": settings.reference}
@@ -57,16 +58,11 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
         base, reference = (store.fingerprint() for store in stores)
         write_keep_list(aside, distinct, kept, {"keep": settings.keep, "base": base, "reference": reference})
         sync(aside)
-        _refuse_existing(output)
+        refuse_taken("filter.output", output)
         os.rename(aside, output)
         sync(output.parent)
     _tell(distinct, found, kept)
     logger.info("train with: data.keep=%s", output)
-
-
-def _refuse_existing(output: Path) -> None:
-    if output.exists():
-        raise UserError(f"filter.output is {output}, which exists: name a file that does not, or remove it first.")
 
 
 def _open_store(setting: str, path: str, corpora: Corpora) -> Store:

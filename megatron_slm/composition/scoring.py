@@ -22,6 +22,7 @@ from megatron_slm.data.staging import staging, writing
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
 from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.paths import refuse_taken
 from megatron_slm.scoring import documents, samples
 from megatron_slm.scoring.attempt import Attempt
 from megatron_slm.scoring.documents import DocumentWork
@@ -82,8 +83,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
 
 
 def _hold(output: Path, stack: ExitStack) -> None:
-    if output.exists():
-        raise UserError(f"score.output is {output}, which exists: name a folder that does not, or remove it first.")
+    refuse_taken("score.output", output)
     stack.enter_context(staging(output, "score.output", DOING))
 
 

@@ -56,10 +56,10 @@ def refuse_existing(output: Path, parts: tuple[str, ...] = PARTS, description: s
     Raises:
         UserError: a corpus, or a file of one of its names, exists.
     """
-    if description and Path(f"{output}{description}").exists():
+    if description and os.path.lexists(f"{output}{description}"):
         raise UserError(f"--output {output} exists ({output}{description}): choose another, or remove it first")
     for part in (f"{output}{suffix}" for suffix in parts):
-        if Path(part).exists():
+        if os.path.lexists(part):
             raise UserError(f"--output {output} would overwrite {part}: choose another, or remove it first")
 
 
@@ -94,7 +94,7 @@ def publish(folder: Path, parent: Path) -> None:
     """
     ready = sorted((folder / READY).iterdir(), key=lambda path: (path.suffix == ".json", path.name))
     for path in ready:
-        if (parent / path.name).exists():
+        if os.path.lexists(parent / path.name):
             raise UserError(f"--output would overwrite {parent / path.name}: remove it and give the command again")
     for path in ready:
         if path.suffix == ".json":

@@ -13,7 +13,7 @@ LEAVES = {"errors", "files", "paths", "types", "launcher", "dist", "backend"}
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
-    "paths": set(),
+    "paths": {"errors"},
     "launcher": {"errors"},
     "types": set(),
     "dist": {"errors", "launcher"},

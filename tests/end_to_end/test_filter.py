@@ -50,7 +50,10 @@ def make_stores(world: World, corpora: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
     for name, path, entropy in (("base", folder / "model", True), ("reference", corpora / "reference", False)):
         tree = training_tree(corpora, folder / "run", None)
-        tree |= {"reference": {"path": str(path)}, "score": {"output": str(folder / name), "entropy": entropy}}
+        tree |= {
+            "reference": {"path": str(path)},
+            "score": {"output": str(folder / name), "kind": "document", "entropy": entropy},
+        }
         score_in_process(world, tree)
 
 
@@ -191,7 +194,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a store of samples": (["filter.reference=PACKED"], "filter.reference is PACKED, of kind packed, which scores"),
     "too few to keep": (["filter.keep=0.001"], "filter.keep is 0.001, which keeps none of the"),
     "one store twice": (["filter.base=STORES/reference"], "filter.base is STORES/reference and filter.reference is"),
-    "a file that exists": (["filter.output=STORES/keep"], "filter.output is STORES/keep, which exists: name"),
+    "a file that exists": (["filter.output=STORES/keep"], "filter.output is STORES/keep, which exists"),
+    "a link to nothing": (["filter.output=STORES/link"], "filter.output is STORES/link, a link to"),
 }
 TRAINING: dict[str, tuple[list[str], str]] = {
     "a list that is not there": (["data.keep=/nowhere/keep"], "data.keep is /nowhere/keep, which is no file"),
@@ -212,6 +216,7 @@ def test_mistakes_are_sentences_and_nothing_is_lost(corpora: Path, stores: Path,
         "filter": write_config(tmp_path / "filter.yaml", filter_tree(corpora, stores, tmp_path / "out" / "keep")),
         "train": write_config(stores / "keep.yaml", training_tree(corpora, tmp_path / "run", stores / "keep")),
     }
+    (stores / "link").symlink_to(stores / "gone")
     before = {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()}
     places = {"STORES": stores, "CORPORA": corpora, "PACKED": packed, "LATE": tmp_path / "late"}
 
@@ -226,6 +231,7 @@ def test_mistakes_are_sentences_and_nothing_is_lost(corpora: Path, stores: Path,
     for (verb, _, said), (status, heard) in zip(mistakes, answers, strict=True):
         assert placed(said) in sentence_of(verb, status, heard)
     assert {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()} == before
+    assert (stores / "link").is_symlink() and not (stores / "gone").exists()
     assert not list((tmp_path / "out").iterdir())
 
 

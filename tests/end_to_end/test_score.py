@@ -30,7 +30,7 @@ def scoring_tree(corpora: Path, output: Path, **score: Any) -> dict[str, Any]:
     """Scores of the run's two corpora, in some ten shards."""
     tree = training_tree(corpora, output.parent / "run")
     tree["reference"] |= {"micro_batch_size": 8}
-    return tree | {"score": {"output": str(output), "shard_tokens": SHARD} | score}
+    return tree | {"score": {"output": str(output), "kind": "document", "shard_tokens": SHARD} | score}
 
 
 def training_tree(corpora: Path, run_dir: Path, stage: int = 0) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def smallest_config(corpora: Path, folder: Path) -> str:
     tree = {
         "data": {"train": str(corpora / "books"), "seq_length": 32},
         "reference": {"path": str(corpora / "reference")},
-        "score": {"output": str(folder / "scores")},
+        "score": {"output": str(folder / "scores"), "kind": "document"},
     }
     return str(write_config(folder / "score.yaml", tree))
 
@@ -474,6 +474,13 @@ def test_what_exists_is_not_overwritten(corpora: Path, stored: Path) -> None:
     assert files_of(stored / "documents") == before
 
 
+def test_a_link_to_nothing_is_not_written_through(corpora: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(RankError, match=r"score\.output is .*link, a link to .*gone, which does not exist"):
+        run_ranks(score_in_process, 1, scoring_tree(corpora, tmp_path / "link"))
+    assert {path.name for path in tmp_path.iterdir()} == {"link"}
+
+
 def test_a_model_with_answers_that_are_not_finite_is_refused(corpora: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -520,7 +527,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a window beyond the model's positions": (["data.seq_length=128"], "the reference has 64 positions"),
     "imports for another number of corpora": (["--import", "a.npy", "--import", "b.npy"], "names 2 files"),
     "an import that is not there": (["--import", "nowhere.npy"], "--import nowhere.npy is not there"),
-    "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "--import takes a loss a token"),
+    "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "--import takes one loss per token"),
     "an import to look at": (["--verify", "--import", "a.npy"], "leave --import out"),
     "nothing to look at": (["--verify"], "scores, which holds no manifest.json"),
     "a model without its configuration": (["reference.path=BARE"], "whose config.json cannot be read"),

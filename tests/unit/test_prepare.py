@@ -198,6 +198,16 @@ def test_an_attempt_killed_while_publishing_is_replaced_by_the_next(model, tmp_p
     assert prepare_corpus([str(small)], str(output), tokenizer=model).num_documents == 1
 
 
+@pytest.mark.parametrize("suffix", [".json", ".bin", ".tokenizer"])
+def test_a_link_to_nothing_is_not_replaced(model, tmp_path, suffix):
+    write_jsonl(tmp_path / "web.jsonl", [sentence(1)])
+    link = tmp_path / f"web{suffix}"
+    link.symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=str(link)):
+        prepare_corpus([str(tmp_path / "web.jsonl")], str(tmp_path / "web"), tokenizer=model)
+    assert link.is_symlink() and not (tmp_path / "gone").exists()
+
+
 def test_an_existing_corpus_is_refused_and_left_as_it_is(model, tmp_path):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
