@@ -43,7 +43,8 @@ _FORMATS = {  # the options that say something to each
     "messages": {"--messages-key"},
 }
 _MODES = {"--merge", "--adopt", "--verify"}
-_ALLOWED = {"--merge": {"--output"}, "--adopt": {"--tokenizer"}, "--verify": {"--output"}}
+_NEEDED = {"--merge": {"--output"}, "--adopt": {"--tokenizer"}, "--verify": {"--output"}}
+_ALLOWED = _NEEDED | {"--adopt": {"--tokenizer", "--end-token"}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +101,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of SIZE pieces on the input and use it"
     )
     group.add_argument(
+        "--end-token",
+        metavar="TOKEN",
+        help="the piece of --tokenizer that ends documents, such as '<|endoftext|>' (default: its eos_token)",
+    )
+    group.add_argument(
         "--by", metavar="FIELD", help="one corpus PREFIX-VALUE for each value of this field, such as meta.source"
     )
     group.add_argument(
@@ -131,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.adopt:
         from megatron_slm.data.adopt import adopt_corpus
 
-        adopt_corpus(arguments.adopt, arguments.tokenizer)
+        adopt_corpus(arguments.adopt, arguments.tokenizer, arguments.end_token)
     elif arguments.verify:
         from megatron_slm.data.prepare import verify_corpus
 
@@ -152,6 +158,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         skip_bad=arguments.skip_bad or 0,
         evaluation=tuple(arguments.contamination or ()),
         workers=arguments.workers or _cores(),
+        end_token=arguments.end_token,
     )
     if arguments.dataset:
         inputs = find_dataset(arguments.dataset, arguments.dataset_config, arguments.dataset_split or "train")
@@ -189,14 +196,14 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value is not False
     }
     keys = (option.removeprefix("--").replace("-", "_") for option in _KEYS)
-    for name in ("output", "tokenizer", "by", "dataset", "source_key", *keys):
+    for name in ("output", "tokenizer", "end_token", "by", "dataset", "source_key", *keys):
         if getattr(arguments, name) == "":
             raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     mode = next(iter(given & _MODES), None)
     if mode:
         for option in sorted(given - {mode} - _ALLOWED[mode]):
             raise UserError(f"{option} says nothing to {mode}: leave it out")
-        for option in sorted(_ALLOWED[mode] - given):
+        for option in sorted(_NEEDED[mode] - given):
             raise UserError(f"{mode} needs {option}: see megatron-slm prepare --help")
         return
     if "--output" not in given:
@@ -205,6 +212,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--input is missing: name the files to prepare, or a data set with --dataset")
     if not given & {"--tokenizer", "--train-tokenizer"}:
         raise UserError("no tokenizer is given: name one with --tokenizer, or train one with --train-tokenizer")
+    if given >= {"--train-tokenizer", "--end-token"}:
+        raise UserError("--end-token says nothing to --train-tokenizer, which makes a piece of its own: leave it out")
     if "--dataset" not in given and (alone := given & {"--dataset-config", "--dataset-split"}):
         raise UserError(f"{min(alone)} says nothing to --input: leave it out, or give --dataset")
     _check_format(arguments.format or "text", given)
