@@ -4,8 +4,10 @@ Several processes encode, one reads and writes. Everything is made in a folder b
 and moved into place at the end; what a killed attempt had finished is not encoded again.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from megatron_slm.data.documents import Fields, decode_document
 from megatron_slm.data.encoding import Encoding
 from megatron_slm.data.inputs import Input, find_files, read_chunks
 from megatron_slm.data.journal import JOURNAL, Progress, load_progress, refuse_changed_inputs, save_progress
+from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece
 from megatron_slm.data.staging import PARTS, TOKENIZER, clear, publish, refuse_existing, staging
 from megatron_slm.data.tokenizer import (
     largest_id,
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS, _SAMPLE_MOST = 16, 2_000, 10_000
+"""Of every input, documents to compare with sentencepiece; characters of each; documents of all inputs."""
 _UINT16_VOCABULARY = 65_500  # as Megatron has it: larger vocabularies are int32
 
 
@@ -195,12 +200,32 @@ def _begun(
     tokenizer: "PreTrainedTokenizerFast | None",
     settings: dict[str, Any],
 ) -> Progress:
+    if tokenizer is not None and Path(str(options.tokenizer)).is_file():
+        _compare_sample(inputs, options, tokenizer)
     clear(folder)
     progress = Progress(settings)
     save_tokenizer(tokenizer or _trained(inputs, folder / "trained.model", options), folder / TOKENIZER)
     if tokenizer is None:  # training takes long enough to be kept
         save_progress(folder, progress)
     return progress
+
+
+def _compare_sample(inputs: list[Input], options: Options, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Compare a sentencepiece model with its fast form on the first documents of every input."""
+    sample = islice(chain.from_iterable(_first_texts(source, options) for source in inputs), _SAMPLE_MOST)
+    compared = compare_with_sentencepiece(Path(str(options.tokenizer)), tokenizer, sample)
+    logger.info(
+        "--tokenizer %s gives the ids of sentencepiece in %d documents of the input (%d characters)",
+        options.tokenizer, compared.documents, compared.characters,
+    )  # fmt: skip
+
+
+def _first_texts(source: Input, options: Options) -> Iterator[tuple[str, str]]:
+    for raw, _ in islice(source.read(options.fields), _SAMPLE_DOCUMENTS):
+        text = ""
+        with contextlib.suppress(UserError):  # named when it is encoded
+            text = decode_document(raw, options.fields).text[:_SAMPLE_CHARACTERS]
+        yield raw.place, text
 
 
 def _trained(inputs: list[Input], model: Path, options: Options) -> "PreTrainedTokenizerFast":

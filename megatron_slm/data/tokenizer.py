@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_slm.data.probe_texts import PROBE_TEXTS, PROBE_VERSION
 from megatron_slm.data.sentencepiece_model import read_sentencepiece
 from megatron_slm.errors import UserError, refuse_missing_folder
 
@@ -21,24 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-
-PROBE_VERSION = 1
-"""To be raised with every change of the texts: hashes of different versions are not compared."""
-PROBE_TEXTS = (
-    "The quick brown fox doesn't jump; they'll say it's the dog's, I'M SURE WE'VE SEEN 'em.",
-    "0 12 345 6789 1234567890 3.14159 -2,000,000.50 1e-9 0xFF 10:30 2024-02-29 50% $5 №7 ½ ²",
-    "  two spaces,   three,\ttab\t\ttabs \n\n\nlines\r\nand \n indented\n    four\n\t\tdeep  \n ",
-    'def f(x_1, *args):\n    if x_1 <= 10**-3 and args[0] != {}:\n        return f"{x_1!r}\\n"  # done\n\n\n',
-    "日本語の文章、中文句子。한국어 문장 ภาษาไทย हिन्दी العربية עברית русский язык Ελληνικά",
-    "🙂 👩\u200d👩\u200d👧 🇺🇳 e\u0301 é ﬁ \uff21\uff11 \u00a0 \u2009 \u3000 \ufeff \u0007 naïve café über",
-    "<s></s><unk><pad> <|endoftext|><|im_end|> <0x0A> [CLS] [MASK] https://a.example/b?c=d&e=f#g",
-    "camelCaseWords snake_case_words ALLCAPS aaaaaaaaaaaa ======== ...... !!!???",
-    "Although understanding international relationships requires patience, unbelievable misinterpretations of "
-    "electromagnetic phenomena frequently reappear throughout undergraduate laboratories; nevertheless, thoughtful "
-    "experimentalists rediscover hydrodynamics, photosynthesis, jurisprudence, thermodynamic equilibrium and "
-    "counterrevolutionary antidisestablishmentarianism whenever knowledgeable neighbours quietly exchange views.",
-)
-"""Where tokenizers of the same pieces differ: digits, contractions, spaces, lines, scripts, symbols, special tokens."""
 
 _CHOSEN_END = "ends_documents"  # in tokenizer_config.json; its name may not end in _token, which transformers reads
 _DOCUMENT_ENDS = (

@@ -17,7 +17,8 @@ from megatron_slm.data.attempt import Attempt
 from megatron_slm.data.corpus import corpus_tokenizer_path, describe, open_corpus, open_tokens
 from megatron_slm.data.merge import merge_corpora
 from megatron_slm.data.prepare import prepare_corpus, verify_corpus
-from megatron_slm.data.tokenizer import PROBE_TEXTS, load_tokenizer, tokenizer_identity
+from megatron_slm.data.probe_texts import PROBE_TEXTS
+from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
 from megatron_slm.signals.store import Manifest
 from tests.runs import config_tree
