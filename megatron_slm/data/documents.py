@@ -49,12 +49,16 @@ class Fields:
         return names | {name.partition(".")[0] for name in names}
 
 
+class Damage(str):
+    """A sentence in place of the documents that could not be read because their file is damaged."""
+
+
 class RawDocument(NamedTuple):
     """One document as it was read, and where."""
 
     file: str
     line: int  # line or row, from 1; 0: the whole file is the document
-    content: bytes | dict[str, Any]  # bytes: plain text (line 0) or JSON; dict: a row of a table
+    content: bytes | dict[str, Any] | Damage  # bytes: plain text (line 0) or JSON; dict: a row of a table
 
     @property
     def place(self) -> str:
@@ -99,8 +103,10 @@ def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
     """Return the document as a record; None for a blank line. A text file is its text under ``text_key``.
 
     Raises:
-        UserError: it is not UTF-8, or its line is not a JSON object.
+        UserError: it is not UTF-8, its line is not a JSON object, or it stands for damage.
     """
+    if isinstance(raw.content, Damage):
+        raise UserError(raw.content)
     if isinstance(raw.content, dict):
         return raw.content
     try:

@@ -22,7 +22,7 @@ from megatron_slm.data.corpus import (
 )
 from megatron_slm.data.documents import Fields, decode_document
 from megatron_slm.data.encoding import Encoding
-from megatron_slm.data.inputs import Input, find_files, read_chunks
+from megatron_slm.data.inputs import Input, find_files, read_chunks, read_documents
 from megatron_slm.data.journal import JOURNAL, Progress, load_progress, refuse_changed_inputs, save_progress
 from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece
 from megatron_slm.data.staging import PARTS, TOKENIZER, clear, publish, refuse_existing, staging
@@ -221,7 +221,7 @@ def _compare_sample(inputs: list[Input], options: Options, tokenizer: "PreTraine
 
 
 def _first_texts(source: Input, options: Options) -> Iterator[tuple[str, str]]:
-    for raw, _ in islice(source.read(options.fields), _SAMPLE_DOCUMENTS):
+    for raw, _ in islice(read_documents(source, options.fields), _SAMPLE_DOCUMENTS):
         text = ""
         with contextlib.suppress(UserError):  # named when it is encoded
             text = decode_document(raw, options.fields).text[:_SAMPLE_CHARACTERS]
@@ -238,7 +238,7 @@ def _trained(inputs: list[Input], model: Path, options: Options) -> "PreTrainedT
 def _texts(inputs: list[Input], options: Options) -> Iterator[str]:
     bad = 0
     for source in inputs:
-        for raw, _ in source.read(options.fields):
+        for raw, _ in read_documents(source, options.fields):
             try:
                 yield decode_document(raw, options.fields).text
             except UserError:
