@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megatron_slm.data.decompress import SUFFIXES, decompressed, make_fsspec_strict
 from megatron_slm.data.documents import Damage, Fields, RawDocument
+from megatron_slm.data.plain_names import link_plain_names
 from megatron_slm.errors import UserError, refuse_missing_folder
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ class DatasetShard:
     title: str
     index: int
     shards: int
+    links: "tempfile.TemporaryDirectory[str] | None" = None
+    """The files of the data set under other names, which last as long as this object."""
 
     @property
     def name(self) -> str:
@@ -175,8 +178,9 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
 
     refuse_missing_folder("--dataset", name)
     make_fsspec_strict()
+    links = link_plain_names(Path(name)) if Path(name).is_dir() else None
     try:
-        dataset = load_dataset(name, config, split=split, streaming=True)
+        dataset = load_dataset(links.name if links else name, config, split=split, streaming=True)
     except ConnectionError as error:
         raise UserError(
             f"--dataset {name} cannot be reached ({_first_line(error)}): check the name and the connection, "
@@ -188,7 +192,7 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
             "--dataset-config and --dataset-split"
         ) from error
     title = ":".join(filter(None, (name, config, split)))
-    return [DatasetShard(dataset, title, index, dataset.num_shards) for index in range(dataset.num_shards)]
+    return [DatasetShard(dataset, title, index, dataset.num_shards, links) for index in range(dataset.num_shards)]
 
 
 def read_documents(source: Input, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:

@@ -137,6 +137,37 @@ def test_a_local_data_set_is_streamed_shard_by_shard(form, model, expected, tmp_
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize("folder", ["set", "set[v2]", "se*", "s?t", "a[1]/set", "a::b", "back\\slash"])
+def test_a_data_set_is_read_whatever_its_files_are_called(folder, model, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names = ["a.jsonl", "b[1].jsonl.gz", "b]1*.jsonl", "c?.jsonl", "d::e.jsonl", "f\\g.jsonl.zst"]
+    for name, part in zip(names, np.array_split(np.arange(400), len(names)), strict=True):
+        write_records(tmp_path / folder / name, [RECORDS[i] for i in part])
+    for other in ("set[v2]", "set", "seat", "setv"):  # which a pattern would find, too
+        write_records(tmp_path / other / "z.jsonl", RECORDS[:3]) if other != folder else None
+    inputs = find_dataset(str(tmp_path / folder), None, "train")
+    assert len(inputs) == len(names)
+    prepare_corpora(inputs, str(tmp_path / "out"), Options(tokenizer=model))
+    assert contents(tmp_path / "out") == expected
+
+
+def test_files_whose_other_names_are_alike_are_all_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name in ("a[1].jsonl", "a^1`.jsonl", "a[1`.jsonl"):
+        write_records(tmp_path / "set" / name, RECORDS[:5])
+    assert [len(list(shard.read(None))) for shard in find_dataset(str(tmp_path / "set"), None, "train")] == [5, 5, 5]
+
+
+def test_the_configurations_of_a_data_set_are_found_under_special_names_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "set[v2]"
+    for name in ("one", "two"):
+        write_records(folder / name / "a.jsonl", RECORDS[: len(name) * 2 + (name == "two")])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("one", "two"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [len(list(find_dataset(str(folder), name, "train")[0].read(None))) for name in ("one", "two")] == [6, 7]
+
+
 def test_the_index_is_the_one_that_megatron_writes(model, tmp_path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
