@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_slm.data.documents import Fields
 
-_EPILOG = """examples:
+_EPILOG = r"""examples:
   text, with a tokenizer that exists, or a new one:
     megatron-slm prepare --input web/ more.jsonl.gz --tokenizer TinyLlama/TinyLlama_v1.1 --output data/web
     megatron-slm prepare --input notes.txt --train-tokenizer 8000 --output data/notes
+  with the tokenizer of a chat model, whose own end token ends turns:
+    megatron-slm prepare --input web/ --tokenizer T --end-token '<|endoftext|>' --output data/web
   one corpus for each source, data/web-wikipedia, data/web-arxiv, ...:
     megatron-slm prepare --input web.parquet --by meta.source --tokenizer T --output data/web
   a data set of the hub, streamed:
@@ -87,7 +89,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--separator", metavar="S", help=r"written between prompt and completion; \n is a new line (default: nothing)"
     )
     group.add_argument(
-        "--skip-bad", metavar="N", type=int, help="leave out up to N documents that cannot be read (default: 0)"
+        "--skip-bad", metavar="N", type=int, help="leave out up to N documents and damaged files (default: 0)"
     )
 
 
