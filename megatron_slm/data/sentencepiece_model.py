@@ -56,7 +56,7 @@ def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     )
     symbols = [p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type == _USER_DEFINED]
     for text in (_PROBE + "x".join(symbols[:64]), *PROBE_TEXTS):
-        if difference(processor, tokenizer, text) is not None:  # symbols that hold spaces, for instance
+        if first_difference(processor, tokenizer, text) is not None:  # symbols that hold spaces, for instance
             raise UserError(f"tokenizer {path} cannot be converted with the same ids: {_INSTEAD}")
     return tokenizer
 
@@ -77,7 +77,7 @@ def compare_with_sentencepiece(
     processor = _sentencepiece(path)
     documents = characters = 0
     for place, text in texts:
-        begin = difference(processor, tokenizer, text)
+        begin = first_difference(processor, tokenizer, text)
         if begin is not None:
             raise UserError(
                 f"tokenizer {path} gives other ids in its fast form than in sentencepiece, in {place} from character "
@@ -87,7 +87,9 @@ def compare_with_sentencepiece(
     return Compared(documents, characters)
 
 
-def difference(processor: "SentencePieceProcessor", tokenizer: "PreTrainedTokenizerFast", text: str) -> int | None:
+def first_difference(
+    processor: "SentencePieceProcessor", tokenizer: "PreTrainedTokenizerFast", text: str
+) -> int | None:
     """Return the character at which the ids of a text begin to differ, or None where they are the same."""
     theirs = processor.encode_as_ids(text)
     found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)

@@ -114,7 +114,10 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 def tokenizer_probe(tokenizer: "PreTrainedTokenizerFast") -> str:
     """Return the version of the probe texts and the sha256, in hex, of the ids that they get."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens  # which transformers leaves as its last call set it
     ids = [_text_ids(tokenizer, text) for text in PROBE_TEXTS]
+    backend.encode_special_tokens = before
     return f"{PROBE_VERSION}:{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}"
 
 
@@ -228,15 +231,22 @@ def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     from transformers.utils import has_file
 
     refuse_missing_folder("the tokenizer", path)
-    if not _read(path, lambda: has_file(path, "tokenizer.json")):
-        return _read(path, lambda: AutoTokenizer.from_pretrained(path, trust_remote_code=False))
-    # This class alone takes tokenizer.json as it is (transformers 5.17 and 5.24).
-    tokenizer = _read(path, lambda: PreTrainedTokenizerFast.from_pretrained(path))
+    failure: Exception | None = None
     try:
         theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # of a class that cannot be built from these pieces, or that comes with code
+    except Exception as error:  # perhaps of a class that cannot be built from these pieces, or that comes with code
+        failure = error
+    # This class alone takes tokenizer.json as it is (transformers 5.17 and 5.24).
+    if failure is None and type(theirs) is PreTrainedTokenizerFast:
+        return theirs
+    if not _read(path, lambda: has_file(path, "tokenizer.json")):
+        if failure is not None:
+            raise _unreadable(path, failure) from failure
+        return theirs
+    tokenizer = _read(path, lambda: PreTrainedTokenizerFast.from_pretrained(path))
+    if failure is not None:
         logger.info(
-            "tokenizer %s: AutoTokenizer cannot load it (%s); its tokenizer.json is used", path, _first_line(error)
+            "tokenizer %s: AutoTokenizer cannot load it (%s); its tokenizer.json is used", path, _first_line(failure)
         )
         return tokenizer
     _take_special_tokens(tokenizer, theirs)
@@ -256,10 +266,14 @@ def _read(path: str, work: Callable[[], Any]) -> Any:
     try:
         return work()
     except Exception as error:  # transformers has no error of its own for files that it cannot use
-        raise UserError(
-            f"tokenizer {path} cannot be loaded: give a Hugging Face folder, a hub name, "
-            f"or a sentencepiece model file ({_first_line(error)})"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"tokenizer {path} cannot be loaded: give a Hugging Face folder, a hub name, "
+        f"or a sentencepiece model file ({_first_line(error)})"
+    )
 
 
 def _first_line(error: Exception) -> str:
