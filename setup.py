@@ -25,7 +25,7 @@ setup(
         "safetensors",
         "numpy",
         "datasets",  # hub names and parquet (with pyarrow), streamed
-        "zstandard",  # datasets reads .zst through it
+        "zstandard>=0.19",  # .zst files
         "pydantic>=2",
         "pyyaml",
         "tensorboard",

@@ -19,6 +19,7 @@ from megatron_slm.composition.stores import Order, open_reference_store, student
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps, position_after
 from megatron_slm.data.samples import check_order, order_fingerprint, tokens_per_epoch
+from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.attention import require_registered
@@ -205,7 +206,7 @@ def _look_at_stores(config: Config, corpora: Corpora, plan: Plan, world: World, 
 
 def _reference_config(config: Config, part: PartSettings, corpora: Corpora) -> PretrainedConfig:
     path = str(part.path)
-    require_tokenizer(path, "reference", corpora.fingerprint)
+    require_tokenizer(path, "reference", corpora)
     found = pretrained_config(path, "reference", part.trust_remote_code)
     check_length(found, "reference", config.data.seq_length)
     return found
@@ -236,7 +237,8 @@ def _refuse_unregistered_attention(config: Config) -> None:
 def _say_data(config: Config, corpora: Corpora, found: Findings) -> None:
     trained = ", ".join(f"{corpus.name} {quantity(corpus.num_tokens)}" for corpus in corpora.train)
     held_out = ", ".join(f"{name} {quantity(corpus.num_tokens)}" for name, corpus in corpora.valid.items()) or "none"
-    found.say("data", f"tokens: {trained}; held out: {held_out}; one tokenizer of {len(corpora.tokenizer):,} entries")
+    entries = vocabulary_size(corpora.tokenizer)
+    found.say("data", f"tokens: {trained}; held out: {held_out}; one tokenizer of {entries:,} entries")
     if corpora.kept is not None:
         found.say("keep", f"{config.data.keep}: {kept_in_words(corpora)}")
 

@@ -16,12 +16,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the corpora `web`, `books`, `held_out` and `other`, and the model `reference`. Read only."""
-    from megatron_slm.data.tokenizer import load_tokenizer
+    from megatron_slm.data.tokenizer import load_tokenizer, vocabulary_size
     from tests.runs import make_corpora, make_reference
 
     folder = tmp_path_factory.mktemp("corpora")
     make_corpora(folder)
-    make_reference(folder, len(load_tokenizer(str(folder / "web.tokenizer"))))
+    make_reference(folder, vocabulary_size(load_tokenizer(str(folder / "web.tokenizer"))))
     return folder
 
 

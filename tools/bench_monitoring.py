@@ -72,7 +72,7 @@ def prepare(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_slm.data.prepare import prepare_corpus
-    from megatron_slm.data.tokenizer import load_tokenizer
+    from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
 
     library = Path(sysconfig.get_path("stdlib"))
     tokenizer = None
@@ -83,9 +83,9 @@ def prepare(folder: Path) -> None:
         prepare_corpus([source], prefix, tokenizer=tokenizer, train_size=None if tokenizer else 2048)
         tokenizer = tokenizer or str(folder / f"{name}.tokenizer")
     loaded = load_tokenizer(str(tokenizer))
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, vocab_size=len(loaded)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODEL, vocab_size=vocabulary_size(loaded)))
     model.save_pretrained(folder / "reference")
-    loaded.save_pretrained(folder / "reference")
+    save_tokenizer(loaded, folder / "reference")
 
 
 def configuration(folder: Path, ranks: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import psutil
 
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.encoding import load_encoder
-from megatron_slm.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
 BATCH = 256  # documents
 
@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         texts = [json.loads(line)["text"] for line in lines]
     train_tokenizer(texts[: len(texts) // 4], arguments.vocab, folder / "tokenizer.model")
     tokenizer = folder / "tokenizer"
-    load_tokenizer(str(folder / "tokenizer.model")).save_pretrained(tokenizer)
+    save_tokenizer(load_tokenizer(str(folder / "tokenizer.model")), tokenizer)
     print(f"tokenizers {version('tokenizers')}, Python {sys.version.split()[0]}, {arguments.workers} processes")
     compare(arguments, texts, tokenizer, folder)
     for megabytes in arguments.memory_megabytes:

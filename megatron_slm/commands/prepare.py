@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_slm.data.documents import Fields
 
-_EPILOG = """examples:
+_EPILOG = r"""examples:
   text, with a tokenizer that exists, or a new one:
     megatron-slm prepare --input web/ more.jsonl.gz --tokenizer TinyLlama/TinyLlama_v1.1 --output data/web
     megatron-slm prepare --input notes.txt --train-tokenizer 8000 --output data/notes
+  with the tokenizer of a chat model, whose own end token ends turns:
+    megatron-slm prepare --input web/ --tokenizer T --end-token '<|endoftext|>' --output data/web
   one corpus for each source, data/web-wikipedia, data/web-arxiv, ...:
     megatron-slm prepare --input web.parquet --by meta.source --tokenizer T --output data/web
   a data set of the hub, streamed:
@@ -43,7 +45,8 @@ _FORMATS = {  # the options that say something to each
     "messages": {"--messages-key"},
 }
 _MODES = {"--merge", "--adopt", "--verify"}
-_ALLOWED = {"--merge": {"--output"}, "--adopt": {"--tokenizer"}, "--verify": {"--output"}}
+_NEEDED = {"--merge": {"--output"}, "--adopt": {"--tokenizer"}, "--verify": {"--output"}}
+_ALLOWED = _NEEDED | {"--adopt": {"--tokenizer", "--end-token"}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +89,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--separator", metavar="S", help=r"written between prompt and completion; \n is a new line (default: nothing)"
     )
     group.add_argument(
-        "--skip-bad", metavar="N", type=int, help="leave out up to N documents that cannot be read (default: 0)"
+        "--skip-bad", metavar="N", type=int, help="leave out up to N documents and damaged files (default: 0)"
     )
 
 
@@ -98,6 +101,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     tokenizer.add_argument(
         "--train-tokenizer", metavar="SIZE", type=int, help="train a tokenizer of SIZE pieces on the input and use it"
+    )
+    group.add_argument(
+        "--end-token",
+        metavar="TOKEN",
+        help="the piece of --tokenizer that ends documents, such as '<|endoftext|>' (default: its eos_token)",
     )
     group.add_argument(
         "--by", metavar="FIELD", help="one corpus PREFIX-VALUE for each value of this field, such as meta.source"
@@ -131,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif arguments.adopt:
         from megatron_slm.data.adopt import adopt_corpus
 
-        adopt_corpus(arguments.adopt, arguments.tokenizer)
+        adopt_corpus(arguments.adopt, arguments.tokenizer, arguments.end_token)
     elif arguments.verify:
         from megatron_slm.data.prepare import verify_corpus
 
@@ -152,6 +160,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         skip_bad=arguments.skip_bad or 0,
         evaluation=tuple(arguments.contamination or ()),
         workers=arguments.workers or _cores(),
+        end_token=arguments.end_token,
     )
     if arguments.dataset:
         inputs = find_dataset(arguments.dataset, arguments.dataset_config, arguments.dataset_split or "train")
@@ -189,14 +198,14 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value is not False
     }
     keys = (option.removeprefix("--").replace("-", "_") for option in _KEYS)
-    for name in ("output", "tokenizer", "by", "dataset", "source_key", *keys):
+    for name in ("output", "tokenizer", "end_token", "by", "dataset", "source_key", *keys):
         if getattr(arguments, name) == "":
             raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     mode = next(iter(given & _MODES), None)
     if mode:
         for option in sorted(given - {mode} - _ALLOWED[mode]):
             raise UserError(f"{option} says nothing to {mode}: leave it out")
-        for option in sorted(_ALLOWED[mode] - given):
+        for option in sorted(_NEEDED[mode] - given):
             raise UserError(f"{mode} needs {option}: see megatron-slm prepare --help")
         return
     if "--output" not in given:
@@ -205,6 +214,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--input is missing: name the files to prepare, or a data set with --dataset")
     if not given & {"--tokenizer", "--train-tokenizer"}:
         raise UserError("no tokenizer is given: name one with --tokenizer, or train one with --train-tokenizer")
+    if given >= {"--train-tokenizer", "--end-token"}:
+        raise UserError("--end-token says nothing to --train-tokenizer, which makes a piece of its own: leave it out")
     if "--dataset" not in given and (alone := given & {"--dataset-config", "--dataset-split"}):
         raise UserError(f"{min(alone)} says nothing to --input: leave it out, or give --dataset")
     _check_format(arguments.format or "text", given)

@@ -15,6 +15,7 @@ from megatron_slm.composition.corpora import Corpora, require_tokenizer
 from megatron_slm.composition.stores import Order, open_reference_store
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
+from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError
 from megatron_slm.models.attention import open_attention
@@ -57,8 +58,8 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     special_ids = {name: getattr(tokenizer, name) for name in names}
     if config.model.path is not None:
-        require_tokenizer(config.model.path, "model", corpora.fingerprint)
-    hf_config = model_config(config.model, len(tokenizer), special_ids)
+        require_tokenizer(config.model.path, "model", corpora)
+    hf_config = model_config(config.model, vocabulary_size(tokenizer), special_ids)
     check_length(hf_config, "model", config.data.seq_length)
     if config.objective == "slm":
         check_dropout_settings(hf_config)
@@ -176,7 +177,7 @@ def open_scorer(config: Config, corpora: Corpora, backend: Backend) -> Reference
 def frozen_model(config: Config, part: PartSettings, corpora: Corpora, backend: Backend) -> tuple[nn.Module, float]:
     """A reference model as its engine runs it, and its forward FLOPs a token; every rank calls it."""
     path = str(part.path)
-    agree(lambda: require_tokenizer(path, "reference", corpora.fingerprint))
+    agree(lambda: require_tokenizer(path, "reference", corpora))
     lm = agree(
         lambda: load_pretrained(path, "reference", part.trust_remote_code, dtype=PRECISIONS[config.training.precision])
     )

@@ -133,7 +133,8 @@ def _manifest(
         seq_length=length,
         reset_attention=order is not None and data.reset_attention,
         order_fingerprint=order.fingerprint if order else "",
-        tokenizer_fingerprint=corpora.fingerprint,
+        tokenizer_fingerprint=corpora.identity.fingerprint,
+        tokenizer_probe=corpora.identity.probe,
         reference=origin,
         files=[],
     )

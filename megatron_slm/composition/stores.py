@@ -8,6 +8,7 @@ from typing import NamedTuple
 from megatron_slm.composition.corpora import Corpora
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.tokenizer import TokenizerIdentity
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.fingerprint import weights_fingerprint
@@ -106,9 +107,13 @@ def open_matching_store(path: str, corpora: Corpora, setting: str = "reference.s
         UserError: it is incomplete, or of another tokenizer.
     """
     store = open_store(path, setting)
-    if store.manifest.tokenizer_fingerprint != corpora.fingerprint:
+    manifest = store.manifest
+    scored = TokenizerIdentity(manifest.tokenizer_fingerprint, manifest.tokenizer_probe)
+    difference = scored.difference(corpora.identity)
+    if difference:
         raise UserError(
-            f"{setting} is {path}, whose tokens are of another tokenizer than those of data.train: score these corpora."
+            f"{setting} is {path}, whose tokens are of another tokenizer than those of data.train ({difference}): "
+            "score these corpora."
         )
     return store
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_slm.data.corpus import Corpus, file_sha256, open_corpus
+from megatron_slm.data.corpus import Corpus, describe_tokenizer, file_sha256, open_corpus
 from megatron_slm.data.index import Index, index_size, read_boundaries, read_index, read_lengths, read_pointers
 from megatron_slm.data.journal import JOURNAL, Progress, load_progress, save_progress
 from megatron_slm.data.progress import reported
 from megatron_slm.data.staging import clear, publish, refuse_existing, staging, sync_all, write_description
-from megatron_slm.data.tokenizer import largest_id, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from megatron_slm.data.tokenizer import largest_id, load_tokenizer, save_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,10 +46,14 @@ class Scan:
         self.num_tokens += len(tokens)
 
 
-def adopt_corpus(prefix: str, tokenizer: str) -> Corpus:
+def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> Corpus:
     """Write PREFIX.json and PREFIX.tokenizer for the PREFIX.bin and PREFIX.idx that are there; they are only read.
 
     ``num_bytes`` is counted by decoding every document with the tokenizer.
+
+    Args:
+        prefix: of the pair.
+        tokenizer, end_token: what ``load_tokenizer`` takes.
 
     Raises:
         UserError: the pair is missing or damaged, an id is none of the tokenizer's, a document has
@@ -57,8 +61,9 @@ def adopt_corpus(prefix: str, tokenizer: str) -> Corpus:
     """
     output = Path(prefix)
     index = _checked_index(output)
-    loaded = load_tokenizer(tokenizer)
-    settings = {"--adopt": str(output), "--tokenizer": tokenizer_fingerprint(loaded)}
+    loaded = load_tokenizer(tokenizer, end_token)
+    identity = tokenizer_identity(loaded)
+    settings = {"--adopt": str(output), "--tokenizer": [identity.fingerprint, identity.probe]}
     with staging(output) as folder:
         if not (folder / JOURNAL).exists():
             _refuse_described(output)
@@ -130,8 +135,8 @@ def _stage(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast", rea
         num_documents=index.sequences,
         num_tokens=scan.num_tokens,
         num_bytes=scan.num_bytes,
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         sha256={suffix: file_sha256(Path(f"{prefix}{suffix}")) for suffix in (".bin", ".idx")},
+        **describe_tokenizer(tokenizer),
     )
     write_description(corpus)
     sync_all(ready)

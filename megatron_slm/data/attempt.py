@@ -31,6 +31,7 @@ class Options:
     """How inputs become corpora.
 
     tokenizer    what ``load_tokenizer`` takes; or None
+    end_token    the piece that ends documents; None: the tokenizer's own
     train_size   the vocabulary size of a tokenizer to train on the inputs first; or None
     fields       where a record holds its text, and what it is sorted by
     skip_bad     documents that may be left out because they cannot be read
@@ -44,6 +45,7 @@ class Options:
     skip_bad: int = 0
     evaluation: tuple[str, ...] = ()
     workers: int = 1
+    end_token: str | None = None
 
 
 class Attempt:
@@ -121,11 +123,11 @@ class Attempt:
         """Leave nothing to go on with."""
         (self._folder / JOURNAL).unlink(missing_ok=True)
 
-    def finish(self, tokenizer: Path, fingerprint: str) -> None:
-        """Complete all that will be published, and note that it is."""
+    def finish(self, tokenizer: Path, described: dict[str, Any]) -> None:
+        """Complete all that will be published, and note that it is; the arguments are those of ``StagedCorpus``."""
         ready = self._folder / READY
         for staged in self._corpora.values():
-            write_description(staged.finish(tokenizer, fingerprint, self.progress.skipped))
+            write_description(staged.finish(tokenizer, described, self.progress.skipped))
         if self._report:
             self._report.write(ready / f"{self._output.name}{REPORT_SUFFIX}")
         sync_all(ready)

@@ -13,13 +13,16 @@ import numpy as np
 
 from megatron_slm.data.index import index_size, read_index
 from megatron_slm.data.tally import Tally
+from megatron_slm.data.tokenizer import TokenizerIdentity, chosen_end_token, load_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerFast
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 lacks tokenizer_probe and end_token, and the first files of it also sources, licenses and skipped."""
 MASK = ".mask"
 _AGAIN = "prepare it again with megatron-slm prepare"
 
@@ -39,6 +42,13 @@ class Corpus:
     sources: Tally = field(default_factory=dict)  # where its records name one
     licenses: Tally = field(default_factory=dict)
     skipped: int = 0  # documents that could not be read, in the whole input
+    tokenizer_probe: str = ""  # hash of the ids of fixed texts; empty in version 1
+    end_token: str | None = None  # chosen with --end-token; None: the tokenizer's own
+
+    @property
+    def tokenizer(self) -> TokenizerIdentity:
+        """Which tokenizer its tokens are of."""
+        return TokenizerIdentity(self.tokenizer_fingerprint, self.tokenizer_probe)
 
     @property
     def masked(self) -> bool:
@@ -112,6 +122,32 @@ def corpus_tokenizer_path(corpus: Corpus) -> Path:
     return Path(corpus.prefix + ".tokenizer")
 
 
+def load_corpus_tokenizer(corpus: Corpus) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer that the corpus carries.
+
+    Raises:
+        UserError: it is not the one that the corpus was prepared with.
+    """
+    folder = corpus_tokenizer_path(corpus)
+    tokenizer = load_tokenizer(str(folder))
+    difference = corpus.tokenizer.difference(tokenizer_identity(tokenizer))
+    if difference:
+        raise UserError(
+            f"{folder} is not the tokenizer that {corpus.prefix} was prepared with ({difference}): prepare it again"
+        )
+    return tokenizer
+
+
+def describe_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """Return the fields of ``Corpus`` that speak of its tokenizer."""
+    identity = tokenizer_identity(tokenizer)
+    return {
+        "tokenizer_fingerprint": identity.fingerprint,
+        "tokenizer_probe": identity.probe,
+        "end_token": chosen_end_token(tokenizer),
+    }
+
+
 def unique_names(prefixes: list[str]) -> list[str]:
     """Return the basenames of ``prefixes``; one already taken gets the next free suffix -2, -3, ..."""
     names: list[str] = []
@@ -130,8 +166,8 @@ def _read_description(prefix: str) -> Corpus:
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = fields["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}: {_AGAIN}")
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise UserError(f"{path} has format version {version}, this program reads 1 to {FORMAT_VERSION}: {_AGAIN}")
         if not {".bin", ".idx"} <= fields["sha256"].keys():
             raise UserError(f"{path} does not hold the sha256 of both .bin and .idx: {_AGAIN}")
         return Corpus(prefix=prefix, name=Path(prefix).name, **fields)

@@ -49,12 +49,16 @@ class Fields:
         return names | {name.partition(".")[0] for name in names}
 
 
+class Damage(str):
+    """A sentence in place of the documents that could not be read because their file is damaged."""
+
+
 class RawDocument(NamedTuple):
     """One document as it was read, and where."""
 
     file: str
     line: int  # line or row, from 1; 0: the whole file is the document
-    content: bytes | dict[str, Any]  # bytes: plain text (line 0) or JSON; dict: a row of a table
+    content: bytes | dict[str, Any] | Damage  # bytes: plain text (line 0) or JSON; dict: a row of a table
 
     @property
     def place(self) -> str:
@@ -99,8 +103,10 @@ def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
     """Return the document as a record; None for a blank line. A text file is its text under ``text_key``.
 
     Raises:
-        UserError: it is not UTF-8, or its line is not a JSON object.
+        UserError: it is not UTF-8, its line is not a JSON object, or it stands for damage.
     """
+    if isinstance(raw.content, Damage):
+        raise UserError(raw.content)
     if isinstance(raw.content, dict):
         return raw.content
     try:
@@ -128,24 +134,59 @@ def _answered(
         raise UserError(f"{raw.place} is plain text, without an answer in it: give jsonl or parquet to --format")
     if fields.format == "messages":
         assert tokenizer is not None
-        return render_chat(tokenizer, _value(raw, record, "--messages-key", fields.messages), raw.place)
+        messages = _value(raw, record, "--messages-key", fields.messages)
+        if messages is None:
+            raise UserError(
+                f"{raw.place} has no messages under {fields.messages!r}, but null: correct it, or remove it"
+            )
+        return render_chat(tokenizer, messages, raw.place)
     prompt = _string(raw, record, "--prompt-key", fields.prompt)
     completion = _string(raw, record, "--completion-key", fields.completion)
     return join_completion(prompt, fields.separator, completion, raw.place)
 
 
 def _value(raw: RawDocument, record: dict[str, Any], option: str, key: str) -> Any:
-    value = lookup(record, key)
-    if value is None and key not in record:
-        raise UserError(f"{raw.place} has no key {key!r}: choose one of {sorted(record)} with {option}")
-    return value
+    lack = _lack(record, key)
+    if lack is None:
+        return lookup(record, key)
+    if lack.keys:
+        raise UserError(f"{raw.place} has {lack.cause}: choose one of {lack.keys} with {option}")
+    raise UserError(f"{raw.place} has {lack.cause}, and {option} is {key!r}: correct it, or choose another {option}")
 
 
 def _string(raw: RawDocument, record: dict[str, Any], option: str, key: str) -> str:
     value = _value(raw, record, option, key)
     if not isinstance(value, str):
-        raise UserError(f"{raw.place} has no text under {key!r}: correct it, or choose another {option}")
+        found = _in_words(value)
+        raise UserError(f"{raw.place} has no text under {key!r}, but {found}: correct it, or choose another {option}")
     return value
+
+
+class _Lack(NamedTuple):
+    """Why a record has no value at a path."""
+
+    cause: str
+    keys: list[str]  # the paths that it has instead
+
+
+def _lack(record: dict[str, Any], path: str, above: str = "") -> _Lack | None:
+    """Return why ``lookup`` finds nothing at a path, or None if the path is there, though its value may be null."""
+    if path in record:
+        return None
+    head, _, rest = path.partition(".")
+    if not rest or head not in record:
+        under = f" under {above.removesuffix('.')!r}" if above else ""
+        return _Lack(f"no key {path!r}{under}", sorted(above + key for key in record))
+    inner = record[head]
+    if isinstance(inner, dict):
+        return _lack(inner, rest, f"{above}{head}.")
+    return _Lack(f"{_in_words(inner)} under {above + head!r}", [])
+
+
+def _in_words(value: Any) -> str:
+    """Return what a value of JSON is called."""
+    words = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else words.get(type(value), f"a {type(value).__name__}")
 
 
 def _json_object(line: str, raw: RawDocument) -> dict[str, Any]:
@@ -172,7 +213,11 @@ def _not_utf8(raw: RawDocument, error: UnicodeError) -> UserError:
 def _group(raw: RawDocument, record: dict[str, Any], by: str) -> str:
     value = lookup(record, by)
     if value is None or isinstance(value, dict | list):
-        raise UserError(f"{raw.place} has no single value under {by!r}: correct it, or choose another field with --by")
+        lack = _lack(record, by)
+        found = f"but {_in_words(value)}" if lack is None else f"because it has {lack.cause}"
+        raise UserError(
+            f"{raw.place} has no single value under {by!r}, {found}: correct it, or choose another field with --by"
+        )
     return str(value).encode(errors="replace").decode()
 
 

@@ -1,7 +1,6 @@
 """What is read: jsonl, text and parquet files, plain, .gz or .zst, folders of them, and Hugging Face data sets."""
 
 import contextlib
-import io
 import logging
 import os
 import tempfile
@@ -10,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from megatron_slm.data.documents import Fields, RawDocument
+from megatron_slm.data.decompress import SUFFIXES, decompressed, make_fsspec_strict
+from megatron_slm.data.documents import Damage, Fields, RawDocument
+from megatron_slm.data.plain_names import link_plain_names
 from megatron_slm.errors import UserError, refuse_missing_folder
 
 if TYPE_CHECKING:
@@ -21,9 +22,12 @@ logger = logging.getLogger(__name__)
 _JSON_LINES = {".jsonl", ".ndjson", ".json"}
 _TEXT = {".txt", ".text", ".md"}
 _TABLES = {".parquet"}
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES, _CHUNK_DOCUMENTS = 1_000_000, 256  # a chunk ends at either
+
+
+class DamagedError(UserError):
+    """An input whose content is damaged, for instance because it was cut."""
 
 
 class Input(Protocol):
@@ -76,7 +80,8 @@ class InputFile:
         """Yield the documents, each with the bytes of the file read so far.
 
         Raises:
-            UserError: the file cannot be read, or is not what its name says.
+            DamagedError: the file is not what its name says, or not whole.
+            UserError: it cannot be read.
         """
         kind, compression = _kind(self.path)
         try:
@@ -89,7 +94,7 @@ class InputFile:
                 else:
                     yield RawDocument(self.name, 0, stream.read()), file.tell()
         except (OSError, EOFError) as error:
-            raise self._unreadable(error) from error
+            raise self._unreadable(error) from error  # an OSError with a number is the system's, not the file's
 
     def _rows(self, stream: IO[bytes], fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
         """The rows of a parquet file, decoded a few at a time out of one row group after the other."""
@@ -105,12 +110,13 @@ class InputFile:
                         number += 1
                         yield RawDocument(self.name, number, row), size * number // rows
         except (ArrowException, UnicodeError) as error:
-            raise UserError(
+            raise DamagedError(
                 f"{self.option} {self.path} is no sound parquet file ({_first_line(error)}): write it again"
             ) from error
 
     def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"{self.option} {self.path} cannot be read ({error}): fetch or write it again")
+        kind = UserError if isinstance(error, OSError) and error.errno is not None else DamagedError
+        return kind(f"{self.option} {self.path} cannot be read ({error}): fetch or write it again")
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,8 @@ class DatasetShard:
     title: str
     index: int
     shards: int
+    links: "tempfile.TemporaryDirectory[str] | None" = None
+    """The files of the data set under other names, which last as long as this object."""
 
     @property
     def name(self) -> str:
@@ -148,7 +156,7 @@ class DatasetShard:
         except UserError:
             raise
         except Exception as error:  # of the format's own reader: cut .gz files, damaged tables
-            raise UserError(f"--dataset {self.title} cannot be read ({_first_line(error)})") from error
+            raise UserError(f"--dataset {self.name} cannot be read ({_first_line(error)})") from error
 
 
 def find_files(names: list[str], option: str = "--input") -> list[Input]:
@@ -169,8 +177,10 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
     from datasets import load_dataset
 
     refuse_missing_folder("--dataset", name)
+    make_fsspec_strict()
+    links = link_plain_names(Path(name)) if Path(name).is_dir() else None
     try:
-        dataset = load_dataset(name, config, split=split, streaming=True)
+        dataset = load_dataset(links.name if links else name, config, split=split, streaming=True)
     except ConnectionError as error:
         raise UserError(
             f"--dataset {name} cannot be reached ({_first_line(error)}): check the name and the connection, "
@@ -182,7 +192,17 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
             "--dataset-config and --dataset-split"
         ) from error
     title = ":".join(filter(None, (name, config, split)))
-    return [DatasetShard(dataset, title, index, dataset.num_shards) for index in range(dataset.num_shards)]
+    return [DatasetShard(dataset, title, index, dataset.num_shards, links) for index in range(dataset.num_shards)]
+
+
+def read_documents(source: Input, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
+    """Yield what ``source.read`` does, and in place of a ``DamagedError`` a last document that stands for the rest."""
+    position = 0
+    try:
+        for document, position in source.read(fields):
+            yield document, position
+    except DamagedError as error:
+        yield RawDocument(source.name, 0, Damage(str(error))), position
 
 
 def read_chunks(inputs: Iterable[Input], fields: Fields, finished: int = 0) -> Iterator[Chunk]:
@@ -197,7 +217,7 @@ def read_chunks(inputs: Iterable[Input], fields: Fields, finished: int = 0) -> I
     size = done = 0
     for source in inputs:
         position = 0
-        for document, position in source.read(fields):
+        for document, position in read_documents(source, fields):
             documents.append(document)
             size += _size(document.content)
             if size >= _CHUNK_BYTES or len(documents) >= _CHUNK_DOCUMENTS:
@@ -246,7 +266,7 @@ def _raise(error: OSError) -> None:
 def _kind(path: Path) -> tuple[str, str | None]:
     """The suffix that says what a file holds, and how it is compressed."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
+    compression = SUFFIXES.get(suffixes[-1]) if suffixes else None
     kinds = suffixes[:-1] if compression else suffixes[-1:]
     return (kinds[-1] if kinds else ""), compression
 
@@ -256,10 +276,7 @@ def _decompressed(file: IO[bytes], compression: str | None) -> Iterator[IO[bytes
     if compression is None:
         yield file
         return
-    import pyarrow
-
-    # Unlike zstandard's own reader, it does not take a file that was cut for one that ends.
-    with io.BufferedReader(pyarrow.input_stream(file, compression=compression), _BUFFER_BYTES) as stream:
+    with decompressed(file, compression) as stream:
         yield stream
 
 
@@ -282,8 +299,8 @@ def _columns(title: str, names: list[str], fields: Fields) -> list[str]:
     return [name for name in names if name in needed]
 
 
-def _size(content: bytes | dict[str, Any]) -> int:
-    if isinstance(content, bytes):
+def _size(content: bytes | dict[str, Any] | Damage) -> int:
+    if isinstance(content, bytes | Damage):
         return len(content)
     return sum(len(value) for value in content.values() if isinstance(value, str))
 

@@ -3,14 +3,24 @@
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, file_sha256, open_corpus, open_mask
+from megatron_slm.data.corpus import (
+    Corpus,
+    corpus_tokenizer_path,
+    describe_tokenizer,
+    file_sha256,
+    load_corpus_tokenizer,
+    open_corpus,
+    open_mask,
+)
 from megatron_slm.data.index import Index, read_index, read_lengths
 from megatron_slm.data.journal import JOURNAL, Progress, load_progress, save_progress
 from megatron_slm.data.staged_corpus import StagedCorpus
 from megatron_slm.data.staging import clear, publish, refuse_existing, staging, sync_all, write_description
+from megatron_slm.data.tokenizer import TokenizerIdentity
 from megatron_slm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +40,7 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     """
     corpora = [open_corpus(str(Path(prefix))) for prefix in prefixes]
     indices = [read_index(Path(f"{corpus.prefix}.idx"), _AGAIN) for corpus in corpora]
+    described = _describe_common_tokenizer(corpora)
     _refuse_unlike(corpora, indices)
     prefix = Path(output)
     settings = {"--merge": [[corpus.prefix, corpus.sha256] for corpus in corpora]}
@@ -38,7 +49,7 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
             refuse_existing(prefix)
         if load_progress(folder, settings) is None:
             refuse_existing(prefix)
-            _stage(corpora, indices, clear(folder), prefix.name)
+            _stage(corpora, indices, described, clear(folder), prefix.name)
             save_progress(folder, Progress(settings, complete=True))
         publish(folder, prefix.parent)
     merged = open_corpus(str(prefix))
@@ -48,6 +59,21 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     return merged
 
 
+def _describe_common_tokenizer(corpora: list[Corpus]) -> dict[str, Any]:
+    """Return what the merged description says of the tokenizer, which all corpora must share."""
+    described = describe_tokenizer(load_corpus_tokenizer(corpora[0]))
+    first = TokenizerIdentity(described["tokenizer_fingerprint"], described["tokenizer_probe"])
+    for corpus in corpora[1:]:
+        difference = corpus.tokenizer.difference(first)
+        if difference:
+            raise UserError(
+                f"--merge {corpora[0].prefix} and {corpus.prefix} were prepared with different tokenizers "
+                f"({difference}): prepare one of them again with the tokenizer of the other"
+            )
+    chosen = (corpus.end_token for corpus in corpora if corpus.end_token is not None)
+    return described | {"end_token": next(chosen, None)}
+
+
 def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
     seen: set[Path] = set()
     for corpus, index in zip(corpora, indices, strict=True):
@@ -55,11 +81,6 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
         if path in seen:
             raise UserError(f"--merge names {corpus.prefix} twice: its documents would count twice; give it once")
         seen.add(path)
-        if corpus.tokenizer_fingerprint != corpora[0].tokenizer_fingerprint:
-            raise UserError(
-                f"--merge {corpora[0].prefix} and {corpus.prefix} were prepared with different tokenizers: "
-                "prepare one of them again with the tokenizer of the other"
-            )
         if corpus.masked != corpora[0].masked:
             raise UserError(
                 f"--merge {corpora[0].prefix} and {corpus.prefix} do not go together: only answers count in one "
@@ -71,14 +92,13 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
             )
 
 
-def _stage(corpora: list[Corpus], indices: list[Index], ready: Path, name: str) -> None:
+def _stage(corpora: list[Corpus], indices: list[Index], described: dict[str, Any], ready: Path, name: str) -> None:
     staged = StagedCorpus(ready, name, indices[0].dtype, corpora[0].masked)
     for corpus, index in zip(corpora, indices, strict=True):
         logger.info("adding %s: %d tokens", corpus.prefix, corpus.num_tokens)
         _append(staged, corpus, index)
-    tokenizer = corpus_tokenizer_path(corpora[0])
     skipped = sum(corpus.skipped for corpus in corpora)
-    write_description(staged.finish(tokenizer, corpora[0].tokenizer_fingerprint, skipped))
+    write_description(staged.finish(corpus_tokenizer_path(corpora[0]), described, skipped))
     sync_all(ready)
 
 

@@ -4,24 +4,35 @@ Several processes encode, one reads and writes. Everything is made in a folder b
 and moved into place at the end; what a killed attempt had finished is not encoded again.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.data.attempt import Attempt, Options
 from megatron_slm.data.contamination_report import REPORT_SUFFIX, ContaminationReport
-from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus, verify_checksums
+from megatron_slm.data.corpus import (
+    Corpus,
+    describe_tokenizer,
+    load_corpus_tokenizer,
+    open_corpus,
+    verify_checksums,
+)
 from megatron_slm.data.documents import Fields, decode_document
 from megatron_slm.data.encoding import Encoding
-from megatron_slm.data.inputs import Input, find_files, read_chunks
+from megatron_slm.data.inputs import Input, find_files, read_chunks, read_documents
 from megatron_slm.data.journal import JOURNAL, Progress, load_progress, refuse_changed_inputs, save_progress
+from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece
 from megatron_slm.data.staging import PARTS, TOKENIZER, clear, publish, refuse_existing, staging
 from megatron_slm.data.tokenizer import (
     largest_id,
+    likelier_end_token,
     load_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
+    tokenizer_probe,
     train_tokenizer,
 )
 from megatron_slm.data.workers import encode_chunks
@@ -32,6 +43,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS, _SAMPLE_MOST = 16, 2_000, 10_000
+"""Of every input, documents to compare with sentencepiece; characters of each; documents of all inputs."""
 _UINT16_VOCABULARY = 65_500  # as Megatron has it: larger vocabularies are int32
 
 
@@ -75,9 +88,7 @@ def verify_corpus(prefix: str) -> Corpus:
     """
     corpus = open_corpus(str(Path(prefix)))
     verify_checksums(corpus)
-    folder = corpus_tokenizer_path(corpus)
-    if tokenizer_fingerprint(load_tokenizer(str(folder))) != corpus.tokenizer_fingerprint:
-        raise UserError(f"{folder} is not the tokenizer that {prefix} was prepared with: prepare it again")
+    load_corpus_tokenizer(corpus)
     logger.info("%s is intact: %d documents, %d tokens, %d bytes of %s", prefix, *_counts(corpus))
     return corpus
 
@@ -98,24 +109,40 @@ def _made(inputs: list[Input], folder: Path, output: Path, options: Options) -> 
     if not (folder / JOURNAL).exists():
         _refuse_existing(output, options)
     report = ContaminationReport(list(options.evaluation)) if options.evaluation else None
-    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    given = load_tokenizer(options.tokenizer, options.end_token) if options.tokenizer else None
     _refuse_missing_template(given, options)
+    _warn_of_turns(given, options)
     stamps = [[source.name, *source.stamp()] for source in inputs]
     settings = _settings(options, stamps, given, report)
     progress = load_progress(folder, settings) or _begun(inputs, folder, options, given, settings)
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    _refuse_changed_tokenizer(folder, options, given, tokenizer)
     if progress.complete:
         return progress
     _refuse_existing(output, options)
     refuse_changed_inputs(folder, progress, stamps)
-    tokenizer = load_tokenizer(str(folder / TOKENIZER))
     dtype = "uint16" if largest_id(tokenizer) + 1 < _UINT16_VOCABULARY else "int32"
     ngrams = report.begin(folder) if report else None
     tokenizer_file = str(folder / TOKENIZER / "tokenizer.json")
     encoding = Encoding(tokenizer_file, tokenizer.eos_token_id, dtype, options.fields, ngrams)
     attempt = Attempt(folder, output, progress, dtype, options, report)
     _encode(inputs, stamps, encoding, attempt, options.workers)
-    attempt.finish(folder / TOKENIZER, tokenizer_fingerprint(tokenizer))
+    attempt.finish(folder / TOKENIZER, describe_tokenizer(tokenizer))
     return progress
+
+
+def _refuse_changed_tokenizer(
+    folder: Path,
+    options: Options,
+    given: "PreTrainedTokenizerFast | None",
+    begun: "PreTrainedTokenizerFast",
+) -> None:
+    """Refuse to resume with a tokenizer of the same pieces that gives other ids than at the beginning."""
+    if given is not None and tokenizer_probe(given) != tokenizer_probe(begun):
+        raise UserError(
+            f"--tokenizer {options.tokenizer} splits text differently than when the attempt in {folder} began: give "
+            "the tokenizer of then, or remove that folder to begin afresh"
+        )
 
 
 def _refuse_missing_template(tokenizer: "PreTrainedTokenizerFast | None", options: Options) -> None:
@@ -125,6 +152,15 @@ def _refuse_missing_template(tokenizer: "PreTrainedTokenizerFast | None", option
             f"{given} has no chat template, which --format messages needs: give a --tokenizer that has one, "
             "or use --format prompt-completion"
         )
+
+
+def _warn_of_turns(tokenizer: "PreTrainedTokenizerFast | None", options: Options) -> None:
+    likelier = likelier_end_token(tokenizer) if tokenizer and options.fields.format != "messages" else None
+    if tokenizer and likelier:
+        logger.warning(
+            "--tokenizer %s is a chat model's: its end token %s ends a turn, and will end every document; to end them "
+            "as in pretraining, give --end-token '%s'", options.tokenizer, tokenizer.eos_token, likelier,
+        )  # fmt: skip
 
 
 def _refuse_existing(output: Path, options: Options) -> None:
@@ -147,6 +183,7 @@ def _settings(
         "--input": [stamp if options.train_size else stamp[0] for stamp in stamps],
         "--tokenizer": tokenizer and tokenizer_fingerprint(tokenizer),
         "chat template": tokenizer.chat_template if tokenizer and options.fields.format == "messages" else None,
+        "--end-token": options.end_token,
         "--train-tokenizer": options.train_size,
         "--format": options.fields.format,
         **options.fields.needed(),
@@ -163,12 +200,32 @@ def _begun(
     tokenizer: "PreTrainedTokenizerFast | None",
     settings: dict[str, Any],
 ) -> Progress:
+    if tokenizer is not None and Path(str(options.tokenizer)).is_file():
+        _compare_sample(inputs, options, tokenizer)
     clear(folder)
     progress = Progress(settings)
     save_tokenizer(tokenizer or _trained(inputs, folder / "trained.model", options), folder / TOKENIZER)
     if tokenizer is None:  # training takes long enough to be kept
         save_progress(folder, progress)
     return progress
+
+
+def _compare_sample(inputs: list[Input], options: Options, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Compare a sentencepiece model with its fast form on the first documents of every input."""
+    sample = islice(chain.from_iterable(_first_texts(source, options) for source in inputs), _SAMPLE_MOST)
+    compared = compare_with_sentencepiece(Path(str(options.tokenizer)), tokenizer, sample)
+    logger.info(
+        "--tokenizer %s gives the ids of sentencepiece in %d documents of the input (%d characters)",
+        options.tokenizer, compared.documents, compared.characters,
+    )  # fmt: skip
+
+
+def _first_texts(source: Input, options: Options) -> Iterator[tuple[str, str]]:
+    for raw, _ in islice(read_documents(source, options.fields), _SAMPLE_DOCUMENTS):
+        text = ""
+        with contextlib.suppress(UserError):  # named when it is encoded
+            text = decode_document(raw, options.fields).text[:_SAMPLE_CHARACTERS]
+        yield raw.place, text
 
 
 def _trained(inputs: list[Input], model: Path, options: Options) -> "PreTrainedTokenizerFast":
@@ -181,7 +238,7 @@ def _trained(inputs: list[Input], model: Path, options: Options) -> "PreTrainedT
 def _texts(inputs: list[Input], options: Options) -> Iterator[str]:
     bad = 0
     for source in inputs:
-        for raw, _ in source.read(options.fields):
+        for raw, _ in read_documents(source, options.fields):
             try:
                 yield decode_document(raw, options.fields).text
             except UserError:

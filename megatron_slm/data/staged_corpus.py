@@ -64,8 +64,14 @@ class StagedCorpus:
         for path in filter(None, (self._bin, self._lengths, self._mask)):
             sync(path)
 
-    def finish(self, tokenizer: Path, fingerprint: str, skipped: int) -> Corpus:
-        """Write the index and copy the tokenizer; return the description."""
+    def finish(self, tokenizer: Path, described: dict[str, Any], skipped: int) -> Corpus:
+        """Write the index and copy the tokenizer; return the description.
+
+        Args:
+            tokenizer: its folder.
+            described: what ``describe_tokenizer`` returns for it.
+            skipped: documents that could not be read.
+        """
         index = Path(f"{self.prefix}.idx")
         write_index(index, self.dtype, self._lengths)
         shutil.copytree(tokenizer, f"{self.prefix}.tokenizer", dirs_exist_ok=True)
@@ -75,11 +81,11 @@ class StagedCorpus:
             num_documents=self.counts["documents"],
             num_tokens=self.counts["tokens"],
             num_bytes=self.counts["bytes"],
-            tokenizer_fingerprint=fingerprint,
             sha256={path.suffix: file_sha256(path) for path in filter(None, (self._bin, index, self._mask))},
             sources=self.counts["sources"],
             licenses=self.counts["licenses"],
             skipped=skipped,
+            **described,
         )
 
     def _cut(self, path: Path, size: int) -> None:

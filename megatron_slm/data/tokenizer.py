@@ -1,44 +1,108 @@
-"""Tokenizers: load one from any common form, train one, and tell whether two are the same."""
+"""Tokenizers: load one from any common form, train one, and tell whether two are the same.
+
+A tokenizer.json decides which ids a text gets. transformers rebuilds parts of it from `tokenizer_class` for some
+folders, which can change every id.
+"""
 
 import hashlib
 import io
 import json
+import logging
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_slm.data.probe_texts import PROBE_TEXTS, PROBE_VERSION
+from megatron_slm.data.sentencepiece_model import read_sentencepiece
 from megatron_slm.errors import UserError, refuse_missing_folder
 
 if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_SPACE = "\u2581"  # how sentencepiece writes a space
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # ModelProto.SentencePiece.Type
-_BPE = 2  # TrainerSpec.ModelType; fast Unigram tokenizers break ties otherwise than sentencepiece does
-_MAX_LINE = 4000  # characters; sentencepiece skips sentences above 4,192 bytes unless told otherwise
-_PROBE = (
-    "  A café: x_1 = 12.50;\n\n\tif (a <= b) {  return 'über';  }\r\n\u00a0日本 🙂 \u0007 "
-    "<s></s><unk><0x0A> e\u0301 ﬁ .  "
+logger = logging.getLogger(__name__)
+
+_CHOSEN_END = "ends_documents"  # in tokenizer_config.json; its name may not end in _token, which transformers reads
+_DOCUMENT_ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "<|eos|>",
+    "<eos>",
+    "</s>",
 )
+_MAX_LINE = 4000  # characters; sentencepiece skips sentences above 4,192 bytes unless told otherwise
 
 
-def load_tokenizer(path: str) -> "PreTrainedTokenizerFast":
+@dataclass(frozen=True)
+class TokenizerIdentity:
+    """What must be equal for the ids of two tokenizers to mean the same text.
+
+    fingerprint  of the pieces with their ids, and of the ids of bos, eos and unk
+    probe        of the ids that fixed texts get; empty where an earlier version did not note it
+    """
+
+    fingerprint: str
+    probe: str = ""
+
+    def difference(self, other: "TokenizerIdentity") -> str | None:
+        """Return in words how the two differ, or None if nothing that both know differs."""
+        if self.fingerprint != other.fingerprint:
+            return "their pieces or special tokens differ"
+        versions = {probe.partition(":")[0] for probe in (self.probe, other.probe)}
+        if len(versions) == 1 and self.probe != other.probe:
+            return "they have the same pieces and split text differently"
+        return None
+
+
+def load_tokenizer(path: str, end_token: str | None = None) -> "PreTrainedTokenizerFast":
     """Load a tokenizer from a Hugging Face folder, a hub name, or a sentencepiece model file.
 
-    A sentencepiece model (BPE) gives the ids that sentencepiece itself gives.
+    The ids are those of the folder's tokenizer.json, or of sentencepiece itself. Special tokens and the chat template
+    are those that transformers reads.
+
+    Args:
+        path: folder, name or file.
+        end_token: the piece that ends documents, in place of the tokenizer's own.
 
     Raises:
         UserError: nothing loadable is there, it has no fast form, or it has no end token.
     """
-    tokenizer = _from_sentencepiece(Path(path)) if Path(path).is_file() else _from_hugging_face(path)
+    tokenizer = read_sentencepiece(Path(path)) if Path(path).is_file() else _from_hugging_face(path)
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {path} has no fast form: give one with a tokenizer.json, or a sentencepiece model")
+    if end_token is not None:
+        _choose_end(tokenizer, end_token, path)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {path} has no end token, which ends documents: set eos_token in its configuration")
+        raise UserError(
+            f"tokenizer {path} has no end token, which ends documents: set eos_token in its configuration, or name one "
+            "of its pieces with --end-token"
+        )
     return tokenizer
+
+
+def chosen_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """Return the end token that was chosen for the tokenizer's documents, or None if it is the tokenizer's own."""
+    return tokenizer.init_kwargs.get(_CHOSEN_END)
+
+
+def likelier_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
+    """Return the piece that ended documents in pretraining, where the end token of a chat model ends its turns.
+
+    None where the tokenizer has no chat template, its template does not write the end token, or the end token was
+    chosen, is known to end documents, or is the only such piece.
+    """
+    own, template = tokenizer.eos_token, str(tokenizer.chat_template or "")
+    if chosen_end_token(tokenizer) or own in _DOCUMENT_ENDS or not ("eos_token" in template or own in template):
+        return None
+    pieces = tokenizer.get_vocab()
+    return next((token for token in _DOCUMENT_ENDS if token in pieces), None)
+
+
+def tokenizer_identity(tokenizer: "PreTrainedTokenizerFast") -> TokenizerIdentity:
+    """Return what tells the tokenizer from others."""
+    return TokenizerIdentity(tokenizer_fingerprint(tokenizer), tokenizer_probe(tokenizer))
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -48,14 +112,30 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
     return hashlib.sha256(json.dumps([pieces, special]).encode()).hexdigest()
 
 
+def tokenizer_probe(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return the version of the probe texts and the sha256, in hex, of the ids that they get."""
+    backend = tokenizer.backend_tokenizer
+    before = backend.encode_special_tokens  # which transformers leaves as its last call set it
+    ids = [_text_ids(tokenizer, text) for text in PROBE_TEXTS]
+    backend.encode_special_tokens = before
+    return f"{PROBE_VERSION}:{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}"
+
+
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Save a tokenizer for a corpus to carry.
+    """Save a tokenizer for a corpus to carry; AutoTokenizer loads it to the same ids.
 
     Raises:
         UserError: what is loaded from the folder is not the same.
     """
+    from transformers import AutoTokenizer
+
     tokenizer.save_pretrained(folder)
-    if tokenizer_fingerprint(load_tokenizer(str(folder))) != tokenizer_fingerprint(tokenizer):
+    path = folder / "tokenizer_config.json"
+    # Of any other class, transformers builds the pre-tokenizer anew and ignores that of tokenizer.json.
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    loaded = (load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder))
+    if any(tokenizer_identity(other) != tokenizer_identity(tokenizer) for other in loaded):
         name = tokenizer.name_or_path
         raise UserError(f"tokenizer {name} changes when it is saved and loaded: give its tokenizer.json folder")
 
@@ -63,6 +143,11 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
 def largest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Return the largest id that the tokenizer gives."""
     return max(tokenizer.get_vocab().values())
+
+
+def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Return the rows that an embedding needs: ids may have holes, so this can exceed the number of pieces."""
+    return largest_id(tokenizer) + 1
 
 
 def train_tokenizer(
@@ -142,90 +227,81 @@ def _remedy(message: str) -> str:
 
 
 def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import has_file
 
     refuse_missing_folder("the tokenizer", path)
+    failure: Exception | None = None
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # perhaps of a class that cannot be built from these pieces, or that comes with code
+        failure = error
+    # This class alone takes tokenizer.json as it is (transformers 5.17 and 5.24).
+    if failure is None and type(theirs) is PreTrainedTokenizerFast:
+        return theirs
+    if not _read(path, lambda: has_file(path, "tokenizer.json")):
+        if failure is not None:
+            raise _unreadable(path, failure) from failure
+        return theirs
+    tokenizer = _read(path, lambda: PreTrainedTokenizerFast.from_pretrained(path))
+    if failure is not None:
+        logger.info(
+            "tokenizer %s: AutoTokenizer cannot load it (%s); its tokenizer.json is used", path, _first_line(failure)
+        )
+        return tokenizer
+    _take_special_tokens(tokenizer, theirs)
+    if theirs.is_fast and _splits(theirs) != _splits(tokenizer):
+        logger.info(
+            "tokenizer %s: the %s of transformers gives other ids than its tokenizer.json, which is used",
+            path, type(theirs).__name__,
+        )  # fmt: skip
+    return tokenizer
+
+
+def _splits(tokenizer: "PreTrainedTokenizerFast") -> tuple[str, int]:
+    return tokenizer_probe(tokenizer), largest_id(tokenizer)
+
+
+def _read(path: str, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
     except Exception as error:  # transformers has no error of its own for files that it cannot use
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"tokenizer {path} cannot be loaded: give a Hugging Face folder, a hub name, "
-            f"or a sentencepiece model file ({reason})"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
-    """Build the fast tokenizer that encodes as the sentencepiece model does."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-    from transformers import PreTrainedTokenizerFast
-
-    processor = _sentencepiece(path)
-    proto = ModelProto.FromString(processor.serialized_model_proto())
-    trainer = proto.trainer_spec
-    if trainer.model_type != _BPE:
-        raise UserError(f"tokenizer {path} is no BPE model, so its ids could change: give its Hugging Face folder")
-    ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id, "eos_token": trainer.eos_id}
-    named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_fast_tokenizer(proto), clean_up_tokenization_spaces=False, **named
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"tokenizer {path} cannot be loaded: give a Hugging Face folder, a hub name, "
+        f"or a sentencepiece model file ({_first_line(error)})"
     )
-    symbols = [p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type == _USER_DEFINED]
-    probe = _PROBE + "x".join(symbols[:64])
-    ours = tokenizer(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if ours != processor.encode_as_ids(probe):  # symbols that hold spaces, for instance
-        raise UserError(f"tokenizer {path} cannot be converted with the same ids: give its Hugging Face folder instead")
-    return tokenizer
 
 
-def _sentencepiece(path: Path) -> "SentencePieceProcessor":
-    from sentencepiece import SentencePieceProcessor
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
+
+def _take_special_tokens(tokenizer: "PreTrainedTokenizerFast", theirs: "PreTrainedTokenizerFast") -> None:
+    """Take the special tokens that no file names and a class of transformers knows, as far as they are pieces."""
+    pieces = tokenizer.get_vocab()
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        token = getattr(theirs, name)
+        if getattr(tokenizer, name) is None and token in pieces:
+            tokenizer.add_special_tokens({name: token})
+
+
+def _choose_end(tokenizer: "PreTrainedTokenizerFast", end_token: str, path: str) -> None:
+    if end_token not in tokenizer.get_vocab():
+        raise UserError(
+            f"--end-token {end_token} is no piece of the tokenizer {path}: name a single piece of it, such as its "
+            "<|endoftext|>"
+        )
+    tokenizer.add_special_tokens({"eos_token": end_token})
+    tokenizer.init_kwargs[_CHOSEN_END] = end_token
+
+
+def _text_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int] | None:
+    """Return the ids of a text in which special tokens are text; None where it cannot be encoded."""
     try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"tokenizer {path} is not a sentencepiece model file: give one, or a folder") from error
-
-
-def _fast_tokenizer(proto: Any) -> "Tokenizer":
-    from tokenizers import AddedToken, Tokenizer, decoders
-
-    spec = proto.normalizer_spec
-    tokenizer = Tokenizer(_bpe(proto))
-    tokenizer.normalizer = _normalizer(spec)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * spec.add_dummy_prefix)
-    special = [p.piece for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)]
-    tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
-    symbols = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in symbols])
-    return tokenizer
-
-
-def _bpe(proto: Any) -> Any:
-    """The model whose merges are every way to make a piece from two, best pieces first."""
-    from tokenizers.models import BPE
-
-    ids = {p.piece: index for index, p in enumerate(proto.pieces)}
-    ranked = sorted((p for p in proto.pieces if p.type == _NORMAL), key=lambda p: -p.score)
-    known = {p.piece: ids[p.piece] for p in ranked}
-    merges: list[tuple[str, str]] = []
-    for piece in (p.piece for p in ranked):
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        possible = [(left, right) for left, right in halves if left in known and right in known]
-        merges += sorted(possible, key=lambda pair: (known[pair[0]], known[pair[1]]))
-    unknown = proto.pieces[proto.trainer_spec.unk_id].piece
-    return BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
-
-
-def _normalizer(spec: Any) -> Any:
-    from tokenizers import Regex, normalizers
-
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    except Exception:  # of the library in Rust, for instance where a piece is unknown and none stands for that
+        return None

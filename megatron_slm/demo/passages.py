@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_slm.data.corpus import corpus_tokenizer_path, open_corpus
+from megatron_slm.data.corpus import load_corpus_tokenizer, open_corpus
 from megatron_slm.data.stream import EvaluationStream
-from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.models.causal_lm import CausalLM, load_pretrained, score_batch
 from megatron_slm.reporting.tokens import Token, token_texts
 from megatron_slm.selection import select_tokens
@@ -40,7 +39,7 @@ def held_out_passages(
         length: tokens a passage, at most `seq_length`; it begins where a window does.
     """
     opened = {name: open_corpus(str(prefix)) for name, prefix in corpora.items()}
-    tokenizer = load_tokenizer(str(corpus_tokenizer_path(next(iter(opened.values())))))
+    tokenizer = load_corpus_tokenizer(next(iter(opened.values())))
     streams = {name: EvaluationStream(c, seq_length, tokenizer.eos_token_id, False) for name, c in opened.items()}
     batches = {name: stream.batch(list(range(len(stream)))) for name, stream in streams.items()}
     whole = Batch.concatenate(list(batches.values()))

@@ -14,7 +14,8 @@ from megatron_slm.errors import UserError
 from megatron_slm.signals.encoding import ENCODINGS
 from megatron_slm.signals.score_file import ScoreFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 lacks tokenizer_probe."""
 MANIFEST = "manifest.json"
 ORDER = "order"
 """Name of the one file of kind `packed`."""
@@ -55,6 +56,7 @@ class Manifest:
     reset_attention        packed: whether attention was kept within documents
     order_fingerprint      packed: of the order of samples
     tokenizer_fingerprint  of the corpora
+    tokenizer_probe        of the corpora; empty in version 1
     reference              path and fingerprint of the model's weights, and the precision that it ran in
     """
 
@@ -69,6 +71,7 @@ class Manifest:
     tokenizer_fingerprint: str
     reference: dict[str, Any]
     files: list[FileEntry]
+    tokenizer_probe: str = ""
     format_version: int = FORMAT_VERSION
 
     def text(self) -> str:
@@ -150,7 +153,7 @@ def open_store(path: str, setting: str = "reference.store") -> Store:
     """
     try:
         fields: dict[str, Any] = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-        if fields["format_version"] != FORMAT_VERSION or fields["encoding"] not in ENCODINGS:
+        if fields["format_version"] not in range(1, FORMAT_VERSION + 1) or fields["encoding"] not in ENCODINGS:
             raise UserError(
                 f"{setting} is {path}, of format version {fields['format_version']} and encoding "
                 f"{fields['encoding']}, which this program does not read: score the corpus again."

@@ -1,10 +1,14 @@
 """What others rely on: adding to it is a decision that shows here."""
 
+import argparse
 import dataclasses
+import re
+import shlex
 import subprocess
 import sys
 import typing
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 
@@ -80,6 +84,21 @@ def test_the_verbs_are_these_and_each_explains_itself(capsys: pytest.CaptureFixt
         assert end.value.code == 0
         shown = capsys.readouterr().out
         assert "example" in shown and f"megatron-slm {verb}" in shown
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_the_examples_of_a_verb_are_shown_as_commands_that_it_takes(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = capsys.readouterr().out.replace("\\\n", "")
+    examples = re.findall(r"^  +(?:.* )?megatron[-_]slm (\w+) (.*)$", shown[shown.index("\nexample") :], re.MULTILINE)
+    assert verb in [name for name, _ in examples]
+    for name, arguments in examples:
+        parser = argparse.ArgumentParser(exit_on_error=False)
+        import_module(f"megatron_slm.commands.{name}").add_arguments(parser)
+        parser.parse_intermixed_args(shlex.split(arguments))
 
 
 def test_an_unknown_verb_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

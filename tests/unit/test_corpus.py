@@ -61,14 +61,18 @@ def test_a_corpus_opens_with_what_was_written(prefix):
 
 
 def test_the_description_has_exactly_the_documented_keys(prefix):
-    assert set(json.loads(Path(prefix + ".json").read_text())) == KEYS | {"sources", "licenses", "skipped"}
+    assert set(json.loads(Path(prefix + ".json").read_text())) == KEYS | {
+        *("sources", "licenses", "skipped", "tokenizer_probe", "end_token")
+    }
 
 
-def test_a_description_of_an_earlier_version_opens_as_well(prefix):
-    fields = json.loads(Path(prefix + ".json").read_text())
-    Path(prefix + ".json").write_text(json.dumps({key: fields[key] for key in KEYS}))
+@pytest.mark.parametrize("later", [set(), {"sources", "licenses", "skipped"}])
+def test_a_description_of_an_earlier_version_opens_as_well(prefix, later):
+    fields = json.loads(Path(prefix + ".json").read_text()) | {"format_version": 1}
+    Path(prefix + ".json").write_text(json.dumps({key: fields[key] for key in KEYS | later}))
     corpus = open_corpus(prefix)
     assert (corpus.sources, corpus.licenses, corpus.skipped) == ({}, {}, 0)
+    assert (corpus.tokenizer_probe, corpus.end_token) == ("", None)
 
 
 def test_a_corpus_may_be_moved(prefix, tmp_path):
@@ -129,7 +133,7 @@ def test_a_changed_byte_is_found_by_the_checksums_alone(prefix, suffix):
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
         ('{"format_version": 1}', "cannot be read"),
-        ('{"format_version": 2}', "format version 2"),
+        ('{"format_version": 3}', "format version 3"),
     ],
 )
 def test_a_description_that_is_not_ours_is_refused(prefix, content, reason):

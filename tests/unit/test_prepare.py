@@ -244,6 +244,40 @@ def test_a_bad_line_is_named_with_its_file_and_number(line, reason):
         decode_document(RawDocument("web.jsonl", 7, line), Fields())
 
 
+FORMATS = {
+    "--json-key": Fields("meta.body"),
+    "--by": Fields("text", by="meta.body"),
+    "--prompt-key": Fields(format="prompt-completion", prompt="meta.body"),
+    "--completion-key": Fields(format="prompt-completion", prompt="text", completion="meta.body"),
+    "--messages-key": Fields(format="messages", messages="meta.body"),
+}
+
+
+@pytest.mark.parametrize("option", FORMATS)
+@pytest.mark.parametrize(
+    ("record", "cause"),
+    [
+        ({"meta": {"body": None}}, "under 'meta.body', but null"),
+        ({"meta": None}, "null under 'meta'"),
+        ({"meta": ["body"]}, "a list under 'meta'"),
+        ({"meta": "body"}, "text under 'meta'"),
+        ({"meta": {"title": "x"}}, "no key 'body' under 'meta'"),
+        ({}, "no key 'meta.body'"),
+    ],
+    ids=["null", "null-above", "list-above", "text-above", "missing", "missing-above"],
+)
+def test_what_a_nested_key_meets_is_named(option, record, cause, model):
+    line = json.dumps({"text": "t", **record}).encode()
+    with pytest.raises(UserError, match=f"^web.jsonl:7 has .*{cause}.*{option if 'but null' not in cause else ''}"):
+        decode_document(RawDocument("web.jsonl", 7, line), FORMATS[option], load_tokenizer(model))
+
+
+def test_a_nested_key_that_is_missing_is_answered_with_those_that_are_there():
+    line = b'{"meta": {"title": "x", "main": {"text": "y"}}}'
+    with pytest.raises(UserError, match=r"choose one of \['meta.main', 'meta.title'\] with --json-key"):
+        decode_document(RawDocument("web.jsonl", 7, line), Fields("meta.body"))
+
+
 def test_a_bad_line_found_by_a_worker_ends_the_command_and_leaves_nothing(model, tmp_path):
     path = write_jsonl(tmp_path / "web.jsonl", [sentence(i) for i in range(600)])
     path.write_text(path.read_text() + "\n{broken\n")

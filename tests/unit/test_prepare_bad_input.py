@@ -69,6 +69,15 @@ FILES = {
     "no.jsonl.gz": LINES,
     "cut.jsonl.zst": zstandard.compress(LINES)[:-30],
     "no.jsonl.zst": LINES,
+    "zero.jsonl.gz": b"",
+    "zero.jsonl.zst": b"",
+    "tail.jsonl.gz": gzip.compress(LINES) + b"tail",
+    "tail.jsonl.zst": zstandard.compress(LINES) + b"tail",
+    "second.jsonl.gz": gzip.compress(LINES) + gzip.compress(LINES)[:3],
+    "second.jsonl.zst": zstandard.compress(LINES) + zstandard.compress(LINES)[:3],
+    "sum.jsonl.gz": gzip.compress(LINES)[:-8] + bytes(8),
+    "unsummed.jsonl.gz": gzip.compress(LINES)[:-8],
+    "zero.parquet": b"",
     "cut.parquet": TABLE[:-30],
     "no.parquet": LINES,
     "broken.parquet": TABLE[:100] + bytes(400) + TABLE[500:],
@@ -89,6 +98,19 @@ T = "--tokenizer MODEL --output out/web"
         (f"--input no.jsonl.gz {T}", "--input no.jsonl.gz cannot be read"),
         (f"--input cut.jsonl.zst {T}", "--input cut.jsonl.zst cannot be read"),
         (f"--input no.jsonl.zst {T}", "--input no.jsonl.zst cannot be read"),
+        *(
+            (f"--input {name}.jsonl.{suffix} {T}", f"--input {name}.jsonl.{suffix} cannot be read ({reason}")
+            for name, suffixes, reason in (
+                ("zero", ("gz", "zst"), "it is empty"),
+                ("tail", ("gz", "zst"), ""),
+                ("second", ("gz", "zst"), "it was cut"),
+                ("sum", ("gz",), ""),
+                ("unsummed", ("gz",), "it was cut"),
+            )
+            for suffix in suffixes
+        ),
+        (f"--input zero.parquet {T}", "--input zero.parquet is no sound parquet file"),
+        (f"--input good.jsonl --contamination zero.jsonl.gz {T}", "--contamination zero.jsonl.gz cannot be read"),
         (f"--input cut.parquet {T}", "--input cut.parquet is no sound parquet file"),
         (f"--input no.parquet {T}", "--input no.parquet is no sound parquet file"),
         (f"--input broken.parquet {T}", "--input broken.parquet"),
@@ -149,6 +171,17 @@ def test_a_data_set_that_its_reader_cannot_read_is_named(here, model, capsys, mo
         (here / name / file).write_bytes(content)
         said = refused(here, capsys, "--dataset", f"./{name}", "--tokenizer", model, "--output", "out/web")
         assert f"--dataset ./{name} with split 'train' cannot be opened" in said
+
+
+@pytest.mark.parametrize("name", ["zero.jsonl.gz", "zero.jsonl.zst", "cut.jsonl.zst", "second.jsonl.zst"])
+def test_a_shard_of_a_data_set_that_is_not_whole_is_named(name, here, model, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(here / "cache"))
+    (here / "set").mkdir()
+    good = gzip.compress(LINES) if name.endswith(".gz") else zstandard.compress(LINES)
+    (here / "set" / f"a.{name}").write_bytes(good)
+    (here / "set" / f"b.{name}").write_bytes(FILES[name])
+    said = refused(here, capsys, "--dataset", "./set", "--tokenizer", model, "--output", "out/web")
+    assert "--dataset ./set:train shard 2 of 2 cannot be read" in said
 
 
 def test_a_tokenizer_of_another_form_is_named(here, model, capsys):
@@ -270,6 +303,23 @@ def test_folders_that_may_not_be_used_are_named(place, here, model, capsys):
         (here / place).chmod(0o755)
     assert end.value.code == 2
     assert f"{place}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["given", "trained"])
+def test_damaged_files_among_good_ones_are_left_out_named_and_counted(trained, here, model, capsys, caplog):
+    damaged = ["cut.jsonl.zst", "cut.parquet", "second.jsonl.gz", "zero.jsonl.gz", "zero.jsonl.zst"]
+    (here / "web").mkdir()
+    for name in ("good.jsonl", *damaged):
+        (here / "web" / name).write_bytes(FILES[name])
+    tokenizer = ("--train-tokenizer", "300") if trained else ("--tokenizer", model)
+    command = ["--input", "web", *tokenizer, "--output", "out/web"]
+    said = refused(here, capsys, *command, "--skip-bad", "4")
+    assert "--input web/zero.jsonl.zst cannot be read" in said
+    with caplog.at_level("WARNING", "megatron_slm"):
+        main(["prepare", *command, "--skip-bad", "5"])
+    described = json.loads((here / "out" / "web.json").read_text())
+    assert (described["skipped"], described["num_documents"]) == (5, 200)  # of good.jsonl and second.jsonl.gz
+    assert all(f"left out: --input web/{name} " in caplog.text for name in damaged)
 
 
 def test_bad_documents_are_left_out_named_and_counted(here, model, capsys, caplog):

@@ -65,6 +65,41 @@ def test_every_form_of_file_gives_the_same_corpus(kind, compression, model, expe
     assert contents(tmp_path / "out") == expected
 
 
+SKIPPABLE = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"  # a frame of zstd that holds no content
+
+
+def in_blocks(content: bytes, window: int | None = None) -> bytes:
+    """A frame of zstd that does not say how long its content is; its header may ask for a window of 2**window bytes."""
+    encoder = zstandard.ZstdCompressor().compressobj()
+    blocks = [encoder.compress(content[start : start + 5000]) for start in range(0, len(content), 5000)]
+    frame = bytearray(b"".join(blocks) + encoder.flush())
+    if window:
+        frame[5] = (window - 10) << 3  # RFC 8878, section 3.1.1.1.2
+    return bytes(frame)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "parts"),
+    {
+        "members": (".gz", lambda a, b: gzip.compress(a) + gzip.compress(b"") + gzip.compress(b)),
+        "frames": (".zst", lambda a, b: zstandard.compress(a) + zstandard.compress(b"") + zstandard.compress(b)),
+        "skippable": (".zst", lambda a, b: SKIPPABLE + zstandard.compress(a) + SKIPPABLE + in_blocks(b) + SKIPPABLE),
+        "long-28": (".zst", lambda a, b: in_blocks(a + b, 28)),
+        "long-31": (".zst", lambda a, b: in_blocks(a, 31) + in_blocks(b, 31)),
+    }.values(),
+    ids=["members", "frames", "skippable", "long-28", "long-31"],
+)
+@pytest.mark.parametrize("option", ["input", "dataset"])
+def test_every_member_and_frame_of_a_file_is_read(option, suffix, parts, model, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / f"web.jsonl{suffix}").write_bytes(parts(lines(RECORDS[:150]), lines(RECORDS[150:])))
+    folder = str(tmp_path / "set")
+    inputs = find_files([folder]) if option == "input" else find_dataset(folder, None, "train")
+    prepare_corpora(inputs, str(tmp_path / "out"), Options(tokenizer=model))
+    assert contents(tmp_path / "out") == expected
+
+
 def test_a_folder_is_read_in_sorted_order_without_what_is_no_text(model, expected, tmp_path, caplog):
     web = tmp_path / "web"
     write_records(web / "b.parquet", RECORDS[100:250])
@@ -100,6 +135,37 @@ def test_a_local_data_set_is_streamed_shard_by_shard(form, model, expected, tmp_
     assert len(inputs) == 3
     prepare_corpora(inputs, str(tmp_path / "out"), Options(tokenizer=model))
     assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("folder", ["set", "set[v2]", "se*", "s?t", "a[1]/set", "a::b", "back\\slash"])
+def test_a_data_set_is_read_whatever_its_files_are_called(folder, model, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    names = ["a.jsonl", "b[1].jsonl.gz", "b]1*.jsonl", "c?.jsonl", "d::e.jsonl", "f\\g.jsonl.zst"]
+    for name, part in zip(names, np.array_split(np.arange(400), len(names)), strict=True):
+        write_records(tmp_path / folder / name, [RECORDS[i] for i in part])
+    for other in ("set[v2]", "set", "seat", "setv"):  # which a pattern would find, too
+        write_records(tmp_path / other / "z.jsonl", RECORDS[:3]) if other != folder else None
+    inputs = find_dataset(str(tmp_path / folder), None, "train")
+    assert len(inputs) == len(names)
+    prepare_corpora(inputs, str(tmp_path / "out"), Options(tokenizer=model))
+    assert contents(tmp_path / "out") == expected
+
+
+def test_files_whose_other_names_are_alike_are_all_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for name in ("a[1].jsonl", "a^1`.jsonl", "a[1`.jsonl"):
+        write_records(tmp_path / "set" / name, RECORDS[:5])
+    assert [len(list(shard.read(None))) for shard in find_dataset(str(tmp_path / "set"), None, "train")] == [5, 5, 5]
+
+
+def test_the_configurations_of_a_data_set_are_found_under_special_names_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "set[v2]"
+    for name in ("one", "two"):
+        write_records(folder / name / "a.jsonl", RECORDS[: len(name) * 2 + (name == "two")])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("one", "two"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [len(list(find_dataset(str(folder), name, "train")[0].read(None))) for name in ("one", "two")] == [6, 7]
 
 
 def test_the_index_is_the_one_that_megatron_writes(model, tmp_path):

@@ -131,7 +131,7 @@ def test_checksums_that_are_not_the_manifests_are_refused(tmp_path: Path) -> Non
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
         ('{"format_version": 1}', "cannot be read"),
-        ('{"format_version": 2, "encoding": "fixed16"}', "of format version 2"),
+        ('{"format_version": 3, "encoding": "fixed16"}', "of format version 3"),
         ('{"format_version": 1, "encoding": "log8"}', "encoding log8"),
     ],
 )
@@ -139,6 +139,16 @@ def test_a_manifest_that_says_something_else_is_refused(tmp_path: Path, text: st
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=said):
         open_store(str(tmp_path))
+
+
+def test_a_manifest_of_the_first_version_is_read(tmp_path: Path) -> None:
+    path = write_store(tmp_path / "store") / "manifest.json"
+    fields = json.loads(path.read_text()) | {"format_version": 1}
+    del fields["tokenizer_probe"]
+    path.write_text(json.dumps(fields))
+    store = open_store(str(tmp_path / "store"))
+    assert (store.manifest.tokenizer_fingerprint, store.manifest.tokenizer_probe) == ("t", "")
+    assert len(store.file_of("web").read(np.arange(3))) == 3
 
 
 def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:

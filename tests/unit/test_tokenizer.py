@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_slm.data.probe_texts import PROBE_TEXTS
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from megatron_slm.errors import UserError
 
@@ -93,27 +94,61 @@ def test_training_on_no_text_is_refused(tmp_path):
             "add_dummy_prefix": False,
             "remove_extra_whitespaces": False,
         },
+        {"model_type": "unigram", "vocab_size": 300},
+        {"model_type": "unigram", "vocab_size": 300, "normalization_rule_name": "identity"},
+        {
+            "model_type": "unigram",
+            "vocab_size": 300,
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "normalization_rule_name": "identity",
+        },
+        {  # as of T5
+            "model_type": "unigram",
+            "vocab_size": 100,
+            "byte_fallback": False,
+            "pad_id": 0,
+            "eos_id": 1,
+            "unk_id": 2,
+            "bos_id": -1,
+        },
+        {  # as of XLNet
+            "model_type": "unigram",
+            "vocab_size": 100,
+            "byte_fallback": False,
+            "control_symbols": ["<cls>", "<sep>"],
+            "user_defined_symbols": ["<eop>", "<math>"],
+        },
+        {"model_type": "char", "vocab_size": 310},
+        {"model_type": "char", "vocab_size": 60, "byte_fallback": False},
     ],
-    ids=["default", "identity", "bare", "no-bytes", "symbols"],
+    ids=[
+        *("default", "identity", "bare", "no-bytes", "symbols"),
+        *("unigram", "unigram-identity", "unigram-bare", "unigram-t5", "unigram-xlnet", "char", "char-no-bytes"),
+    ],
 )
 def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(tmp_path, options):
     path = train_sentencepiece(tmp_path / "tokenizer.model.v1", **options)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ours = load_tokenizer(str(path))
-    for text in [*ODD, *TEXTS, "a <math>x</math> b"]:
+    for text in [*ODD, *TEXTS, *PROBE_TEXTS, "a <math>x</math> b", "</s></s> <cls><eop> <0x00><0xFF>\u2581"]:
         ids = ours(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert ids == theirs.encode_as_ids(text), text
-    assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_id(), theirs.bos_id())
+    bos = theirs.bos_id()
+    assert (ours.eos_token_id, ours.bos_token_id) == (theirs.eos_id(), bos if bos >= 0 else None)
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"model_type": "unigram", "vocab_size": 300},
+        {"model_type": "word", "vocab_size": 25, "byte_fallback": False},
         {"treat_whitespace_as_suffix": True},
+        {"model_type": "unigram", "vocab_size": 300, "treat_whitespace_as_suffix": True},
         {"user_defined_symbols": ["<math>"]},  # after a symbol, sentencepiece adds no space and a fast tokenizer does
+        # A symbol that is only part of a text cannot be kept from being read in it.
+        {"model_type": "unigram", "vocab_size": 300, "control_symbols": ["="]},
     ],
-    ids=["unigram", "suffix", "symbols-and-prefix"],
+    ids=["word", "suffix", "unigram-suffix", "symbols-and-prefix", "short-control"],
 )
 def test_a_sentencepiece_model_whose_ids_would_change_is_refused(tmp_path, options):
     with pytest.raises(UserError, match="Hugging Face folder"):

@@ -1,0 +1,56 @@
+"""Corpora of sentencepiece models hold the ids of sentencepiece itself, or are not made."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_slm.data.corpus import open_tokens
+from megatron_slm.data.prepare import prepare_corpus, verify_corpus
+from megatron_slm.errors import UserError
+from tests.texts import write_jsonl
+from tests.unit.test_tokenizer import ODD, TEXTS, train_sentencepiece
+
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+TIED = "z" * 7  # as z zz zz zz: sums of float32 scores depend on the order, sums of float64 do not
+
+
+@pytest.fixture
+def unigram(tmp_path) -> Path:
+    """A model in which segmentations of equal score occur."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    path = train_sentencepiece(tmp_path / "unigram.model", model_type="unigram", vocab_size=300)
+    proto = ModelProto.FromString(path.read_bytes())
+    for piece, score in (("z", -3.3), ("zz", -5.1)):
+        proto.pieces.add(piece=piece, score=score, type=1)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def test_a_corpus_of_a_unigram_model_has_the_ids_of_sentencepiece(unigram, tmp_path, caplog):
+    texts = [*filter(str.strip, ODD), *TEXTS[:20]]
+    path = write_jsonl(tmp_path / "web.jsonl", texts)
+    with caplog.at_level("INFO", "megatron_slm"):
+        corpus = prepare_corpus([str(path)], str(tmp_path / "web"), tokenizer=str(unigram))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(unigram))
+    tokens = open_tokens(corpus)
+    assert [tokens[i].tolist() for i in range(len(tokens))] == [[*theirs.encode_as_ids(t), 2] for t in texts]
+    compared = sum(len(text[:2000]) for text in texts[:16])
+    assert f"gives the ids of sentencepiece in 16 documents of the input ({compared} characters)" in caplog.text
+    verify_corpus(corpus.prefix)
+
+
+@pytest.mark.parametrize("first", ["plain", None], ids=["second-file", "after-a-bad-line"])
+def test_a_difference_in_the_first_documents_of_an_input_is_shown_and_nothing_is_made(unigram, tmp_path, first):
+    write_jsonl(tmp_path / "a.jsonl", ["plain"])
+    lines = [json.dumps({"text": first}), json.dumps({"text": f"{TIED} of a line"})]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(
+        UserError, match=r"unigram\.model gives other ids .* in .*b\.jsonl:2 from character \d on \('z+ of"
+    ):
+        prepare_corpus(inputs, str(tmp_path / "out" / "web"), tokenizer=str(unigram))
+    assert not list((tmp_path / "out").iterdir())
