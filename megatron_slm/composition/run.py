@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers import PretrainedConfig
 
 from megatron_slm.composition.callbacks import Parts, make_callbacks
-from megatron_slm.composition.corpora import kept_in_words, make_samples, open_run_corpora
+from megatron_slm.composition.corpora import Corpora, kept_in_words, make_samples, open_run_corpora
 from megatron_slm.composition.models import make_backend, make_learner, make_reference, make_student, student_config
 from megatron_slm.composition.objective import make_candidates, make_rule, objective_at
 from megatron_slm.composition.plan import resolve
+from megatron_slm.composition.starting_files import keep_starting_files
 from megatron_slm.composition.stores import Order, store_fingerprints
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.loader import StepLoader
@@ -64,8 +66,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     hf_config = agree(lambda: student_config(config, corpora))
     samples = make_samples(config, corpora, plan, folder.cache, world)
     agree(lambda: folder.begin(config, samples.fingerprint, store_fingerprints(config)))
-    if corpora.kept is not None and world.is_main:
-        logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
+    agree(lambda: _write_at_start(folder, config, corpora, hf_config) if world.is_main else None)
     loader = _loader(config, plan, samples, world)
     backend = make_backend(config, world)
     student, engine = make_student(config, hf_config, backend, world)
@@ -101,6 +102,13 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     told = make_callbacks(parts, own, state.step)
     trainer = Trainer(loader, step, rate, objective, told, config.training.max_skipped_updates, Requests())
     return Run(trainer, state, folder)
+
+
+def _write_at_start(folder: RunFolder, config: Config, corpora: Corpora, hf_config: PretrainedConfig) -> None:
+    """Keep what export needs in the run directory, and log what a keep-list leaves."""
+    keep_starting_files(folder, config, corpora, hf_config)
+    if corpora.kept is not None:
+        logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
 
 
 def _loader(config: Config, plan: Plan, samples: Samples, world: World) -> StepLoader:

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.models.head import token_loss
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.models.tied import refuse_untied
 from megatron_slm.types import Batch, TokenSignals
 
 IGNORED = -100
@@ -157,7 +158,7 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
         options: for `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read, or its files do not hold all of its weights.
+        UserError: it cannot be read, its files do not hold all of its weights, or a student's hold two that it ties.
     """
     read = AutoModelForCausalLM.from_pretrained
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -169,6 +170,8 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
             f"{setting}.path is '{path}', whose files lack {len(lacking)} of the model's weights or hold them in "
             f"another shape, {lacking[0]} among them: check that they are complete, and model.config if you set it."
         )
+    if setting == "model":
+        refuse_untied(model, path)
     return model
 
 
