@@ -129,10 +129,12 @@ def build_student(
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     if settings.path is not None:
-        return load_pretrained(settings.path, "model", settings.trust_remote_code, config=config, **options)
+        lm = load_pretrained(settings.path, "model", settings.trust_remote_code, config=config, **options)
+        return _learning_every_row(lm)
     try:
         with device:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        return _learning_every_row(lm)
     except Exception as error:
         raise UserError(
             f"No model can be made from model.config and model.attn_implementation: {_one_line(error)}."
@@ -146,6 +148,17 @@ def pretrained_config(path: str, setting: str, trust_remote_code: bool) -> Pretr
         UserError: it cannot be read.
     """
     return _load(AutoConfig.from_pretrained, path, setting, trust_remote_code)
+
+
+def _learning_every_row(lm: PreTrainedModel) -> PreTrainedModel:
+    """Let the input embedding learn the row of the pad token: PyTorch gives it no gradient, Hugging Face begins at zero.
+
+    Samples are packed, so nothing is padded here, and the pad token is often one that occurs in text, such as eos.
+    """
+    embedding = lm.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None
+    return lm
 
 
 def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
