@@ -21,8 +21,8 @@ from megatron_slm.data.samples import check_order, order_fingerprint, tokens_per
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.attention import require_registered
-from megatron_slm.models.causal_lm import pretrained_config
 from megatron_slm.models.checks import check_length
+from megatron_slm.models.configuration import pretrained_config
 from megatron_slm.models.tied import refuse_untied_files
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.selection.rule import Rule

@@ -22,6 +22,13 @@ def keep_starting_files(folder: RunFolder, config: Config, corpora: Corpora, hf_
     # Those of a start that failed before its first record may be of another model.
     if folder.has_begun and folder.holds_starting_files:
         return
+    older = sorted({"rope_theta", "rope_scaling"} & config.model.config.keys())
+    if folder.has_begun and config.model.path is not None and older:
+        raise UserError(
+            f"run_dir is {folder.path}, which holds a run that an earlier version began. Then model.config.{older[0]} "
+            "had no effect beside model.path, and now it has: take it out of the configuration and of "
+            "RUN_DIR/config.yaml to resume as before, or use another run_dir."
+        )
     try:
         write_starting_files(folder.path, config, corpora, hf_config)
     except OSError as error:

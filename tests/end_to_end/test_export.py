@@ -308,3 +308,22 @@ def test_a_run_of_an_earlier_version_that_trained_tied_weights_apart_is_not_expo
     sentence = sentence_of("export", *run_ranks(export, 1, str(tmp_path), "run", "out")[0])
     assert "tie_word_embeddings to false" in sentence and not (tmp_path / "out").exists()
     assert records(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_a_run_keeps_its_settings_as_they_were_given(corpora: Path, tmp_path: Path) -> None:
+    """Hugging Face writes to nested groups; then resuming by the same configuration would be refused."""
+    rope = {"rope_theta": 5e5}
+    tree = short_run(corpora, tmp_path / "run", config=LLAMA | {"rope_parameters": dict(rope)})
+    run_ranks(train_in_process, 1, tree)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["config"]["rope_parameters"] == rope
+    run_ranks(train_in_process, 1, tree)
+
+
+def test_a_run_of_an_earlier_version_does_not_change_its_positions(corpora: Path, tmp_path: Path) -> None:
+    path = make_starting_model(corpora, tmp_path / "starting", LLAMA)
+    tree = short_run(corpora, tmp_path / "run", path=str(path), config={"rope_theta": 5e5})
+    run_ranks(train_in_process, 1, tree)
+    shutil.rmtree(tmp_path / "run" / "model")
+    config = str(write_config(tmp_path / "run.yaml", tree))
+    sentence = sentence_of("train", *run_ranks(command_line, 1, "train", config)[0])
+    assert "model.config.rope_theta had no effect" in sentence
