@@ -23,8 +23,9 @@ from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.attention import require_registered
-from megatron_slm.models.causal_lm import pretrained_config
 from megatron_slm.models.checks import check_length
+from megatron_slm.models.configuration import pretrained_config
+from megatron_slm.models.tied import refuse_untied_files
 from megatron_slm.run_folder import RunFolder
 from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.words import rule_in_words
@@ -98,6 +99,9 @@ def _look_at_models(config: Config, corpora: Corpora, world: World, found: Findi
     _say_data(config, corpora, found)
     resolved = found.take(lambda: resolve(config, corpora, world))
     hf_config = found.take(lambda: student_config(config, corpora))
+    path, trust = config.model.path, config.model.trust_remote_code
+    if hf_config is not None and path is not None:
+        found.take(lambda: refuse_untied_files(hf_config, path, trust))
     references = found.take(lambda: _live_references(config, corpora))
     if resolved is not None:
         total_samples = resolved[1].total_steps * resolved[1].samples_per_step

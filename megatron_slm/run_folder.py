@@ -44,6 +44,8 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"
+        self.model = self.path / "model"
+        self.tokenizer = self.path / "tokenizer"
         self._world = world
         self._lock: IO[str] | None = None
 
@@ -51,6 +53,11 @@ class RunFolder:
     def has_begun(self) -> bool:
         """A start that failed before its first record binds nobody to its configuration."""
         return bool(list_checkpoints(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
+
+    @property
+    def holds_starting_files(self) -> bool:
+        """Whether export needs nothing but this folder. Runs of earlier versions did not write these."""
+        return self.model.is_dir() and self.tokenizer.is_dir()
 
     def settle(self, config: Config) -> Config:
         """Make the folder and hold it; the configuration to run, as `compare` gives it.

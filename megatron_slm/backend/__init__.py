@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from megatron_slm.backend.stored import StoredWeight
 from megatron_slm.errors import UserError
 
 M = TypeVar("M", bound=nn.Module)
@@ -91,5 +92,5 @@ class Backend(Protocol):
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
         """The module in eval mode and without gradients; split over all ranks if `shard`."""
 
-    def consolidate(self, folder: Path) -> dict[str, Tensor]:
-        """Whole float32 weights from what `TrainingEngine.save` wrote, in one process."""
+    def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
+        """Return the whole float32 weights in what `TrainingEngine.save` wrote, in one process; none is read yet."""

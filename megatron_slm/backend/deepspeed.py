@@ -5,18 +5,20 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import constants
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.utils.zero_to_fp32 import natural_keys
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megatron_slm.backend import EngineSettings, M, Update, refuse_other_ranks
+from megatron_slm.backend.stored import Extent, StoredWeight, extent, read_layout, span, stored
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 
@@ -99,17 +101,9 @@ class DeepSpeedBackend:
         engine.eval()
         return engine
 
-    def consolidate(self, folder: Path) -> dict[str, Tensor]:
-        """DeepSpeed's checkpoints are pickles: only consolidate a run folder that you trust."""
-        states = list((folder / TAG).glob("*_optim_states.pt"))
-        if states:
-            with redirect_stdout(None):  # it prints what it finds
-                weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
-        else:
-            weights = torch.load(folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)[
-                "module"
-            ]
-        return {name: weight.float() for name, weight in weights.items()}
+    def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
+        """DeepSpeed's checkpoints are pickles: only read a run directory that you trust."""
+        return _stored_weights(folder / TAG)
 
     def config(self, settings: EngineSettings) -> dict[str, Any]:
         """The user's section and the keys that this system owns; DeepSpeed's own defaults are not relied on."""
@@ -226,3 +220,81 @@ def _refuse_invalid(config: dict[str, Any]) -> None:
     except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         said = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"DeepSpeed does not accept the section deepspeed: {said}.") from error
+
+
+def _stored_weights(engine: Path) -> dict[str, StoredWeight]:
+    """Return the float32 weights of a checkpoint of any stage, as `deepspeed.utils.zero_to_fp32` puts them together.
+
+    That program holds whole weights of stages 1 and 2 in memory. The layout was checked with DeepSpeed 0.19.8.
+    """
+    model_files = sorted(engine.glob("*" + constants.MODEL_FILE_SUFFIX), key=lambda path: natural_keys(path.name))
+    main = model_files[0]
+    model = read_layout(main, weights_only=False)
+    module = model["module"]
+    files = sorted(engine.glob("*" + constants.OPTIM_FILE_SUFFIX), key=lambda path: natural_keys(path.name))
+    if not files:
+        return {name: stored(main, tensor) for name, tensor in module.items()}
+    states = [read_layout(file, weights_only=False)[constants.OPTIMIZER_STATE_DICT] for file in files]
+    count = states[0][constants.PARTITION_COUNT]
+    if (max(count) if isinstance(count, list) else count) != len(files):
+        raise ValueError(f"{engine} holds the optimizer states of {len(files)} ranks, and {count} wrote it")
+    sharded = states[0].get(constants.ZERO_STAGE, 1) == 3  # the optimizer of bf16 at stage 1 does not write its stage
+    key = constants.FP32_FLAT_GROUPS if sharded else constants.SINGLE_PARTITION_OF_FP32_GROUPS
+    groups = [[extent(file, flat) for flat in state[key]] for file, state in zip(files, states, strict=True)]
+    shapes = model[constants.PARAM_SHAPES]
+    weights = {name: stored(main, module[name]) for name in model[constants.BUFFER_NAMES] if name in module}
+    if sharded:
+        weights |= _weights_of_stage_3(groups, {name: shape for group in shapes for name, shape in group.items()})
+    else:
+        weights |= _weights_of_stages_1_and_2(groups, shapes, states[0].get(constants.PARAM_ALIGNMENT_PADDINGS))
+    weights |= _frozen_weights(model_files if sharded else [main], model.get(constants.FROZEN_PARAM_SHAPES) or {})
+    shared = model["shared_params"].items()
+    return weights | {name: weights[other] for name, other in shared if other in weights}
+
+
+def _frozen_weights(model_files: list[Path], shapes: dict[str, torch.Size]) -> dict[str, StoredWeight]:
+    """Return weights that are not trained: the ranks' model files hold a part each at stage 3, else all hold them."""
+    if not shapes:
+        return {}
+    models = [read_layout(file, weights_only=False)[constants.FROZEN_PARAM_FRAGMENTS] for file in model_files]
+    weights: dict[str, StoredWeight] = {}
+    for name, shape in shapes.items():
+        held = [extent(file, model[name]) for file, model in zip(model_files, models, strict=True)]
+        weights[name] = StoredWeight(shape, span(held, 0, shape.numel()))
+    return weights
+
+
+def _weights_of_stage_3(groups: list[list[Extent]], shapes: dict[str, torch.Size]) -> dict[str, StoredWeight]:
+    """Return weights of which each rank holds an equal part, padded, in its flat groups one after the other."""
+    weights: dict[str, StoredWeight] = {}
+    start = 0
+    for name, shape in shapes.items():
+        part = -(-shape.numel() // len(groups))
+        held = [found for rank in groups for found in span(rank, start, start + part)]
+        weights[name] = StoredWeight(shape, span(held, 0, shape.numel()))
+        start += part
+    _refuse_rest(groups[0], start, 1)
+    return weights
+
+
+def _weights_of_stages_1_and_2(
+    groups: list[list[Extent]], shapes: list[dict[str, torch.Size]], paddings: list[list[int]] | None
+) -> dict[str, StoredWeight]:
+    """Return weights that lie one after the other, padded, in each group, which is cut into equal parts, one a rank."""
+    weights: dict[str, StoredWeight] = {}
+    for index, group in enumerate(shapes):
+        held = [rank[index] for rank in groups]
+        padding = paddings[index] if paddings else [0] * len(group)
+        start = 0
+        for (name, shape), space in zip(group.items(), padding, strict=True):
+            weights[name] = StoredWeight(shape, span(held, start, start + shape.numel()))
+            start += shape.numel() + space
+        _refuse_rest(held, start, 2 * len(groups))
+    return weights
+
+
+def _refuse_rest(held: list[Extent], used: int, alignment: int) -> None:
+    """Raise where numbers are left over, aside from padding: the layout is not the one that this file reads."""
+    there = sum(part.numel for part in held)
+    if -(-there // alignment) != -(-used // alignment):
+        raise ValueError(f"the checkpoint holds {there} numbers in a group of which {used} were expected")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_slm.backend import EngineSettings, M, Update
+from megatron_slm.backend.stored import StoredWeight, read_layout, stored
 from megatron_slm.dist import World
 
 
@@ -32,8 +33,10 @@ class PlainBackend:
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
         return module.to(self._world.device).eval().requires_grad_(False)
 
-    def consolidate(self, folder: Path) -> dict[str, Tensor]:
-        return torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)["module"]
+    def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
+        file = folder / "plain.pt"
+        module = read_layout(file, weights_only=True)["module"]
+        return {name: stored(file, tensor) for name, tensor in module.items()}
 
 
 class PlainEngine:

@@ -1,17 +1,27 @@
 """Turn a run's checkpoint into a Hugging Face folder.
 
-Weights in safetensors, tokenizer, generation configuration and model card; `from_pretrained`
-loads it to the same losses. DeepSpeed's checkpoints are pickles: export only runs that you trust.
+Weights in safetensors, tokenizer, generation configuration, model card, and the small files of the model that the run
+started from. Only the run directory is read. The folder is loaded again and compared with the checkpoint before it
+takes its name. DeepSpeed's checkpoints are pickles: export only runs that you trust.
 """
 
 import argparse
 import json
 import logging
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_slm.config import Config, load_config
 from megatron_slm.errors import UserError
+from megatron_slm.files import whole_folder
 from megatron_slm.selection.words import rule_in_words
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_slm.backend.stored import StoredWeight
+    from megatron_slm.run_folder import RunFolder
 
 _EPILOG = """example:
   megatron-slm export runs/slm exported/slm --checkpoint 500
@@ -42,34 +52,70 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
-    from megatron_slm.composition.corpora import open_corpora
-    from megatron_slm.composition.models import PRECISIONS, make_backend, student_config
+    from megatron_slm.composition.models import PRECISIONS, make_backend
     from megatron_slm.dist import connect, disconnect
-    from megatron_slm.models.export import fill_model, write_folder
     from megatron_slm.run_folder import RunFolder
     from megatron_slm.training.checkpoints import CheckpointStore, saved_steps
 
     world = connect()
     try:
-        folder = RunFolder(config.run_dir, world).checkpoints
-        steps = saved_steps(folder)
+        folder = RunFolder(config.run_dir, world)
+        steps = saved_steps(folder.checkpoints)
         if not steps:
             raise UserError(f"RUN_DIR is {config.run_dir}, which has no checkpoint: train it first.")
-        checkpoint = CheckpointStore(folder, world).newest(step)
+        checkpoint = CheckpointStore(folder.checkpoints, world).newest(step)
         if checkpoint is None:
             there = ", ".join(map(str, steps))
             raise UserError(
                 f"--checkpoint is {step}, and {config.run_dir} has checkpoints of {there}: name one of them."
             )
-        corpora = open_corpora(config)
-        weights = make_backend(config, world).consolidate(checkpoint)
-        model = fill_model(student_config(config, corpora), weights, PRECISIONS[dtype], config.model.trust_remote_code)
+        weights = make_backend(config, world).stored_weights(checkpoint)
         progress = json.loads((checkpoint / "progress.json").read_text())
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(model, corpora.tokenizer, _card(config, progress), output)
-        logging.getLogger(__name__).info("%s: the weights of %s", output, checkpoint)
+        with tempfile.TemporaryDirectory() as scratch:
+            source = _starting_files(folder, config, Path(scratch))
+            _write_folder(source, config, weights, PRECISIONS[dtype], _card(config, progress), output)
+        logging.getLogger(__name__).info("%s: the weights of %s, loaded again and compared", output, checkpoint)
     finally:
         disconnect()
+
+
+def _starting_files(folder: "RunFolder", config: Config, scratch: Path) -> Path:
+    """Return the folder that holds `model` and `tokenizer`: the run directory, or one made for a run without them."""
+    if folder.holds_starting_files:
+        return folder.path
+    from megatron_slm.composition.corpora import open_corpora
+    from megatron_slm.composition.models import student_config
+    from megatron_slm.composition.starting_files import write_starting_files
+
+    corpora = open_corpora(config)
+    write_starting_files(scratch, config, corpora, student_config(config, corpora))
+    return scratch
+
+
+def _write_folder(
+    source: Path, config: Config, weights: "dict[str, StoredWeight]", dtype: "torch.dtype", card: str, output: Path
+) -> None:
+    """Write, load again, compare, and only then publish."""
+    from safetensors import SafetensorError
+
+    from megatron_slm.models.export import check_export, empty_model, write_weights
+    from megatron_slm.models.starting_files import copy_into_export
+
+    trust = config.model.trust_remote_code
+    own = {name.removeprefix("lm."): weight for name, weight in weights.items()}
+    model = empty_model(source / "model", own, dtype, trust)
+    try:
+        with whole_folder(output, replace=False) as aside:
+            write_weights(model, own, dtype, aside)
+            carried = copy_into_export(source, aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
+            check_export(aside, own, dtype, trust)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"OUT_DIR is {output}, which cannot be written ({error}): make room, or name another folder."
+        ) from error
+    if config.model.path is not None:
+        carried.log(str(output))
 
 
 def _card(config: Config, progress: dict[str, int]) -> str:

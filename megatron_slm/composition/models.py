@@ -24,9 +24,9 @@ from megatron_slm.models.causal_lm import (
     build_student,
     initialize_weights,
     load_pretrained,
-    model_config,
 )
 from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
+from megatron_slm.models.configuration import model_config
 from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.packed_attention import packed_attention
 from megatron_slm.models.replay import ReplayStudent

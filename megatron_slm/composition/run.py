@@ -21,6 +21,7 @@ from megatron_slm.composition.models import (
 )
 from megatron_slm.composition.objective import make_candidates, make_rule, objective_at
 from megatron_slm.composition.plan import learning_rate_at, resolve, schedule_changes
+from megatron_slm.composition.starting_files import keep_starting_files
 from megatron_slm.composition.stores import Order, effective_min_context, store_fingerprints, student_as_reference
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.loader import StepLoader
@@ -110,8 +111,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     )  # fmt: skip
     samples = make_samples(config, corpora, plan, folder.cache, world)
     agree(lambda: folder.begin(config, samples.fingerprint, store_fingerprints(config)))
-    if corpora.kept is not None and world.is_main:
-        logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
+    agree(lambda: _write_at_start(folder, config, corpora, settled.hf_config) if world.is_main else None)
     loader = _loader(config, plan, samples, world)
     backend = make_backend(config, world)
     student, engine = make_student(config, settled.hf_config, backend, world)
@@ -210,6 +210,13 @@ def _warn_of_moved_schedules(settled: Settled, step: int, world: World) -> None:
             before[1].total_steps,
             "; ".join(changes),
         )
+
+
+def _write_at_start(folder: RunFolder, config: Config, corpora: Corpora, hf_config: PretrainedConfig) -> None:
+    """Keep what export needs in the run directory, and log what a keep-list leaves."""
+    keep_starting_files(folder, config, corpora, hf_config)
+    if corpora.kept is not None:
+        logger.info("data.keep is %s: %s", config.data.keep, kept_in_words(corpora))
 
 
 def _loader(config: Config, plan: Plan, samples: Samples, world: World) -> StepLoader:

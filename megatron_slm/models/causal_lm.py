@@ -1,6 +1,5 @@
 """Any Hugging Face causal language model as a module that answers with a loss a token."""
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -8,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from megatron_slm.errors import UserError, refuse_missing_folder
+from megatron_slm.errors import UserError
+from megatron_slm.models.configuration import load, one_line
 from megatron_slm.models.head import token_loss
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.models.tied import refuse_untied
 from megatron_slm.types import Batch, TokenSignals
 
 IGNORED = -100
@@ -77,45 +78,6 @@ def masked_labels(batch: Batch) -> Tensor:
     return batch.labels_BT.masked_fill(~batch.valid_BT, IGNORED)
 
 
-def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str, int | None]) -> PretrainedConfig:
-    """The Hugging Face configuration of the student.
-
-    Args:
-        settings: a path, or a configuration from scratch, which takes its vocabulary from the corpus.
-        vocab_size: entries of the corpus's tokenizer.
-        special_ids: bos_token_id and the like, for a model from scratch.
-
-    Raises:
-        UserError: unknown model type, or a vocabulary smaller than the tokenizer's.
-    """
-    if settings.path is not None:
-        config = pretrained_config(settings.path, "model", settings.trust_remote_code)
-    try:
-        if settings.path is not None:
-            config.update(settings.config)
-        else:
-            multiple = settings.make_vocab_size_divisible_by
-            defaults = {"vocab_size": -(-vocab_size // multiple) * multiple, **special_ids}
-            config = AutoConfig.for_model(**(defaults | settings.config))
-    except Exception as error:
-        raise UserError(
-            f"model.config is not a Hugging Face configuration: {_near(settings) or _one_line(error)}."
-        ) from error
-    if config.vocab_size < vocab_size:
-        raise UserError(
-            f"The student has {config.vocab_size} vocabulary entries and the corpus's tokenizer {vocab_size}: "
-            "use the model's own tokenizer in prepare."
-        )
-    return config
-
-
-def _near(settings: ModelSettings) -> str:
-    """The model type that was probably meant: Hugging Face would name all of them."""
-    wanted = str(settings.config.get("model_type"))
-    near = difflib.get_close_matches(wanted, CONFIG_MAPPING, n=1)
-    return f"model_type is '{wanted}', did you mean {near[0]}?" if near and wanted not in CONFIG_MAPPING else ""
-
-
 def build_student(
     settings: ModelSettings, config: PretrainedConfig, precision: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
@@ -128,23 +90,27 @@ def build_student(
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     if settings.path is not None:
-        return load_pretrained(settings.path, "model", settings.trust_remote_code, config=config, **options)
+        lm = load_pretrained(settings.path, "model", settings.trust_remote_code, config=config, **options)
+        return _learning_every_row(lm)
     try:
         with device:
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        return _learning_every_row(lm)
     except Exception as error:
         raise UserError(
-            f"No model can be made from model.config and model.attn_implementation: {_one_line(error)}."
+            f"No model can be made from model.config and model.attn_implementation: {one_line(error)}."
         ) from error
 
 
-def pretrained_config(path: str, setting: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a pretrained model; the arguments are those of `load_pretrained`.
+def _learning_every_row(lm: PreTrainedModel) -> PreTrainedModel:
+    """Let the input embedding learn the row of the pad token, which would get no gradient and start at zero.
 
-    Raises:
-        UserError: it cannot be read.
+    Samples are packed, so nothing is padded, and the pad token is often one that occurs in text, such as eos.
     """
-    return _load(AutoConfig.from_pretrained, path, setting, trust_remote_code)
+    embedding = lm.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None
+    return lm
 
 
 def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
@@ -157,11 +123,11 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
         options: for `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read, or its files do not hold all of its weights.
+        UserError: it cannot be read, its files do not hold all of its weights, or a student's hold two that it ties.
     """
     read = AutoModelForCausalLM.from_pretrained
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = _load(read, path, setting, trust_remote_code, **options)
+    model, found = load(read, path, setting, trust_remote_code, **options)
     # Hugging Face would fill them with random numbers, of another seed on each rank.
     lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lacking:
@@ -169,6 +135,8 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
             f"{setting}.path is '{path}', whose files lack {len(lacking)} of the model's weights or hold them in "
             f"another shape, {lacking[0]} among them: check that they are complete, and model.config if you set it."
         )
+    if setting == "model":
+        refuse_untied(model, path)
     return model
 
 
@@ -203,15 +171,3 @@ def _initializers(model: PreTrainedModel) -> dict[str, Callable[[nn.Module], Non
 
 def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-
-
-def _load(read: Callable[..., Any], path: str, setting: str, trust_remote_code: bool, **options: Any) -> Any:
-    refuse_missing_folder(f"{setting}.path", path)
-    try:
-        return read(path, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:
-        raise UserError(f"{setting}.path is '{path}', which cannot be loaded: {_one_line(error)}.") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

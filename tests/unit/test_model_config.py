@@ -1,0 +1,181 @@
+"""Every key of `model.config` has an effect, or is refused."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from megatron_slm.errors import UserError
+from megatron_slm.models.configuration import model_config
+from megatron_slm.models.settings import ModelSettings
+from tests.runs import LLAMA
+
+SPECIAL = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 32,
+}
+GEMMA3 = {
+    **{"model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def resolve(config: dict[str, Any], path: Path | None = None, trusted: bool = False) -> Any:
+    settings = ModelSettings(path=str(path) if path else None, config=config, trust_remote_code=trusted)
+    return model_config(settings, 10, SPECIAL)
+
+
+def stored(folder: Path, model: dict[str, Any]) -> Path:
+    AutoConfig.for_model(**model, vocab_size=20).save_pretrained(folder)
+    return folder
+
+
+def refusal(config: dict[str, Any], path: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(config, path)
+    return str(caught.value)
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 2}
+GROUPED = {"model_type": "gemma3", "text_config": {"vocab_size": 20}}
+
+
+NONE = "has no such attribute: "
+TWO_THETAS = {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+
+
+@pytest.mark.parametrize(
+    ("model", "changed", "sentence"),
+    [
+        (LLAMA, {"n_layers": 2}, f"model.config.n_layers is 2, but LlamaConfig {NONE}did you mean"),
+        (LLAMA, {"max_positon_embeddings": 9}, f"LlamaConfig {NONE}did you mean max_position_embeddings?"),
+        (LLAMA, {"trust_remote_code": True}, "set model.trust_remote_code instead"),
+        (LLAMA, {"temperature": 0.5}, f"temperature is 0.5, but LlamaConfig {NONE}"),
+        (GPT2, {"rope_theta": 5e5}, f"rope_theta is 500000.0, but GPT2Config {NONE}its positions are not rotary"),
+        (GPT2, {"n_positions": 64, "max_position_embeddings": 32}, "are two names of one attribute"),
+        (LLAMA, TWO_THETAS, "give rope_theta two values"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "two types"),
+        (LLAMA, {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "two values"),
+    ],
+)
+def test_a_key_without_an_effect_is_refused(
+    model: dict[str, Any], changed: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    assert sentence in refusal(model | changed)
+    assert sentence in refusal(changed, stored(tmp_path, model))
+
+
+def test_a_key_in_a_group_is_looked_at_there(tmp_path: Path) -> None:
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 20}
+    path = stored(tmp_path, {"model_type": "gemma3", "text_config": text})
+    assert "model.config.text_config.n_layerz is 3" in refusal({"text_config": {"n_layerz": 3}}, path)
+    config = AutoConfig.from_pretrained(path)
+    from megatron_slm.models.configuration import _change
+
+    _change(config, {"text_config": {"attention_bias": True}}, "model.config", str(path))
+    assert config.text_config.attention_bias is True and config.text_config.hidden_size == 32
+
+
+def test_another_type_than_that_of_the_path_is_refused(tmp_path: Path) -> None:
+    path = stored(tmp_path, LLAMA)
+    assert f"model.config.model_type is 'mistral', but model.path is '{path}', a llama" in refusal(
+        {"model_type": "mistral"}, path
+    )
+    assert resolve({"model_type": "llama"}, path).hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LLAMA | {"rms_norm_eps": 1e-5, "use_cache": False, "attn_implementation": "eager", "torch_dtype": "float32"},
+        {"model_type": "gpt2", "n_embd": 32, "hidden_size": 32, "n_head": 2, "n_positions": 64},
+        {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": False},
+        {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "rotary_pct": 0.5, "pad_token_id": 3},
+    ],
+)
+def test_names_that_are_read_are_taken(config: dict[str, Any]) -> None:
+    resolved = resolve(config)
+    for key, value in config.items():
+        if key not in ("model_type", "attn_implementation", "torch_dtype", "rotary_pct"):
+            assert getattr(resolved, key) == value
+
+
+def test_what_the_stored_configuration_holds_may_be_changed(tmp_path: Path) -> None:
+    path = stored(tmp_path, LLAMA)
+    tree = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(tree | {"license_of_ours": "a"}))
+    assert resolve({"license_of_ours": "b"}, path).license_of_ours == "b"
+
+
+def test_code_that_comes_with_a_model_names_its_own_attributes(tmp_path: Path) -> None:
+    (tmp_path / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n"
+        "class OwnConfig(LlamaConfig):\n"
+        "    model_type = 'own'\n"
+        "    def __init__(self, own_gate=1, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.own_gate = own_gate\n"
+    )
+    (tmp_path / "modeling_own.py").write_text("def forward(config):\n    return getattr(config, 'own_scale', 1.0)\n")
+    tree = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}, "vocab_size": 20}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    (tmp_path / "__init__.py").write_text("")
+    assert resolve({"own_gate": 2}, tmp_path, trusted=True).own_gate == 2
+    with pytest.raises(UserError, match="own_gait is 2, but OwnConfig has no such attribute: did you mean own_gate"):
+        resolve({"own_gait": 2}, tmp_path, trusted=True)
+
+
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+LINEAR = {"factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"rope_theta": 5e5}, DEFAULT),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, LINEAR | {"rope_type": "linear"}),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, LLAMA3 | {"rope_theta": 5e5}),
+        ({"rope_theta": 5e5, "rope_parameters": LLAMA3}, LLAMA3 | {"rope_theta": 5e5}),
+        ({"rope_theta": 5e5, "rope_parameters": DEFAULT}, DEFAULT),
+        ({"rope_parameters": {"rope_theta": 5e5}}, DEFAULT),
+        ({"rope_scaling": None}, DEFAULT | {"rope_theta": 1e4}),
+    ],
+)
+def test_older_names_of_rotary_positions_become_the_new_one(
+    changed: dict[str, Any], expected: dict[str, Any], read: bool, tmp_path: Path
+) -> None:
+    given = copy.deepcopy(changed)
+    resolved = resolve(changed, stored(tmp_path, LLAMA)) if read else resolve(LLAMA | changed)
+    assert resolved.rope_parameters == expected
+    assert not {"rope_theta", "rope_scaling"} & resolved.to_dict().keys()
+    assert changed == given, "the run's own settings are as they were"
+    resolved.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").rope_parameters == expected
+
+
+def test_what_is_not_asked_stays_as_it_was_stored(tmp_path: Path) -> None:
+    path = stored(tmp_path, LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 3e5}})
+    assert resolve({"rope_theta": 5e5}, path).rope_parameters == LLAMA3 | {"rope_theta": 5e5}
+    other = resolve({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, path).rope_parameters
+    assert other == {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e5}
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_layers_of_several_types_have_rotary_positions_of_their_own(read: bool, tmp_path: Path) -> None:
+    def rope(changed: dict[str, Any]) -> dict[str, Any]:
+        path = stored(tmp_path, GEMMA3)
+        return (resolve(changed, path) if read else resolve(GEMMA3 | changed)).rope_parameters
+
+    near = {"rope_type": "default", "rope_theta": 1e4}
+    assert rope({"rope_theta": 5e5}) == {"full_attention": near | {"rope_theta": 5e5}, "sliding_attention": near}
+    # As large as that of the other layers already is.
+    assert rope({"rope_theta": 1e4}) == {"full_attention": near, "sliding_attention": near}
+    far = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    scaled = rope({"rope_scaling": {"rope_type": "linear", "factor": 8.0}})
+    assert scaled == {"full_attention": far, "sliding_attention": near}
+    assert rope({"rope_parameters": {"full_attention": far, "sliding_attention": near}}) == scaled
