@@ -16,6 +16,7 @@ from megatron_slm.data.loader import StepLoader, accumulation_steps
 from megatron_slm.data.samples import Sample
 from megatron_slm.dist import World, gather_objects
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
+from megatron_slm.models.router import find_router_loss
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
@@ -149,7 +150,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"updates": [], "planned": objective.planned, "selected": [], "losses": [], "sums": []}
     reference = make_reference(world, backend, case, hf_config)
     candidates, ranked = make_candidates(engine, case)
-    result |= {"tokens": [], "ranked": ranked}
+    result |= {"tokens": [], "ranked": ranked, "router": []}
     learner = make_learner(case.backward, module, engine, LENGTH)
     step = TrainingStep(engine, reference, learner, seed=5, num_sources=2, world=world, candidates=candidates)
     times = case.candidates or 1
@@ -164,6 +165,8 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
         result["losses"].append(outcome.loss)
         result["sums"].append(outcome.statistics.reduce())
         result["tokens"].append(outcome.tokens)
+        if outcome.statistics.has_router:
+            result["router"].append(outcome.statistics.router_loss())
     result["after"] = weights(backend, module)
     merged: dict[int, dict[str, Any]] = {}
     for chosen in gather_objects(objective.chosen):
@@ -194,7 +197,7 @@ def make_student(backend: Backend, case: Case) -> tuple[CausalLM, PretrainedConf
     initialize_weights(lm, 1, backend.gathered)
     if case.checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return CausalLM(lm, head_chunk=5), hf_config
+    return CausalLM(lm, head_chunk=5, router=find_router_loss(lm)), hf_config
 
 
 def make_objective(case: Case) -> Any:

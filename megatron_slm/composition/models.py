@@ -17,7 +17,7 @@ from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World, agree, gather_objects
-from megatron_slm.errors import AgreedError
+from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.models.attention import open_attention
 from megatron_slm.models.causal_lm import (
     CausalLM,
@@ -30,6 +30,7 @@ from megatron_slm.models.configuration import model_config
 from megatron_slm.models.exact import ExactStudent
 from megatron_slm.models.packed_attention import packed_attention
 from megatron_slm.models.replay import ReplayStudent
+from megatron_slm.models.router import check_own_losses, find_router_loss
 from megatron_slm.models.rows import RowStudent
 from megatron_slm.models.selective_checks import (
     check_attention,
@@ -95,11 +96,12 @@ def make_student(
     lm.config.use_cache = False
     if training.activation_checkpointing == "full":
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    module = CausalLM(lm)
+    module = CausalLM(lm, router=find_router_loss(lm))
     accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
     settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     _check_answers(config, engine.module, lm)
+    check_own_losses(lm, module.router)
     return module, engine
 
 
@@ -115,7 +117,13 @@ def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_le
         UserError: rows or replay are not right for this model.
     """
     if backward == "exact":
-        return ExactStudent(engine)
+        return ExactStudent(engine, module.router.coefficient if module.router else 0.0)
+    if module.router is not None:
+        raise UserError(
+            f"selection.backward is {backward}, but the student has a router loss of all tokens "
+            "(output_router_logits), which needs the backward of all: set selection.backward=exact, or "
+            "model.config.output_router_logits=false."
+        )
     lm = module.lm
     before_BT = sequence_losses(engine.module, lm, seq_length, {})
     agree(lambda: open_attention(lm))

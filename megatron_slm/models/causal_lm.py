@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from megatron_slm.errors import UserError
 from megatron_slm.models.configuration import load, one_line
 from megatron_slm.models.head import token_loss
+from megatron_slm.models.router import RouterLoss
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.models.tied import refuse_untied
 from megatron_slm.types import Batch, TokenSignals
@@ -27,9 +28,10 @@ class CausalLM(nn.Module):
     forward reads it.
     """
 
-    def __init__(self, lm: PreTrainedModel, head_chunk: int | None = None) -> None:
+    def __init__(self, lm: PreTrainedModel, head_chunk: int | None = None, router: RouterLoss | None = None) -> None:
         super().__init__()
         self.lm = lm
+        self.router = router
         self._head_chunk = head_chunk
 
     def forward(
@@ -46,11 +48,14 @@ class CausalLM(nn.Module):
             brought: what the call brings to the layers of the model beside: `selective` (models/attention.py).
 
         Returns:
-            float32 `[B, T]` columns: `loss` in nats, and those wanted.
+            float32 `[B, T]` columns: `loss` in nats, and those wanted. Where gradients are recorded and the model has a
+            router loss, also `router`: that loss, a number, without its coefficient.
         """
-        hidden_BTD = self.lm.base_model(
-            input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False, **(brought or {})
-        ).last_hidden_state
+        options = dict(brought or {})
+        if self.router is not None:
+            options["output_router_logits"] = torch.is_grad_enabled()
+        output = self.lm.base_model(input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False, **options)
+        hidden_BTD = output.last_hidden_state
         head = self.lm.get_output_embeddings()
         loss_N, entropy_N = token_loss(
             hidden_BTD.flatten(0, 1),
@@ -63,6 +68,8 @@ class CausalLM(nn.Module):
         signals = {"loss": loss_N.view_as(tokens_BT)}
         if "entropy" in want:
             signals["entropy"] = entropy_N.view_as(tokens_BT)
+        if self.router is not None and torch.is_grad_enabled():
+            signals["router"] = self.router.balance(output.router_logits)
         return signals
 
 

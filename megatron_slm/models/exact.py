@@ -13,10 +13,11 @@ from megatron_slm.types import Batch, TokenSignals
 
 @dataclass(frozen=True)
 class ExactTape:
-    """The batch, and the loss with its graph if that was kept."""
+    """The batch; if they were kept, the loss with its graph, and the model's own loss with its graph if it has one."""
 
     batch: Batch
     loss_BT: Tensor | None
+    router: Tensor | None = None
 
 
 class ExactStudent:
@@ -24,19 +25,29 @@ class ExactStudent:
 
     Args:
         engine: the module (a `CausalLM`) with its optimizer.
+        router_coefficient: of the model's router loss, if it has one.
     """
 
-    def __init__(self, engine: TrainingEngine) -> None:
+    def __init__(self, engine: TrainingEngine, router_coefficient: float = 0.0) -> None:
         self._engine = engine
+        self._router_coefficient = router_coefficient
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, ExactTape]:
         with torch.set_grad_enabled(keep):
             signals = score_batch(self._engine.module, batch, want)
-        tape = ExactTape(batch, signals["loss"] if keep else None)
+        router = signals.pop("router", None)
+        tape = ExactTape(batch, signals["loss"] if keep else None, router)
         return {name: column.detach() for name, column in signals.items()}, tape
 
-    def backward(self, tape: ExactTape, weights_BT: Tensor, scale: float, *, last: bool) -> None:
-        loss_BT = tape.loss_BT
+    def backward(
+        self, tape: ExactTape, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0
+    ) -> Tensor | None:
+        loss_BT, router = tape.loss_BT, tape.router
         if loss_BT is None:
-            loss_BT = score_batch(self._engine.module, tape.batch)["loss"]
-        self._engine.backward(weighted_loss(loss_BT, weights_BT) * scale, last=last)
+            signals = score_batch(self._engine.module, tape.batch)
+            loss_BT, router = signals["loss"], signals.get("router")
+        objective = weighted_loss(loss_BT, weights_BT) * scale
+        if router is not None:
+            objective = objective + self._router_coefficient * share * router
+        self._engine.backward(objective, last=last)
+        return None if router is None else router.detach()

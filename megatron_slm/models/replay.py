@@ -86,7 +86,7 @@ class ReplayStudent:
         signals, known = self._first_pass(batch, want)
         return signals, ReplayTape(batch, known if keep else None)
 
-    def backward(self, tape: ReplayTape, weights_BT: Tensor, scale: float, *, last: bool) -> None:
+    def backward(self, tape: ReplayTape, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0) -> None:
         loss_1R, weights_1R = self.replay(tape, weights_BT)
         self._engine.backward(weighted_loss(loss_1R, weights_1R) * scale, last=last)
 

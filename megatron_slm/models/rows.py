@@ -202,7 +202,7 @@ class RowStudent:
         tape = RowTape(batch, rows, signals["loss"] if keep else None)
         return {name: column.detach() for name, column in signals.items()}, tape
 
-    def backward(self, tape: RowTape, weights_BT: Tensor, scale: float, *, last: bool) -> None:
+    def backward(self, tape: RowTape, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0) -> None:
         tape.rows.choose(weights_BT != 0)
         loss_BT = tape.loss_BT
         if loss_BT is None:

@@ -32,7 +32,7 @@ class Student(Protocol[T]):
             keep: what `backward` needs of this forward; otherwise it runs the batch again.
         """
 
-    def backward(self, tape: T, weights_BT: Tensor, scale: float, *, last: bool) -> None:
+    def backward(self, tape: T, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0) -> Tensor | None:
         """Add the gradient of `scale * sum(weights * loss)`; every rank calls it, also with all weights zero.
 
         Args:
@@ -40,4 +40,10 @@ class Student(Protocol[T]):
             weights_BT: float32; tokens of weight 0 do not count.
             scale: one over the planned count of the optimizer step, times the number of ranks.
             last: of the optimizer step.
+            share: one over the micro-batches of the step on this rank. The model's own loss counts by it, because the
+                engine averages over ranks and adds up micro-batches.
+
+        Returns:
+            The model's own loss of this batch, detached and without its coefficient (models/router.py). None if it has
+            none.
         """

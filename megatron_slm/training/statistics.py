@@ -63,11 +63,17 @@ class StepStatistics:
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
         self._excess: list[tuple[Tensor, Tensor]] = []
         self._nan = torch.zeros((), dtype=torch.int64, device=device)
+        self._routers: list[Tensor] = []
         self.first_pool: Pool | None = None
 
     @property
     def has_reference(self) -> bool:
         return bool(self._excess)
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the student has a router loss; the same on every rank."""
+        return bool(self._routers)
 
     @property
     def num_nan(self) -> int:
@@ -92,6 +98,16 @@ class StepStatistics:
             self._excess.append((loss_BT - signals["reference.loss"], choice.competing_BT))
         for row, mask_BT in enumerate((valid_BT, choice.mask_BT)):
             self._by_source_2S[row].index_add_(0, pool.source_B, mask_BT.sum(-1).double())
+
+    def add_router(self, loss: Tensor) -> None:
+        """Add the router loss of one micro-batch of this rank."""
+        self._routers.append(loss.double())
+
+    def router_loss(self) -> float:
+        """Return the mean router loss over all micro-batches and ranks; every rank calls it, if there is one."""
+        losses = torch.stack(self._routers)
+        total, count = all_reduce_sum(torch.stack([losses.sum(), losses.new_tensor(len(losses))])).tolist()
+        return total / count
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum(dtype=torch.float64)

@@ -67,7 +67,7 @@ class TrainingStep:
         candidates: Candidates | None = None,
     ) -> None:
         self._engine = engine
-        self._whole = ExactStudent(engine)
+        self._whole = student if isinstance(student, ExactStudent) else ExactStudent(engine)
         self._selective: Student[Any] = student or self._whole
         self._reference = reference
         self._seed = seed
@@ -113,7 +113,9 @@ class TrainingStep:
             choice = objective.choose(whole, signals)
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
-            _backward(student, tapes, choice.weights_BT, scale, last_pool=index == len(pools) - 1)
+            last_pool = index == len(pools) - 1
+            for router in _backward(student, tapes, choice.weights_BT, scale, 1 / len(batches), last_pool=last_pool):
+                statistics.add_router(router)
             del tapes  # keys and values of replay, which the next pool and the update have no room for
         loss, selected, asked = self._agree(suspects, statistics, take_asked(), step)
         tokens = self._count(dealt, batches, selected, objective)
@@ -174,10 +176,16 @@ class TrainingStep:
         )
 
 
-def _backward(student: Student[Any], tapes: list[Tape], weights_BT: Tensor, scale: float, last_pool: bool) -> None:
+def _backward(
+    student: Student[Any], tapes: list[Tape], weights_BT: Tensor, scale: float, share: float, *, last_pool: bool
+) -> list[Tensor]:
+    """Run the backward of a pool; return the student's own losses, one per micro-batch, if it has any."""
     sizes = [len(tape.batch.tokens_BT) for tape in tapes]
+    own = []
     for index, (tape, part_BT) in enumerate(zip(tapes, weights_BT.split(sizes), strict=True)):
-        student.backward(tape, part_BT, scale, last=last_pool and index == len(tapes) - 1)
+        last = last_pool and index == len(tapes) - 1
+        own.append(student.backward(tape, part_BT, scale, last=last, share=share))
+    return [loss for loss in own if loss is not None]
 
 
 def _not_finite(pool: Batch, signals: TokenSignals) -> Tensor:

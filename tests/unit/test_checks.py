@@ -94,7 +94,6 @@ def test_models_that_restart_at_documents_are_accepted(model_type: str, dtype: t
 
 LEAKY = {
     "bloom": {},
-    "falcon": {},
     "falcon_h1": {"num_key_value_heads": 2, "mamba_chunk_size": 16},
     "mamba": {},
     "opt": {"ffn_dim": 64},

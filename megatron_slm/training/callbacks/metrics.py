@@ -38,6 +38,8 @@ class StepMetrics(Callback):
             "skipped_updates": state.skipped_updates,
             "failed_saves": state.failed_saves,
         }
+        if result.statistics.has_router:
+            state.record["loss/router"] = result.statistics.router_loss()
         if self._selective:
             state.record |= self._selection(state, result, sums)
             self._warn(result.statistics.num_nan)
