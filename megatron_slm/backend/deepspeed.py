@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -157,14 +158,19 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         failures: list[Exception] = []
         engine = self._engine
-        with _kept(failures, engine.checkpoint_engine, "save"), _kept(failures, engine, "_copy_recovery_script"):
-            engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        with (
+            _without_patterns(folder) as plain,
+            _kept(failures, engine.checkpoint_engine, "save"),
+            _kept(failures, engine, "_copy_recovery_script"),
+        ):
+            engine.save_checkpoint(str(plain), tag=TAG, save_latest=False)
         if failures:
             raise failures[0]
 
     def load(self, folder: Path) -> None:
         self._refuse_other_world_size(folder)
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        with _without_patterns(folder) as plain:
+            loaded, _ = self._engine.load_checkpoint(str(plain), tag=TAG)
         if loaded is None:
             raise UserError(f"The checkpoint {folder} holds no DeepSpeed state: resume from an earlier one.")
 
@@ -172,6 +178,19 @@ class DeepSpeedEngine:
         saved = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
         if saved:
             refuse_other_ranks(folder, self._stage, saved, self._world.size)
+
+
+@contextmanager
+def _without_patterns(folder: Path) -> Iterator[Path]:
+    """Yield a path to the folder without `[`, `]`, `*` and `?`, which DeepSpeed would take for patterns of `glob`.
+
+    That is the name that Linux gives to an open folder; it belongs to this process alone.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

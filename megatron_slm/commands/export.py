@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_slm.config import Config, load_config
 from megatron_slm.errors import UserError
 from megatron_slm.files import whole_folder
+from megatron_slm.paths import refuse_taken
 from megatron_slm.selection.words import rule_in_words
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Export in one process."""
-    if arguments.output.exists():
-        raise UserError(f"OUT_DIR is {arguments.output}, which exists: name a folder that does not.")
+    refuse_taken("OUT_DIR", arguments.output)
     config_file = Path(arguments.run_dir) / "config.yaml"
     if not config_file.exists():
         raise UserError(f"RUN_DIR is {arguments.run_dir}, which holds no config.yaml: name the folder of a run.")
@@ -53,11 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
     from megatron_slm.composition.models import PRECISIONS, make_backend
-    from megatron_slm.dist import connect, disconnect
+    from megatron_slm.dist import connect_alone, disconnect
     from megatron_slm.run_folder import RunFolder
     from megatron_slm.training.checkpoints import CheckpointStore, saved_steps
 
-    world = connect()
+    world = connect_alone("export")
     try:
         folder = RunFolder(config.run_dir, world)
         steps = saved_steps(folder.checkpoints)

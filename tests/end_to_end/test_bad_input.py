@@ -384,6 +384,11 @@ def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, di
     assert "--checkpoint is 7" in refused("export", run, str(tmp_path / "out"), "--checkpoint", "7")
     (tmp_path / "mine").mkdir()
     assert "which exists" in refused("export", run, str(tmp_path / "mine"))
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    assert "a link to" in refused("export", run, str(tmp_path / "link"))
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    status, heard = run_ranks(command_line_among, 1, launched, "export", run, str(tmp_path / "out"))[0]
+    assert "export was started on 2 ranks" in sentence_of("export", status, heard)
 
 
 def test_two_ranks_that_met_say_it_once(corpora: Path, tmp_path: Path) -> None:

@@ -262,3 +262,18 @@ def test_a_longer_run_says_how_its_learning_rate_moves(corpora: Path, tmp_path: 
     # Resumed once more with the same length, nothing moves.
     again = run_ranks(command_line, 1, "train", config, "training.train_tokens=1024")[0][1]
     assert "learning rate of step" not in again
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_paths_with_characters_of_patterns_are_paths(corpora: Path, tmp_path: Path, stage: int) -> None:
+    folder = tmp_path / "a[b] *?"
+    shutil.copytree(corpora, folder / "corpora [1]")
+    tree = config_tree(folder / "corpora [1]", folder / "run [1]", stage, **SHORT)
+    tree["model"] = {"path": str(folder / "corpora [1]" / "reference")}
+    config = str(write_config(tmp_path / "run.yaml", tree))
+    half = (f"training.train_tokens={5 * 8 * 32}", f"data.order_tokens={10 * 8 * 32}", "training.schedule=constant")
+    for arguments in (half, half[1:]):
+        assert run_ranks(command_line, 1, "train", config, *arguments)[0][0] == 0
+    assert [record["step"] for record in records(folder / "run [1]")] == list(range(1, 11))
+    assert run_ranks(command_line, 1, "export", str(folder / "run [1]"), str(folder / "out [1]"))[0][0] == 0
+    assert (folder / "out [1]" / "model.safetensors").exists()
