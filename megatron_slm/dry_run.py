@@ -155,6 +155,7 @@ def _say_sizes(
         zero=config.deepspeed.get("zero_optimization", {}) if config.training.backend == "deepspeed" else {"stage": 0},
         checkpointing=config.training.activation_checkpointing == "full",
         replayed=_replayed(config),
+        fused=world.device.type == "cuda",
     )
     _say_memory(memory, world, found)
     _say_disk(config, size, precision, found)
@@ -271,16 +272,15 @@ def _model_in_words(config: PretrainedConfig, size: ModelSize, origin: str) -> s
 
 
 def _say_memory(memory: RankMemory, world: World, found: Findings) -> None:
-    for place, parts in (("device", memory.device), ("host", memory.host)):
+    on_cuda = world.device.type == "cuda"
+    places = {" on the GPU": memory.device, " on the host": memory.host}
+    for place, parts in (places if on_cuda else {"": memory.device | memory.host}).items():
         if parts:
             listed = ", ".join(f"{name} {_size(n)}" for name, n in sorted(parts.items(), key=lambda part: -part[1]))
-            found.say(
-                "memory",
-                f"about {_size(sum(parts.values()))} a rank on the {place}, and a third more to be safe: {listed}",
-            )
-    if world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-        found.say("", f"the device here has {_size(total)}")
+            total = _size(sum(parts.values()))
+            found.say("memory", f"about {total} per rank{place} ({listed}). Leave a third more for the libraries.")
+    if on_cuda:
+        found.say("", f"the GPU here has {_size(torch.cuda.get_device_properties(world.device).total_memory)}")
 
 
 def _say_disk(config: Config, size: ModelSize, precision: torch.dtype, found: Findings) -> None:

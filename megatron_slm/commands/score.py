@@ -8,6 +8,7 @@ srun. After a kill, the same command resumes. docs/score.md compares the two kin
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
+from megatron_slm.launcher import is_main_process
 from megatron_slm.scoring.settings import ScoreSettings
 
 _EPILOG = """examples:
@@ -98,6 +100,8 @@ def _verify(path: str) -> None:
 
 
 def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:
+    if is_main_process(os.environ):
+        logging.getLogger(__name__).info("loading the libraries, the corpora and the model")
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.composition.scoring import score_corpora

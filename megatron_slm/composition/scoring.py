@@ -212,6 +212,9 @@ def _fill(jobs: list[Job], attempt: Attempt | None, output: Path, world: World) 
     left = total - sum(rows for _, rows in finished.values())
     if left < total and world.is_main:
         logger.info("going on after %s of %s tokens", f"{total - left:,}", f"{total:,}")
+    if world.is_main:
+        shards = sum(job.source.num_shards for job in jobs)
+        logger.info("scoring %s tokens in %d shards, into %s", f"{left:,}", shards, output)
     done = 0
     with Meter(left, "tokens", shown=world.is_main) as meter:
         for job in jobs:

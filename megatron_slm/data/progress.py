@@ -11,6 +11,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 30.0
+_FIRST_LOG_SECONDS = 5.0  # so that a wrong guess of how long it takes shows soon
 T = TypeVar("T")
 
 
@@ -28,7 +29,8 @@ class Meter:
         self._unit = unit
         self._shown = shown
         self._bar = tqdm(total=total or None, unit=f" {unit}", unit_scale=True, disable=None if shown else True)
-        self._start = self._reported_at = time.monotonic()
+        self._start = time.monotonic()
+        self._next_report = self._start + _FIRST_LOG_SECONDS
 
     def __enter__(self) -> "Meter":
         return self
@@ -40,8 +42,8 @@ class Meter:
         """So many units are done since the beginning."""
         self._bar.update(done - self._bar.n)
         now = time.monotonic()
-        if self._shown and self._bar.disable and now - self._reported_at > _LOG_SECONDS:
-            self._reported_at = now
+        if self._shown and self._bar.disable and now > self._next_report:
+            self._next_report = now + _LOG_SECONDS
             seconds = (self._total - done) * (now - self._start) / max(done, 1)
             left = f" of {self._total:,}, {seconds:.0f} s left" if self._total else ""
             speed = done / (now - self._start)

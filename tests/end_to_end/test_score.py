@@ -347,6 +347,8 @@ def test_the_command_scores_and_training_reads_it(corpora: Path, tmp_path: Path)
     done = run_ranks(command_line_among, 2, {"MASTER_PORT": free_port()}, "score", config)
     assert [status for status, _ in done] == [0, 0]
     assert "train with: reference.store=" in done[0][1]
+    before_the_first_shard = done[0][1].partition("scoring 6,595 tokens in 1 shards")
+    assert "loading the libraries" in before_the_first_shard[0] and "mean loss" in before_the_first_shard[2]
     assert "scores is intact: 6595 tokens" in megatron_slm("score", config, "--verify").stderr
     alone = megatron_slm("score", config, f"score.output={tmp_path}/alone")
     assert alone.returncode == 0, alone.stderr

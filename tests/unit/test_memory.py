@@ -73,6 +73,14 @@ def test_stages_partition_what_their_name_says() -> None:
         zero = {"stage": stage, "reduce_bucket_size": 10, "stage3_max_live_parameters": 20}
         return rank_memory(SIZE, [], ranks=4, precision=torch.bfloat16, zero=zero, checkpointing=False).device
 
+    def on_a_cpu(stage: int, **zero: int) -> int:
+        options: dict[str, Any] = {"ranks": 4, "precision": torch.float32, "checkpointing": False, "fused": False}
+        return rank_memory(SIZE, [], zero={"stage": stage} | zero, **options).device.get("update", 0)
+
+    # Without a fused kernel, AdamW makes two tensors as large as what it updates at a time.
+    assert [on_a_cpu(stage) for stage in (0, 1, 2, 3)] == [0, 2000, 2000, 2000]
+    assert on_a_cpu(3, sub_group_size=100) == 800
+    assert "update" not in at(3)
     assert at(0) == {"weights": 2000, "gradients": 4000, "optimizer": 8000, "activations": 250, "head": 7}
     assert at(1) == at(0) | {"optimizer": 3000, "buffers of ZeRO": 20}
     assert at(2) == at(1) | {"gradients": 1000}
