@@ -25,9 +25,9 @@ INTRODUCTION = """# Every setting
 Written by `python tools/config_page.py > docs/configuration.md`; a test holds it to the code.
 
 One YAML file per run; `a.b=c` on the command line replaces a value. Numbers may be written `80e9`, `80B` or
-`80_000_000_000`. In paths, `~`, `$VAR` and `${VAR}` are replaced when the configuration is read, and `config.yaml` of the run
-holds the result. A setting that does not exist is an error that names the nearest one. A setting that is given twice, in the file or on
-the command line, is an error too. *Origin*: where the name comes from.
+`80_000_000_000`. In paths, `~`, `$VAR` and `${VAR}` are replaced when the configuration is read, and `config.yaml`
+of the run holds the result. A setting that does not exist is an error that names the nearest one. A setting that is
+given twice, in the file or on the command line, is an error too. *Origin*: where the name comes from.
 A ⟳ marks what may differ when a run is resumed; anything else is refused, and the sentence says what differs.
 """
 

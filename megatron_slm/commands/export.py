@@ -116,6 +116,23 @@ def _write_folder(
         ) from error
     if config.model.path is not None:
         carried.log(str(output))
+    _warn_of_other_ids(output)
+
+
+def _warn_of_other_ids(output: Path) -> None:
+    from megatron_slm.data.tokenizer import auto_tokenizer_agrees
+
+    try:
+        agrees = auto_tokenizer_agrees(output)
+    except Exception as error:  # tokenizers are foreign code, and the weights are exported
+        logging.getLogger(__name__).warning("AutoTokenizer cannot load %s: %s", output, error)
+        return
+    if not agrees:
+        logging.getLogger(__name__).warning(
+            "AutoTokenizer.from_pretrained('%s') gives other ids than the model was trained with, because of the model "
+            "type in config.json. Load the tokenizer with PreTrainedTokenizerFast.from_pretrained instead.",
+            output,
+        )
 
 
 def _card(config: Config, progress: dict[str, int]) -> str:

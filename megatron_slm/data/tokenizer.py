@@ -140,6 +140,17 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
         raise UserError(f"tokenizer {name} changes when it is saved and loaded: give its tokenizer.json folder")
 
 
+def auto_tokenizer_agrees(folder: Path) -> bool:
+    """Return whether AutoTokenizer, by which others load the folder, gives the ids of its tokenizer.json.
+
+    It does not take `tokenizer_class` into account beside a config.json of some model types, such as qwen2.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer_identity(theirs) == tokenizer_identity(load_tokenizer(str(folder)))
+
+
 def largest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Return the largest id that the tokenizer gives."""
     return max(tokenizer.get_vocab().values())

@@ -327,3 +327,15 @@ def test_a_run_of_an_earlier_version_does_not_change_its_positions(corpora: Path
     config = str(write_config(tmp_path / "run.yaml", tree))
     sentence = sentence_of("train", *run_ranks(command_line, 1, "train", config)[0])
     assert "model.config.rope_theta had no effect" in sentence
+
+
+def test_others_are_told_where_they_would_load_another_tokenizer(corpora: Path, tmp_path: Path) -> None:
+    """transformers rebuilds the tokenizer of a folder of the type qwen2, whatever its tokenizer.json holds."""
+    for model_type in ("llama", "qwen2"):
+        tree = short_run(corpora, tmp_path / model_type)
+        tree["model"] = {"config": dict(LLAMA) | {"model_type": model_type}}
+        run_ranks(train_in, 1, str(tmp_path), tree)
+        arguments = (str(tmp_path / model_type), str(tmp_path / f"{model_type}-out"))
+        status, heard = run_ranks(export, 1, str(tmp_path), *arguments)[0]
+        assert status == 0, heard
+        assert ("gives other ids than the model was trained with" in heard) == (model_type == "qwen2")
