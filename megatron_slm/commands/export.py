@@ -97,19 +97,23 @@ def _write_folder(
 ) -> None:
     """Write, load again, compare, and only then publish."""
     from safetensors import SafetensorError
+    from transformers.utils.logging import disable_progress_bar
 
+    from megatron_slm.data.progress import Meter
     from megatron_slm.models.export import check_export, empty_model, write_weights
     from megatron_slm.models.starting_files import copy_into_export
 
     trust = config.model.trust_remote_code
     own = {name.removeprefix("lm."): weight for name, weight in weights.items()}
     model = empty_model(source / "model", own, dtype, trust)
+    total = sum(weight.shape.numel() for weight in own.values())
+    disable_progress_bar()  # Hugging Face would show one for each shard, and for what it reads again.
     try:
-        with whole_folder(output, replace=False) as aside:
-            write_weights(model, own, dtype, aside)
+        with whole_folder(output, replace=False) as aside, Meter(2 * total, "parameters") as meter:
+            write_weights(model, own, dtype, aside, meter.reach)
             carried = copy_into_export(source, aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
-            check_export(aside, own, dtype, trust)
+            check_export(aside, own, dtype, trust, lambda done: meter.reach(total + done))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"OUT_DIR is {output}, which cannot be written ({error}): make room, or name another folder."

@@ -6,7 +6,8 @@ Memory holds a shard of the weights at a time. The folder is read back and compa
 import ctypes
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,11 @@ def empty_model(
 
 
 def write_weights(
-    model: PreTrainedModel, weights: Mapping[str, StoredWeight], dtype: torch.dtype, folder: Path
+    model: PreTrainedModel,
+    weights: Mapping[str, StoredWeight],
+    dtype: torch.dtype,
+    folder: Path,
+    told: Callable[[int], None],
 ) -> None:
     """Write weights (safetensors) and configurations to an existing folder.
 
@@ -70,6 +75,7 @@ def write_weights(
         weights: as there.
         dtype: of the exported weights.
         folder: to write to.
+        told: called with the number of parameters that are written.
     """
     names = [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
     shards = split_into_shards({name: _bytes(weights[name], dtype) for name in names})
@@ -81,6 +87,7 @@ def write_weights(
         _release_freed_memory()
         if len(shards) > 1:
             written.append((folder / "model.safetensors").rename(folder / f"shard-{number}"))
+        told(sum(weights[name].shape.numel() for name in chain(*shards[:number])))
     if written:
         _write_index(written, sum(weights[name].shape.numel() for name in names), folder)
 
@@ -111,7 +118,11 @@ def split_into_shards(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 def check_export(
-    folder: Path, weights: Mapping[str, StoredWeight], dtype: torch.dtype, trust_remote_code: bool
+    folder: Path,
+    weights: Mapping[str, StoredWeight],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    told: Callable[[int], None],
 ) -> None:
     """Load an exported folder as anyone would, and compare it with the checkpoint, bit for bit.
 
@@ -120,6 +131,7 @@ def check_export(
         weights: of the Hugging Face model, by its names.
         dtype: that they were rounded to.
         trust_remote_code: run Python in the folder.
+        told: called with the number of parameters that are compared.
 
     Raises:
         UserError: it cannot be loaded, or holds anything else.
@@ -132,7 +144,12 @@ def check_export(
     loaded: dict[str, Tensor] = model.state_dict()
     wrong = {*found["missing_keys"], *found["unexpected_keys"], *(key for key, *_ in found["mismatched_keys"])}
     wrong |= loaded.keys() ^ (weights.keys() | {*model.all_tied_weights_keys})
-    wrong |= {name for name, weight in weights.items() if name in loaded and not weight.equals(loaded[name], dtype)}
+    done = 0
+    for name, weight in weights.items():
+        if name in loaded and not weight.equals(loaded[name], dtype):
+            wrong.add(name)
+        done += weight.shape.numel()
+        told(done)
     if wrong:
         raise _failed(
             f"differs from the checkpoint in {len(wrong)} weights when it is loaded again: {sorted(wrong)[:3]}"
