@@ -48,6 +48,7 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer"
         self._world = world
         self._lock: IO[str] | None = None
+        self._logged_before: tuple[list[logging.Handler], bool, int] | None = None
 
     @property
     def has_begun(self) -> bool:
@@ -97,6 +98,19 @@ class RunFolder:
             raise UserError(
                 f"run_dir is {self.path}, in which another process is training: stop it, or use another run_dir."
             ) from error
+
+    def close(self) -> None:
+        """Release the directory and log as before, so that this process can start another run."""
+        if self._logged_before is not None:
+            package = logging.getLogger("megatron_slm")
+            for handler in package.handlers:
+                handler.close()
+            package.handlers, package.propagate = self._logged_before[:2]
+            package.setLevel(self._logged_before[2])
+            self._logged_before = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _refuse_dangling_link(self) -> None:
         if target := dangling_link(self.path):
@@ -189,6 +203,7 @@ class RunFolder:
         terminal.setFormatter(logging.Formatter("%(message)s"))
         terminal.setLevel(logging.INFO if self._world.is_main else logging.ERROR)
         package = logging.getLogger("megatron_slm")
+        self._logged_before = (package.handlers, package.propagate, package.level)
         package.setLevel(logging.DEBUG)
         package.propagate = False
         package.handlers = [file, terminal]

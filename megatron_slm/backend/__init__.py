@@ -92,5 +92,11 @@ class Backend(Protocol):
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
         """The module in eval mode and without gradients; split over all ranks if `shard`."""
 
+    def release(self, engine: nn.Module) -> None:
+        """Let a frozen engine be freed, which the caller holds no longer."""
+
+    def close(self) -> None:
+        """Let everything of the run be freed, so that this process can start another run."""
+
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
         """Return the whole float32 weights in what `TrainingEngine.save` wrote, in one process; none is read yet."""

@@ -1,6 +1,7 @@
 """DeepSpeed: ZeRO stages 0 to 3 for the student, stage 3 for a sharded reference."""
 
 import copy
+import inspect
 import logging
 import os
 import sys
@@ -13,7 +14,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.checkpoint import constants
+from deepspeed.comm import comm
 from deepspeed.runtime.config import DeepSpeedConfigError
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import groups
 from deepspeed.utils.zero_to_fp32 import natural_keys
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -25,6 +30,14 @@ from megatron_slm.errors import UserError
 
 TAG = "engine"
 """DeepSpeed's name for the folder inside a checkpoint. Ours is the folder around it."""
+
+GROUPS: dict[str, Callable[[], Any]] = {
+    "_WORLD_GROUP": lambda: None,
+    "_ZERO_PARAM_INTRA_PARALLEL_GROUP": lambda: None,
+    "_ALL_TO_ALL_GROUP": dict,
+    "mesh_device": lambda: None,
+}
+"""Variables of deepspeed.utils.groups that hold process groups, and what they are at first."""
 
 REFERENCE_KEYS = ("stage3_", "offload_param")
 """What of the user's ZeRO section makes sense without an optimizer."""
@@ -44,12 +57,14 @@ class DeepSpeedBackend:
         self._settings = copy.deepcopy(settings)
         self._settings.setdefault("zero_optimization", {}).setdefault("stage", 3)
         self._precision = precision
+        self._engines: list[Any] = []
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Once a step otherwise: DeepSpeed calls torch's collectives by their former names.
         warnings.filterwarnings("ignore", message=r".torch.distributed.\w+. is deprecated", category=FutureWarning)
         if world.device.type == "cpu":
             # It would be compiled at start: a minute, and an error where there is no compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _forget_groups()
         deepspeed.init_distributed(
             "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
@@ -86,6 +101,7 @@ class DeepSpeedBackend:
         if self.stage == 3:
             partition(module, config, self._world.device)
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        self._engines.append(engine)
         return DeepSpeedEngine(engine, self.stage, self._world)
 
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
@@ -99,8 +115,21 @@ class DeepSpeedBackend:
         }
         partition(module, config, self._world.device)
         engine, *_ = deepspeed.initialize(model=module, config=config)
+        self._engines.append(engine)
         engine.eval()
         return engine
+
+    def release(self, engine: nn.Module) -> None:
+        if engine in self._engines:  # a replicated module is none
+            self._engines.remove(engine)
+            _take_down(engine)
+
+    def close(self) -> None:
+        for engine in self._engines:
+            _take_down(engine)
+        self._engines.clear()
+        parameter_offload.FWD_MODULE_STACK.clear()  # where a run failed in the middle of a forward
+        _forget_groups()
 
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
         """DeepSpeed's checkpoints are pickles: only read a run directory that you trust."""
@@ -178,6 +207,30 @@ class DeepSpeedEngine:
         saved = len(list((folder / TAG).glob("*zero_pp_rank_*_optim_states.pt")))
         if saved:
             refuse_other_ranks(folder, self._stage, saved, self._world.size)
+
+
+def _forget_groups() -> None:
+    """Let DeepSpeed find the process group of this run: it keeps those of an earlier run of this process.
+
+    They lie in variables of its modules, with no function to clear them; checked with DeepSpeed 0.19.8.
+    """
+    comm.cdb = None
+    for name, empty in GROUPS.items():
+        if not hasattr(groups, name):
+            raise AttributeError(f"deepspeed.utils.groups has no {name}: this version of DeepSpeed is not known here")
+        setattr(groups, name, empty())
+
+
+def _take_down(engine: Any) -> None:
+    """Remove an engine's hooks, and what DeepSpeed keeps of its module for as long as the process lives.
+
+    That is a stack of the modules that run, and a cache of what they release; checked with DeepSpeed 0.19.8.
+    """
+    engine.destroy()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    release = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(release).nonlocals["func"].cache_clear()
 
 
 @contextmanager

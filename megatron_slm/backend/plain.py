@@ -33,6 +33,10 @@ class PlainBackend:
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
         return module.to(self._world.device).eval().requires_grad_(False)
 
+    def release(self, engine: nn.Module) -> None: ...
+
+    def close(self) -> None: ...
+
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
         file = folder / "plain.pt"
         module = read_layout(file, weights_only=True)["module"]

@@ -108,12 +108,15 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
         disable_progress_bar()
     try:
         run = build_run(config, world, callbacks, rollback)
-        run.trainer.fit(run.state)
+        try:
+            run.trainer.fit(run.state)
+        except BaseException:
+            logging.getLogger(__name__).debug("the run stopped", exc_info=True)
+            raise
+        finally:
+            run.close()
         # Rank 0 may host the store: it must not leave while another rank still talks to it.
         gather_objects(None)
-    except BaseException:
-        logging.getLogger(__name__).debug("the run stopped", exc_info=True)
-        raise
     finally:
         disconnect()
     return run.state

@@ -1,6 +1,8 @@
 """Student and reference, and where their weights live."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -166,20 +168,30 @@ def make_reference(
     return MixedReference(references, [part.weight for part in settings.of], settings.mix), flops
 
 
-def open_scorer(config: Config, corpora: Corpora, backend: Backend) -> Reference | None:
-    """Load the model that wrote the run's only store, if its folder is known and here; every rank calls it."""
+@contextmanager
+def open_scorer(config: Config, corpora: Corpora, backend: Backend) -> Iterator[Reference | None]:
+    """Yield the model that wrote the run's only store, if its folder is known and here; every rank calls it.
+
+    It is freed at the end.
+    """
     parts = config.reference.parts if config.reference is not None else []
-    if len(parts) != 1 or parts[0].store is None:
-        return None
-    path = open_store(parts[0].store).manifest.reference.get("path")
+    path = None
+    if len(parts) == 1 and parts[0].store is not None:
+        path = open_store(parts[0].store).manifest.reference.get("path")
     if not gather_objects(path is not None and Path(path).is_dir())[0]:
-        return None
+        yield None
+        return
     part = replace(parts[0], path=path, store=None)
     try:
-        return LiveReference(frozen_model(config, part, corpora, backend)[0], part.micro_batch_size)
+        engine, _ = frozen_model(config, part, corpora, backend)
     except AgreedError as error:
         logger.info("the model that wrote the store cannot be compared with it: %s", error)
-        return None
+        yield None
+        return
+    try:
+        yield LiveReference(engine, part.micro_batch_size)
+    finally:
+        backend.release(engine)
 
 
 def frozen_model(config: Config, part: PartSettings, corpora: Corpora, backend: Backend) -> tuple[nn.Module, float]:

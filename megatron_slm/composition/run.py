@@ -56,6 +56,12 @@ class Run:
     trainer: Trainer
     state: RunState
     folder: RunFolder
+    backend: Backend
+
+    def close(self) -> None:
+        """Release the run directory and the models."""
+        self.folder.close()
+        self.backend.close()
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ class Settled:
     hf_config: PretrainedConfig
 
 
-def settle_run(config: Config, world: World, callbacks: Sequence[Callback], rollback: int | None) -> Settled:
+def settle_run(
+    folder: RunFolder, config: Config, world: World, callbacks: Sequence[Callback], rollback: int | None
+) -> Settled:
     """Hold the run directory and check what a user can get wrong; the arguments are those of `build_run`."""
-    folder = RunFolder(config.run_dir, world)
     config = agree(lambda: folder.settle(config))
     stored = agree(folder.stored)
     if rollback is not None:
@@ -105,7 +112,16 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     Raises:
         UserError: the same on all ranks, for anything that the user can mend.
     """
-    settled = settle_run(config, world, callbacks, rollback)
+    folder = RunFolder(config.run_dir, world)
+    try:
+        return _build(settle_run(folder, config, world, callbacks, rollback), world, rollback)
+    except BaseException:
+        logger.debug("the run did not start", exc_info=True)  # to its log file, which closes here
+        folder.close()
+        raise
+
+
+def _build(settled: Settled, world: World, rollback: int | None) -> Run:
     folder, config, plan, corpora, rule = (
         settled.folder, settled.config, settled.plan, settled.corpora, settled.rule
     )  # fmt: skip
@@ -141,7 +157,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     objective = partial(objective_at, config, plan, rule, min_context)
     told = make_callbacks(parts, settled.callbacks, state.step)
     trainer = Trainer(loader, step, rate, objective, told, config.training.max_skipped_updates, Requests())
-    return Run(trainer, state, folder)
+    return Run(trainer, state, folder, backend)
 
 
 def _restored(

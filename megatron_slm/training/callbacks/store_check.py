@@ -1,7 +1,9 @@
 """Can the store be trusted? It is compared with the student, and with the model that wrote it, on the first samples."""
 
+import gc
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class StoreCheck(Callback):
         student: scores them without gradients.
         stored: the run's reference.
         objective: the selection to compare by.
-        open_live: loads the model that wrote the store; returns None if it is not at hand. Every rank calls it.
+        open_live: yields the model that wrote the store, or None if it is not at hand. Every rank calls it.
         seed: of the column `uniform`.
     """
 
@@ -41,7 +43,7 @@ class StoreCheck(Callback):
         student: Reference,
         stored: Reference,
         objective: SelectiveLanguageModeling,
-        open_live: Callable[[], Reference | None],
+        open_live: Callable[[], AbstractContextManager[Reference | None]],
         seed: int,
     ) -> None:
         self._batches = batches
@@ -58,10 +60,10 @@ class StoreCheck(Callback):
         needs = self._objective.needs
         student = self._student.take(batches, wanted(needs, "student."))
         stored = self._stored.take(batches, wanted(needs, "reference."))
-        # The model is released before training begins.
-        live = self._open_live()
-        lived = None if live is None else live.take(batches, wanted(needs, "reference."))
-        del live
+        with self._open_live() as live:
+            lived = None if live is None else live.take(batches, wanted(needs, "reference."))
+        del live  # It is in a cycle with its hooks, so only a collection frees it.
+        gc.collect()
         chosen = self._choose(batches, student, stored)
         sums = _sums(batches, student, stored, chosen)
         if lived is not None:
