@@ -187,6 +187,7 @@ class DeepSpeedEngine:
     def save(self, folder: Path) -> None:
         failures: list[Exception] = []
         engine = self._engine
+        folder.mkdir(parents=True, exist_ok=True)
         with (
             _without_patterns(folder) as plain,
             _kept(failures, engine.checkpoint_engine, "save"),

@@ -33,7 +33,8 @@ def histogram_of_pools(world: World, empty: bool) -> dict[str, Any]:
     statistics, mine = StepStatistics(1, world.device), []
     for number in range(2):
         batch, signals = pool_of(world, number, empty)
-        statistics.add(batch, signals, Choice(batch.valid_BT, batch.valid_BT.float(), torch.tensor(0.0)))
+        choice = Choice(batch.valid_BT, batch.valid_BT.float(), torch.tensor(0.0), batch.valid_BT)
+        statistics.add(batch, signals, choice)
         mine.append((signals["student.loss"] - signals["reference.loss"])[batch.valid_BT].double().numpy())
     histogram = statistics.excess_histogram()
     return {"found": histogram, "values": np.concatenate(gather_objects(np.concatenate(mine)))}

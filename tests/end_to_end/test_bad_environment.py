@@ -1,5 +1,6 @@
 """What machines, launchers and other programs get wrong: a sentence, exit status 2, nothing lost."""
 
+import json
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -103,7 +104,9 @@ def file_for_a_model(folder: Path) -> None:
 
 def another_format(folder: Path) -> None:
     description = folder / "web.json"
-    description.write_text(description.read_text().replace('"format_version": 1', '"format_version": 9'))
+    described = json.loads(description.read_text())
+    assert "format_version" in described
+    description.write_text(json.dumps(described | {"format_version": 9}))
 
 
 DAMAGES = {

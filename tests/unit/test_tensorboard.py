@@ -37,7 +37,9 @@ def result_of_step(step: int) -> StepResult:
     )
     statistics = StepStatistics(2, torch.device("cpu"))
     signals = {"student.loss": excess + 1, "reference.loss": torch.ones(2, 8)}
-    statistics.add(batch, signals, Choice(excess > step + 3, (excess > step + 3).float(), torch.tensor(3.0)))
+    statistics.add(
+        batch, signals, Choice(excess > step + 3, (excess > step + 3).float(), torch.tensor(3.0), batch.valid_BT)
+    )
     tokens = StepTokens(candidates=0, trained=16, selected=8, reference=16)
     return StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics, tokens)
 

@@ -143,7 +143,7 @@ def pool_of(ids: list[int], valid: int, reference: bool = True) -> Pool:
     if reference:
         signals["reference.loss"] = torch.ones(2, length)
     mask_BT = valid_BT & (torch.arange(length) % 3 == 0)
-    return Pool(batch, signals, Choice(mask_BT, mask_BT.float(), torch.tensor(0.5)))
+    return Pool(batch, signals, Choice(mask_BT, mask_BT.float(), torch.tensor(0.5), mask_BT))
 
 
 @pytest.mark.parametrize("family", ["sentencepiece", "byte level"])
