@@ -6,6 +6,7 @@ Memory holds a shard of the weights at a time. The folder is read back and compa
 import ctypes
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -83,6 +84,8 @@ def write_weights(
     for number, shard in enumerate(shards, 1):
         state = {name: weights[name].read(dtype) for name in shard}
         model.save_pretrained(folder, state_dict=state, max_shard_size="1TB")
+        # safetensors makes a file that only its owner can read.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
         del state
         _release_freed_memory()
         if len(shards) > 1:

@@ -282,6 +282,8 @@ def test_shards_hold_the_same_weights(corpora: Path, tmp_path: Path) -> None:
     assert run_ranks(export_in_shards, 1, str(tmp_path))[0][0] == 0
     assert run_ranks(export, 1, str(tmp_path), "run", "whole")[0][0] == 0
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
+    for folder in ("sharded", "whole"):  # Others may read the weights if they may read the rest.
+        assert len({path.stat().st_mode for path in (tmp_path / folder).iterdir()}) == 1
     one, other = (run_ranks(loaded, 1, str(tmp_path / name))[0] for name in ("sharded", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     (index,) = (tmp_path / "sharded").glob("*.index.json")
