@@ -53,10 +53,10 @@ class StartingFiles:
 
     def log(self, where: str) -> None:
         """Log what was carried in one line, and what was not in another."""
-        logger.info("%s: carried from the starting model: %s", where, _listed(self.carried) or "nothing")
+        logger.info("%s: copied from the starting model: %s", where, _listed(self.carried) or "nothing")
         if self.left:
             reasons = "; ".join(f"{_listed(names)} ({reason})" for reason, names in self.left.items())
-            logger.info("%s: not carried: %s", where, reasons)
+            logger.info("%s: not copied: %s", where, reasons)
 
 
 def read_starting_files(model: Path) -> StartingFiles:
@@ -119,7 +119,7 @@ def copy_model_files(
         elif kind == "folder":
             found.leave(name, "a folder")
         elif kind == "weights":
-            found.leave(name, "weights, or what describes them")
+            found.leave(name, "weights")
         elif kind == "python" and not trust_remote_code:
             found.leave(name, "Python, and model.trust_remote_code is false")
         elif name != CONFIG and not (name == THEIR_CARD and CARD in names):
