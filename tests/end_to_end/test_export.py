@@ -112,7 +112,7 @@ def test_export_needs_nothing_but_the_run_directory(corpora: Path, tmp_path: Pat
     assert "Selective Language Modeling" in (out / "README.md").read_text()
     assert not {"pytorch_model.bin", "starting_model.json"} & {path.name for path in out.iterdir()}
     lines = heard.splitlines()
-    assert any("carried" in line and "generation_config.json" in line for line in lines)
+    assert any("copied from" in line and "generation_config.json" in line for line in lines)
     assert any("not copied" in line and "pytorch_model.bin" in line and "weights" in line for line in lines)
     weights = run_ranks(loaded, 1, str(out))[0]
     expected = run_ranks(trained_weights, 1, tree | {"run_dir": str(work / "run")}, 2)[0]
