@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +27,9 @@ MACHINES_OWN = (
     errno.ELOOP,
 )
 """Full, read-only, forbidden, or no possible name: whatever part of the program meets them, a person mends them."""
+
+SECONDS_FOR_RANK_0 = 5.0
+"""How long the other ranks wait for rank 0 to say an error that all of them met."""
 
 
 def program() -> None:
@@ -84,9 +88,12 @@ def _run(verb: str, arguments: list[str]) -> None:
 
 
 def _refuse(verb: str, sentence: str, aloud: bool = True) -> None:
+    tell_launcher(sentence)
     if aloud:
         sys.stderr.write(f"megatron-slm {verb}: error: {sentence}\n")
-    tell_launcher(sentence)
+    else:
+        # A launcher stops all ranks once one has failed: rank 0 must have spoken by then.
+        time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(2)
 
 

@@ -102,10 +102,14 @@ def train_in_process(world: World, tree: dict[str, Any]) -> dict[str, Any]:
     return run.state.progress()
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+"""The number of ranks and the program follow."""
+
+
 def megatron_slm(*arguments: str, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, under torchrun if `ranks` is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    return in_a_process([sys.executable, *launcher, "-m", "megatron_slm", *arguments], **environment)
+    launcher = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
+    return in_a_process([*launcher, "-m", "megatron_slm", *arguments], **environment)
 
 
 def in_a_process(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

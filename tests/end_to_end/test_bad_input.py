@@ -16,7 +16,17 @@ from megatron_slm.__main__ import main
 from megatron_slm.dist import World, disconnect
 from tests.end_to_end.selection_mistakes import SELECTION
 from tests.gloo import run_ranks
-from tests.runs import config_tree, free_port, megatron_slm, records, train_in_process, write_config, write_text
+from tests.runs import (
+    TORCHRUN,
+    config_tree,
+    free_port,
+    in_a_process,
+    megatron_slm,
+    records,
+    train_in_process,
+    write_config,
+    write_text,
+)
 
 
 def command_line(_: World, *arguments: str) -> tuple[int, str]:
@@ -408,3 +418,17 @@ def test_torchrun_shows_the_sentence_once_and_in_its_summary(corpora: Path, tmp_
     assert "/nowhere/web" in said and ended.stderr.count(f"megatron-slm train: error: {said}") == 1
     # torchrun's own summary comes last: it has the sentence too.
     assert said in ended.stderr.partition("Root Cause")[2]
+
+
+def test_a_rank_that_fails_first_leaves_rank_0_the_time_to_say_why(corpora: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run")))
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from megatron_slm.__main__ import main\n"
+        "time.sleep(1.5 if os.environ['RANK'] == '0' else 0)\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [*TORCHRUN, "2", str(script), "train", config, "data.train=/nowhere/web"]
+    said = in_a_process(command).stderr.partition("megatron-slm train: error: ")[2]
+    assert "/nowhere/web" in said.partition("\n")[0]
