@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"]
 
-_ELSEWHERE = {"Callback": "training.callbacks.callback", "UserError": "errors", "train": "commands.train"}
+_ELSEWHERE = {"Callback": "training.trainer", "UserError": "errors", "train": "commands.train"}
 
 
 def __getattr__(name: str) -> object:

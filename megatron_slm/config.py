@@ -16,12 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_slm.config_file import read_tree
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.filtering.settings import FilterSettings
+from megatron_slm.files import PathText, expand_path
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.paths import PathText, expand_path
-from megatron_slm.scoring.settings import ScoreSettings
+from megatron_slm.reference.settings import FilterSettings, ReferenceSettings, ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings
-from megatron_slm.signals.settings import ReferenceSettings
 from megatron_slm.training.settings import TrainingSettings
 
 OWNED_DEEPSPEED_KEYS = {

@@ -16,8 +16,7 @@ from typing import IO, Any
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.files import write_durably
-from megatron_slm.paths import dangling_link
+from megatron_slm.files import dangling_link, write_durably
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1

@@ -28,7 +28,7 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Preparing encodes here: for tests of anything but the processes that do it otherwise."""
-    monkeypatch.setattr("megatron_slm.data.prepare.encode_chunks", encode_here)
+    monkeypatch.setattr("megatron_slm.prepare.prepare.encode_chunks", encode_here)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ PRELOADED = [
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "mistral", "qwen3")),
     "megatron_slm.backend.deepspeed",
     "megatron_slm.models.causal_lm",
-    "megatron_slm.composition.run",
+    "megatron_slm.build.run",
 ]
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

@@ -42,9 +42,9 @@ def make_corpora(folder: Path) -> None:
 
     `held_out` is small: every run evaluates the whole of it several times.
     """
-    from megatron_slm.data.prepare import prepare_corpus
+    from megatron_slm.prepare.prepare import prepare_corpus
 
-    with mock.patch("megatron_slm.data.prepare.encode_chunks", encode_here):
+    with mock.patch("megatron_slm.prepare.prepare.encode_chunks", encode_here):
         web = str(write_text(folder / "web.jsonl", 300, 1))
         prepare_corpus([web], str(folder / "web"), train_size=300)
         for seed, (name, documents) in enumerate((("books", 60), ("held_out", 20)), start=2):
@@ -94,7 +94,7 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 
 def train_in_process(world: World, tree: dict[str, Any]) -> dict[str, Any]:
     """What `megatron-slm train` does on a rank that has joined its group; returns the progress."""
-    from megatron_slm.composition.run import build_run
+    from megatron_slm.build.run import build_run
     from megatron_slm.config import parse_config
 
     run = build_run(parse_config(tree), world)

@@ -11,21 +11,20 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_slm.backend import Backend, EngineSettings
 from megatron_slm.backend.plain import PlainBackend
-from megatron_slm.composition.models import make_learner
+from megatron_slm.build.models import make_learner
 from megatron_slm.data.loader import StepLoader, accumulation_steps
 from megatron_slm.data.samples import Sample
 from megatron_slm.dist import World, gather_objects
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.router import find_router_loss
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.reference.references import LiveReference, NoReference
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
-from megatron_slm.signals.live import LiveReference, NoReference
-from megatron_slm.training.candidates import Candidates
 from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings
-from megatron_slm.training.step import TrainingStep
+from megatron_slm.training.step import Candidates, TrainingStep
 from megatron_slm.types import Batch, TokenSignals
 
 LENGTH, VOCABULARY = 16, 97

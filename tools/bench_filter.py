@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from megatron_slm.config import parse_quantity
-from megatron_slm.data.index import write_index
+from megatron_slm.data.corpus import write_index
 
 
 def main() -> None:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_slm.composition.run import Run, build_run
+from megatron_slm.build.run import Run, build_run
 from megatron_slm.config import parse_config
-from megatron_slm.demo.runs import MODEL, SEQ_LENGTH
+from megatron_slm.demo.chain import MODEL, SEQ_LENGTH
 from megatron_slm.dist import World, connect, disconnect
-from megatron_slm.training.callbacks.callback import Callback
-from megatron_slm.training.callbacks.checkpoint import Checkpoints
+from megatron_slm.training.callbacks import Checkpoints
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
+from megatron_slm.training.trainer import Callback
 
 BLOCK = 10
 WAYS = {"not watched": 0, "log_interval 10": 10, "log_interval 1": 1}
@@ -71,8 +71,8 @@ def prepare(folder: Path) -> None:
     """Two corpora of this Python's own sources, and a reference with random weights: what it says costs the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from megatron_slm.data.prepare import prepare_corpus
     from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
+    from megatron_slm.prepare.prepare import prepare_corpus
 
     library = Path(sysconfig.get_path("stdlib"))
     tokenizer = None

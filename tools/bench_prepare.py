@@ -27,8 +27,8 @@ from typing import NamedTuple
 import psutil
 
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.data.encoding import load_encoder
 from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from megatron_slm.prepare.encoding import load_encoder
 
 BATCH = 256  # documents
 

@@ -36,11 +36,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_slm.backend import EngineSettings
 from megatron_slm.backend.plain import PlainBackend
-from megatron_slm.composition.models import make_learner
+from megatron_slm.build.models import make_learner
 from megatron_slm.dist import World
 from megatron_slm.models.causal_lm import CausalLM, score_batch
 from megatron_slm.selection import select_tokens
-from megatron_slm.training.flops import peak_flops, token_flops
+from megatron_slm.training.cost import peak_flops, token_flops
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings
 from megatron_slm.types import Batch

@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from megatron_slm.composition.corpora import open_corpora
-from megatron_slm.composition.models import make_reference
-from megatron_slm.composition.run import build_run
-from megatron_slm.composition.scoring import score_corpora
-from megatron_slm.composition.stores import Order
+from megatron_slm.build.corpora import open_corpora
+from megatron_slm.build.models import make_reference
+from megatron_slm.build.run import build_run
+from megatron_slm.build.scoring import score_corpora
+from megatron_slm.build.stores import Order
 from megatron_slm.config import Config, parse_config, parse_quantity
 from megatron_slm.config_file import read_tree
 from megatron_slm.dist import World, all_reduce_sum, connect, disconnect
+from megatron_slm.reference.references import NoReference, Reference
 from megatron_slm.selection.rule import Rule
-from megatron_slm.selection.scores.excess import excess
+from megatron_slm.selection.scores import excess
 from megatron_slm.selection.select import select_tokens
-from megatron_slm.signals.live import NoReference, Reference
 from megatron_slm.training.objective import CausalLanguageModeling, SelectiveLanguageModeling
 from megatron_slm.training.step import TrainingStep
 
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world: World) -> tuple[Reference, float]:
     """Score the run's corpora, and open the store; also the seconds that scoring took."""
-    from megatron_slm.scoring.settings import ScoreSettings
+    from megatron_slm.reference.settings import ScoreSettings
 
     output = folder / name.replace(" ", "-")
     settings = ScoreSettings(str(output), **kind)  # type: ignore[arg-type]

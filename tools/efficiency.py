@@ -26,9 +26,16 @@ import yaml
 from efficiency_report import ARMS, HELD_OUT, write_report
 from quickstart import begin, prepare_stage
 
-from megatron_slm.demo.processes import StoppedError, StopRequest, stop_on_signals
-from megatron_slm.demo.runs import SEQ_LENGTH, run_config
-from megatron_slm.demo.stages import Stage, Stages, export_stage, training_stage
+from megatron_slm.demo.chain import SEQ_LENGTH, run_config
+from megatron_slm.demo.stages import (
+    Stage,
+    Stages,
+    StoppedError,
+    StopRequest,
+    export_stage,
+    stop_on_signals,
+    training_stage,
+)
 from megatron_slm.errors import UserError
 
 MODEL = {

@@ -1,6 +1,6 @@
 """What the runs of `efficiency.py` say: losses against FLOPs and seconds, as tables and a picture.
 
-FLOPs are those that a run records (training/flops.py); scoring the corpus is counted by the same convention.
+FLOPs are those that a run records (training/cost.py); scoring the corpus is counted by the same convention.
 """
 
 import json
@@ -13,10 +13,10 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from megatron_slm.data.corpus import open_corpus, open_tokens
-from megatron_slm.demo.results import read_records
-from megatron_slm.demo.runs import SEQ_LENGTH
+from megatron_slm.demo.chain import SEQ_LENGTH
+from megatron_slm.demo.report import read_records
 from megatron_slm.reporting.charts import Curve, draw_curves
-from megatron_slm.training.flops import token_flops
+from megatron_slm.training.cost import token_flops
 
 HELD_OUT = {"math": "Held-out mathematics", "held_out": "Held-out general text"}
 LOSS = "eval/math/loss"

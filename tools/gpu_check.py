@@ -31,15 +31,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_slm.backend import Backend, EngineSettings, TrainingEngine
 from megatron_slm.backend.plain import PlainBackend
-from megatron_slm.composition.models import make_learner
+from megatron_slm.build.models import make_learner
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, score_batch
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.scoring.sources import ModelSource
-from megatron_slm.scoring.work import ScoringBatch, Shard
+from megatron_slm.reference.references import LiveReference, NoReference
+from megatron_slm.reference.scoring import ScoringBatch, Shard
+from megatron_slm.reference.sources import ModelSource
 from megatron_slm.selection import Rule, SelectionSettings, select_tokens
-from megatron_slm.signals.live import LiveReference, NoReference
-from megatron_slm.training.flops import peak_flops, token_flops
+from megatron_slm.training.cost import peak_flops, token_flops
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings

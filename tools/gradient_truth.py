@@ -25,16 +25,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from megatron_slm.backend.plain import PlainBackend, PlainEngine
-from megatron_slm.composition.corpora import Corpora, make_samples, open_run_corpora
-from megatron_slm.composition.models import make_learner, make_reference
-from megatron_slm.composition.plan import resolve
-from megatron_slm.composition.stores import Order
+from megatron_slm.build.corpora import Corpora, make_samples, open_run_corpora
+from megatron_slm.build.models import make_learner, make_reference
+from megatron_slm.build.plan import resolve
+from megatron_slm.build.stores import Order
 from megatron_slm.config import Config, load_config
 from megatron_slm.data.loader import StepLoader
-from megatron_slm.data.progress import Meter
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, load_pretrained
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.progress import Meter
 from megatron_slm.selection.rule import Rule
 from megatron_slm.types import Batch
 

@@ -18,10 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.demo.processes import StoppedError, stop_on_signals
-from megatron_slm.demo.results import draw_held_out, overtaking, results_table
-from megatron_slm.demo.runs import MODEL, run_config
-from megatron_slm.demo.stages import Stage, Stages, export_stage, training_stage
+from megatron_slm.demo.chain import MODEL, run_config
+from megatron_slm.demo.report import draw_held_out, overtaking, results_table
+from megatron_slm.demo.stages import Stage, Stages, StoppedError, export_stage, stop_on_signals, training_stage
 from megatron_slm.errors import UserError
 
 FILES = {

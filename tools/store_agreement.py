@@ -26,11 +26,11 @@ from megatron_slm.data.settings import DataSettings
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.dist import World
 from megatron_slm.models.causal_lm import CausalLM, load_pretrained
-from megatron_slm.scoring.documents import DocumentWork
-from megatron_slm.scoring.sources import ModelSource
+from megatron_slm.reference.references import LiveReference
+from megatron_slm.reference.scoring import DocumentWork
+from megatron_slm.reference.sources import ModelSource
+from megatron_slm.reference.store import decode, encode
 from megatron_slm.selection.select import select_tokens
-from megatron_slm.signals.encoding import decode, encode
-from megatron_slm.signals.live import LiveReference
 from megatron_slm.training.objective import competing_tokens
 from megatron_slm.types import Batch
 

@@ -47,11 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the machine or the options will not do, or a stage failed.
     """
-    from megatron_slm.demo.chain import demo_stages
+    from megatron_slm.demo.chain import FULL, QUICK, SAMPLES_PER_STEP, Folders, demo_stages
     from megatron_slm.demo.machine import check_folder, check_machine, check_ranks, hold_folder
-    from megatron_slm.demo.processes import StoppedError, stop_on_signals
-    from megatron_slm.demo.runs import FULL, QUICK, SAMPLES_PER_STEP, Folders
-    from megatron_slm.demo.stages import Stages
+    from megatron_slm.demo.stages import Stages, StoppedError, stop_on_signals
 
     folder = arguments.output.absolute()
     options = {"ranks": arguments.ranks, "quick": arguments.quick}

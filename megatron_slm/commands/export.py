@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config import Config, load_config
 from megatron_slm.errors import UserError
-from megatron_slm.files import whole_folder
-from megatron_slm.paths import refuse_taken
-from megatron_slm.selection.words import rule_in_words
+from megatron_slm.files import refuse_taken, whole_folder
+from megatron_slm.selection.settings import rule_in_words
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
-    from megatron_slm.composition.models import PRECISIONS, make_backend
+    from megatron_slm.build.models import PRECISIONS, make_backend
     from megatron_slm.dist import connect_alone, disconnect
     from megatron_slm.run_folder import RunFolder
     from megatron_slm.training.checkpoints import CheckpointStore, saved_steps
@@ -83,9 +82,9 @@ def _starting_files(folder: "RunFolder", config: Config, scratch: Path) -> Path:
     """Return the folder that holds `model` and `tokenizer`: the run directory, or one made for a run without them."""
     if folder.holds_starting_files:
         return folder.path
-    from megatron_slm.composition.corpora import open_corpora
-    from megatron_slm.composition.models import student_config
-    from megatron_slm.composition.starting_files import write_starting_files
+    from megatron_slm.build.corpora import open_corpora
+    from megatron_slm.build.models import student_config
+    from megatron_slm.build.run import write_starting_files
 
     corpora = open_corpora(config)
     write_starting_files(scratch, config, corpora, student_config(config, corpora))
@@ -99,9 +98,9 @@ def _write_folder(
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_slm.data.progress import Meter
     from megatron_slm.models.export import check_export, empty_model, write_weights
     from megatron_slm.models.starting_files import copy_into_export
+    from megatron_slm.progress import Meter
 
     trust = config.model.trust_remote_code
     own = {name.removeprefix("lm."): weight for name, weight in weights.items()}

@@ -15,8 +15,8 @@ from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
-from megatron_slm.filtering.settings import FilterSettings
 from megatron_slm.launcher import ranks_started
+from megatron_slm.reference.settings import FilterSettings
 
 _EPILOG = """example:
   megatron-slm score run.yaml score.kind=document reference.path=models/base score.output=scores/base
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Rank the documents, and write the list."""
     config, settings = agreed(lambda: _read(arguments))
-    from megatron_slm.composition.filtering import filter_documents
+    from megatron_slm.build.filtering import filter_documents
 
     filter_documents(config, settings)
 

@@ -13,7 +13,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_slm.data.documents import Fields
+    from megatron_slm.prepare.documents import Fields
 
 _EPILOG = r"""examples:
   text, with a tokenizer that exists, or a new one:
@@ -133,15 +133,15 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check(arguments)
     if arguments.merge:
-        from megatron_slm.data.merge import merge_corpora
+        from megatron_slm.prepare.merge import merge_corpora
 
         merge_corpora(arguments.merge, arguments.output)
     elif arguments.adopt:
-        from megatron_slm.data.adopt import adopt_corpus
+        from megatron_slm.prepare.adopt import adopt_corpus
 
         adopt_corpus(arguments.adopt, arguments.tokenizer, arguments.end_token)
     elif arguments.verify:
-        from megatron_slm.data.prepare import verify_corpus
+        from megatron_slm.prepare.prepare import verify_corpus
 
         verify_corpus(arguments.output)
     else:
@@ -149,9 +149,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from megatron_slm.data.attempt import Options
-    from megatron_slm.data.inputs import find_dataset, find_files
-    from megatron_slm.data.prepare import prepare_corpora
+    from megatron_slm.prepare.attempt import Options
+    from megatron_slm.prepare.inputs import find_dataset, find_files
+    from megatron_slm.prepare.prepare import prepare_corpora
 
     options = Options(
         tokenizer=arguments.tokenizer,
@@ -170,7 +170,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _fields(arguments: argparse.Namespace) -> "Fields":
-    from megatron_slm.data.documents import Fields
+    from megatron_slm.prepare.documents import Fields
 
     given = {
         "text": arguments.json_key,

@@ -20,7 +20,7 @@ from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.launcher import is_main_process
-from megatron_slm.scoring.settings import ScoreSettings
+from megatron_slm.reference.settings import ScoreSettings
 
 _EPILOG = """examples:
   megatron-slm score run.yaml score.output=scores/run
@@ -86,8 +86,8 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
 
 
 def _verify(path: str) -> None:
-    from megatron_slm.data.progress import Meter
-    from megatron_slm.signals.store import open_store
+    from megatron_slm.progress import Meter
+    from megatron_slm.reference.store import open_store
 
     store = open_store(path, "score.output")
     with Meter(sum(entry.rows for entry in store.manifest.files), "tokens") as meter:
@@ -104,7 +104,7 @@ def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:
         logging.getLogger(__name__).info("loading the libraries, the corpora and the model")
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_slm.composition.scoring import score_corpora
+    from megatron_slm.build.scoring import score_corpora
     from megatron_slm.dist import connect, disconnect
 
     world = connect(config.training.timeout_minutes)

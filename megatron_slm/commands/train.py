@@ -17,11 +17,11 @@ from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.keep_list import open_keep_list
 from megatron_slm.errors import UserError, agreed
 from megatron_slm.launcher import is_main_process, ranks_started
-from megatron_slm.signals.store import open_store
+from megatron_slm.reference.store import open_store
 
 if TYPE_CHECKING:
-    from megatron_slm.training.callbacks.callback import Callback
     from megatron_slm.training.state import RunState
+    from megatron_slm.training.trainer import Callback
 
 _EPILOG = """examples:
   megatron-slm train run.yaml
@@ -100,7 +100,7 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
         logging.getLogger(__name__).info("loading the libraries, the corpora and the models")
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_slm.composition.run import build_run
+    from megatron_slm.build.run import build_run
     from megatron_slm.dist import connect, disconnect, gather_objects
 
     world = connect(config.training.timeout_minutes)
@@ -152,7 +152,7 @@ def _open(setting: str, prefix: str) -> None:
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:
-    from megatron_slm.dry_run import dry_run
+    from megatron_slm.build.dry_run import dry_run
 
     report = dry_run(config, ranks or int(ranks_started(os.environ)), rollback)
     if is_main_process(os.environ):

@@ -21,6 +21,7 @@ from megatron_slm.errors import UserError, refuse_missing_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+
 logger = logging.getLogger(__name__)
 
 _CHOSEN_END = "ends_documents"  # in tokenizer_config.json; its name may not end in _token, which transformers reads

@@ -1,11 +1,124 @@
-"""The demo as a chain of stages: texts, base, reference, the three runs that are compared, report."""
+"""The demo's five training runs: what each starts from, reads, and how long it goes on."""
 
 import platform
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, field, replace
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-from megatron_slm.demo.runs import Folders, Lengths, configuration
 from megatron_slm.demo.stages import Stage, export_stage, training_stage
+from megatron_slm.demo.texts import GENERAL, HELD_OUT, Sizes
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+"""A Llama of 1.1M parameters at a vocabulary of 2,048."""
+
+SEQ_LENGTH = 256
+SAMPLES_PER_STEP = 16
+TOKENS_PER_STEP = SAMPLES_PER_STEP * SEQ_LENGTH
+RATIO = 0.5
+"""Of the tokens, in the selective run."""
+COMPARED = {"clm": "CLM", "slm": "SLM", "clm_curated": "CLM + curated text"}
+"""Runs that start from one base, and what they are called."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How much of everything: bytes of text, and optimizer steps of the base, the reference and each compared run."""
+
+    sizes: Sizes = field(default_factory=Sizes)
+    base: int = 160
+    reference: int = 200
+    compared: int = 120
+    eval_interval: int = 15
+
+
+FULL = Lengths()
+QUICK = Lengths(
+    Sizes(general=600_000, curated=200_000, held_out=6_000), base=4, reference=4, compared=6, eval_interval=3
+)
+"""Every stage, too short for any result."""
+
+
+class Folders:
+    """Where the demo keeps what it makes, below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.corpora, self.runs, self.models = root / "corpora", root / "runs", root / "models"
+        self.stages = root / "stages"
+        self.summary, self.picture, self.page = root / "summary.md", root / "demo.png", root / "selected.html"
+
+
+def steps(name: str, lengths: Lengths) -> int:
+    """Optimizer steps of the run `name`."""
+    return {"base": lengths.base, "reference": lengths.reference}.get(name, lengths.compared)
+
+
+def configuration(name: str, folders: Folders, lengths: Lengths, ranks: int) -> dict[str, Any]:
+    """The configuration of the run `name`, as `megatron-slm train` reads it.
+
+    The compared runs see the same samples in the same order, but for the curated text that one of
+    them has mixed in, in proportion to its size.
+    """
+    config = run_config(
+        folders.runs / name,
+        model={"config": MODEL} if name == "base" else {"path": str(folders.models / "base")},
+        data=_data(name, folders),
+        lr={"base": 2.0e-3, "reference": 1.0e-3}.get(name, 8.0e-4),
+        steps=steps(name, lengths),
+        eval_interval=lengths.eval_interval if name in COMPARED else steps(name, lengths),
+        ranks=ranks,
+    )
+    if name == "slm":
+        selective = {"reference": {"path": str(folders.models / "reference")}, "selection": {"ratio": RATIO}}
+        config |= {"objective": "slm"} | selective
+    return config
+
+
+def run_config(
+    run_dir: Path, model: dict[str, Any], data: dict[str, Any], lr: float, steps: int, eval_interval: int, ranks: int
+) -> dict[str, Any]:
+    """A CLM run of `steps` steps under ZeRO-3, `SAMPLES_PER_STEP` samples each, whatever the number of ranks."""
+    return {
+        "run_dir": str(run_dir),
+        "objective": "clm",
+        "model": model,
+        "data": data | {"seq_length": SEQ_LENGTH},
+        "training": {
+            "micro_batch_size": SAMPLES_PER_STEP // ranks,
+            "global_batch_size": SAMPLES_PER_STEP,
+            "train_tokens": steps * TOKENS_PER_STEP,
+            "warmup_tokens": min(10, steps) * TOKENS_PER_STEP,
+            "lr": lr,
+            "min_lr": lr / 10,
+            "log_interval": 5,
+            "eval_interval": eval_interval,
+            "save_interval": 100,
+            "keep_checkpoints": 1,
+        },
+        "deepspeed": {"zero_optimization": {"stage": 3}},
+    }
+
+
+def _data(name: str, folders: Folders) -> dict[str, Any]:
+    names = {"reference": ("curated",), "clm_curated": (*GENERAL, "curated")}.get(name, GENERAL)
+    data: dict[str, Any] = {
+        "train": [str(folders.corpora / source) for source in names],
+        "valid": {held_out: str(folders.corpora / held_out) for held_out in HELD_OUT},
+    }
+    if name == "base":
+        data["split"] = "25,75,0"
+    return data
+
 
 _TITLES = {
     "base": "train the base",

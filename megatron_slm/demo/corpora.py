@@ -21,8 +21,8 @@ def make_corpora(folder: Path, sizes: Sizes) -> None:
     Raises:
         UserError: as `write_texts` and `prepare_corpus`.
     """
-    from megatron_slm.data.prepare import prepare_corpus
     from megatron_slm.data.tokenizer import train_tokenizer
+    from megatron_slm.prepare.prepare import prepare_corpus
 
     folder.mkdir(parents=True, exist_ok=True)
     counts = write_texts(folder, sizes)

@@ -1,17 +1,159 @@
-"""The last stage of the demo: `python -m megatron_slm.demo.report FOLDER` writes a summary, a picture and a page."""
+"""Held-out text with the loss of each token under base and reference, and what selection would keep of it."""
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from megatron_slm.data.corpus import load_corpus_tokenizer, open_corpus
+from megatron_slm.data.loader import EvaluationStream
+from megatron_slm.demo.chain import COMPARED, RATIO, SEQ_LENGTH, Folders
 from megatron_slm.demo.corpora import COUNTS
-from megatron_slm.demo.passages import Passages, held_out_passages
-from megatron_slm.demo.results import draw_held_out, overtaking, results_table, selected_table
-from megatron_slm.demo.runs import COMPARED, RATIO, SEQ_LENGTH, Folders
 from megatron_slm.demo.texts import HELD_OUT
-from megatron_slm.reporting.escaping import escape_html
-from megatron_slm.reporting.page import page_html
-from megatron_slm.reporting.tokens import legend_html, tokens_html
+from megatron_slm.models.causal_lm import CausalLM, load_pretrained, score_batch
+from megatron_slm.reporting.charts import Curve, draw_curves
+from megatron_slm.reporting.tokens import Token, escape_html, legend_html, page_html, token_texts, tokens_html
+from megatron_slm.selection import select_tokens
+from megatron_slm.types import Batch
+
+WINDOWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Of one held-out set: tokens of some windows, and the share of all its tokens that is selected."""
+
+    passages: list[list[Token]]
+    share: float
+
+
+def held_out_passages(
+    corpora: dict[str, Path], models: dict[str, Path], ratio: float, seq_length: int, count: int, length: int
+) -> dict[str, Passages]:
+    """Score held-out corpora and select from all of them together, as if they were one pool.
+
+    Args:
+        corpora: prefixes by name, of one tokenizer.
+        models: Hugging Face folders of `student` and `reference`.
+        ratio: share of the tokens that is selected.
+        seq_length: tokens a window, as in training.
+        count: passages of each corpus, evenly spread over it.
+        length: tokens a passage, at most `seq_length`; it begins where a window does.
+    """
+    opened = {name: open_corpus(str(prefix)) for name, prefix in corpora.items()}
+    tokenizer = load_corpus_tokenizer(next(iter(opened.values())))
+    streams = {name: EvaluationStream(c, seq_length, tokenizer.eos_token_id, False) for name, c in opened.items()}
+    batches = {name: stream.batch(list(range(len(stream)))) for name, stream in streams.items()}
+    whole = Batch.concatenate(list(batches.values()))
+    losses = {name: _losses(path, whole) for name, path in models.items()}
+    kept_BT = select_tokens(losses["student"] - losses["reference"], whole.valid_BT, ratio).mask
+    found, start = {}, 0
+    for name, batch in batches.items():
+        rows = range(start, start := start + len(batch.tokens_BT))
+        kept, valid = (int(mask_BT[rows.start : rows.stop].sum()) for mask_BT in (kept_BT, whole.valid_BT))
+        shown = min(count, len(rows))
+        chosen = [rows[index * len(rows) // shown] for index in range(shown)]
+        found[name] = Passages(
+            [_tokens(tokenizer, whole, row, losses, kept_BT, length) for row in chosen], kept / valid
+        )
+    return found
+
+
+@torch.no_grad()
+def _losses(folder: Path, batch: Batch) -> Tensor:
+    """float32 `[B, T]`."""
+    module = CausalLM(load_pretrained(str(folder), "model", False, dtype=torch.float32)).eval()
+    starts = range(0, len(batch.tokens_BT), WINDOWS_AT_ONCE)
+    return torch.cat([score_batch(module, batch.rows(start, start + WINDOWS_AT_ONCE))["loss"] for start in starts])
+
+
+def _tokens(
+    tokenizer: Any, batch: Batch, row: int, losses: dict[str, Tensor], kept_BT: Tensor, length: int
+) -> list[Token]:
+    """The labels of one window, each with what was scored; ends of documents have no loss."""
+    # Padding follows the last label of a stream.
+    labels = [int(label) for label in batch.labels_BT[row, :length][batch.label_offset_BT[row, :length] >= 0]]
+    texts = token_texts(tokenizer, labels)
+    return [
+        Token(text, float(losses["student"][row, t]), float(losses["reference"][row, t]), bool(kept_BT[row, t]))
+        if batch.valid_BT[row, t]
+        else Token(text + "\n")
+        for t, text in enumerate(texts)
+    ]
+
+
+Records = list[dict[str, Any]]
+
+SELECTED = "selection/ratio/"
+
+
+def read_records(runs: Path, name: str) -> Records:
+    """What the run `name` logged."""
+    return [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str]) -> str:
+    """Markdown: held-out losses (nats a token) and bits a byte at the end of each run.
+
+    Args:
+        runs: folder of the run folders.
+        names: runs, and what they are called in the table.
+        held_out: evaluation sets, and what they are called.
+    """
+    columns = [f"{title}: {unit}" for title in held_out.values() for unit in ("loss", "bits/byte")]
+    lines = [f"| run | tokens that count | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name, title in names.items():
+        last = read_records(runs, name)[-1]
+        figures = [last[f"eval/{key}/{unit}"] for key in held_out for unit in ("loss", "bits_per_byte")]
+        counted = last.get("consumed_selected_tokens", last["consumed_tokens"])
+        lines.append(f"| {title} | {counted:,} | {' | '.join(f'{figure:.3f}' for figure in figures)} |")
+    return "\n".join(lines)
+
+
+def overtaking(runs: Path, held_out: str) -> str:
+    """When SLM's held-out loss is first no higher than CLM's final one, and how many tokens CLM took."""
+    key = f"eval/{held_out}/loss"
+    clm, slm = ([r for r in read_records(runs, name) if key in r] for name in ("clm", "slm"))
+    end, total = clm[-1][key], clm[-1]["consumed_tokens"]
+    passed = next((record["consumed_tokens"] for record in slm if record[key] <= end), None)
+    if passed is None:
+        return f"SLM did not reach CLM's final loss of {end:.3f} within {total:,} tokens."
+    times = f"{total / passed:.1f} times as many"
+    return f"SLM reached CLM's final loss of {end:.3f} by token {passed:,}; CLM took {total:,}, {times}."
+
+
+def selected_table(runs: Path) -> str:
+    """Markdown: the share of the tokens of each source that SLM selected, over all logged steps and at the end."""
+    records = read_records(runs, "slm")
+    sources = [key.removeprefix(SELECTED) for key in records[-1] if key.startswith(SELECTED)]
+    lines = ["| source | selected, whole run | last fifth |", "|---|---|---|"]
+    for source in sources:
+        shares = [r[SELECTED + source] for r in records if r[SELECTED + source] is not None]
+        lines.append(f"| {source} | {fmean(shares):.0%} | {fmean(shares[-max(1, len(shares) // 5) :]):.0%} |")
+    return "\n".join(lines)
+
+
+def draw_held_out(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str], path: Path) -> None:
+    """A picture of held-out losses over training tokens; every curve begins at the base's loss."""
+    panels = {
+        title: [_curve(runs, *run, f"eval/{key}/loss") for run in names.items()] for key, title in held_out.items()
+    }
+    draw_curves(panels, "training tokens (thousands)", "loss (nats a token)", path)
+
+
+def _curve(runs: Path, name: str, title: str, key: str) -> Curve:
+    points: Sequence[tuple[float, float]] = [
+        (0.0, read_records(runs, "base")[-1][key]),
+        *((r["consumed_tokens"] / 1e3, r[key]) for r in read_records(runs, name) if key in r),
+    ]
+    return Curve(title, [tokens for tokens, _ in points], [loss for _, loss in points])
+
 
 TITLES = dict(zip(HELD_OUT, ("mathematics", "general text"), strict=True))
 RUNS = {"base": "base", "reference": "reference (base + curated text)", **COMPARED}

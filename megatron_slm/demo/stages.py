@@ -1,23 +1,125 @@
-"""A chain of stages, each in a process of its own and none run twice."""
+"""A process beside this one, its output in a file, that ends with it, unless this one is killed outright."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import psutil
 import yaml
 
-from megatron_slm.demo.processes import StopRequest, run_process
 from megatron_slm.demo.progress import Progress
 from megatron_slm.errors import UserError
 from megatron_slm.files import write_durably
+
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 10.0
+
+
+class StoppedError(Exception):
+    """A signal asked this program to end; `status` is what a shell expects then."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class StopRequest:
+    """Remembers a signal instead of raising in the middle of something; also while a process is being started."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+
+    def check(self) -> None:
+        """Raises:
+        StoppedError: a signal has come.
+        """
+        if self._number:
+            raise StoppedError(self._number)
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Ctrl-C, a request to terminate and a closed terminal are noted, and acted on at the next `check`."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_process(
+    command: list[str], log: Path, stop: StopRequest, poll: Callable[[], None], environment: Mapping[str, str]
+) -> int:
+    """Run a command to its end in a session of its own, and return its exit status.
+
+    Args:
+        command: the program and its arguments.
+        log: file that its output is added to.
+        stop: asked twice a second.
+        poll: called as often.
+        environment: variables beside this process's own.
+
+    Raises:
+        StoppedError: after the command and all that it started have ended.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | environment,
+            start_new_session=True,
+        )
+        try:
+            while (status := _wait(process)) is None:
+                stop.check()
+                poll()
+            return status
+        finally:
+            _end(process)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(POLL_SECONDS)
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of it. Descendants are looked up: torchrun puts every rank in a session of its own."""
+    tree: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(process.pid)
+        tree = [*root.children(recursive=True), root]
+    for one in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    _, alive = psutil.wait_procs(tree, timeout=GRACE_SECONDS)
+    for one in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(alive, timeout=GRACE_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_slm.data.contamination import word_ngrams
 from megatron_slm.errors import UserError
+from megatron_slm.prepare.contamination import word_ngrams
 
 GENERAL = ("stdlib", "packages", "licences", "mathematics")
 """Entries of the noisy blend; the last one is what there is to find in it."""

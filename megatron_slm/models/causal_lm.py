@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_slm.errors import UserError
+from megatron_slm.models.checks import refuse_untied
 from megatron_slm.models.configuration import load, one_line
 from megatron_slm.models.head import token_loss
 from megatron_slm.models.router import RouterLoss
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.models.tied import refuse_untied
 from megatron_slm.types import Batch, TokenSignals
 
 IGNORED = -100
@@ -45,7 +45,8 @@ class CausalLM(nn.Module):
         """Args:
             tokens_BT, labels_BT, position_ids_BT: int64; labels below 0 are ignored and have loss 0.
             want: further columns: `entropy`.
-            brought: what the call brings to the layers of the model beside: `selective` (models/attention.py).
+            brought: what the call brings to the layers of the model beside: `selective`, see
+                models/sparse_backward/attention.py.
 
         Returns:
             float32 `[B, T]` columns: `loss` in nats, and those wanted. Where gradients are recorded and the model has a

@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_slm.paths import PathText
+from megatron_slm.files import PathText
 
 
 @dataclass

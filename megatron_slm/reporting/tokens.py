@@ -1,11 +1,42 @@
-"""Tokens as a reader sees them: shaded by excess loss, the selected ones marked without relying on colour."""
+"""Text of tokens made harmless: it comes from corpora, and may hold markup, control characters, reversed writing."""
 
+import html
+import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_slm.reporting.escaping import escape_html, escape_markdown
+_INVISIBLE = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
+_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
+
+
+def visible(text: str) -> str:
+    """Characters that show nothing, or change how others show, spelled out; newlines and tabs stay."""
+    return "".join(_spelled(character) for character in text)
+
+
+def escape_html(text: str) -> str:
+    """Text for the inside of an HTML element or a quoted attribute."""
+    return html.escape(visible(text))
+
+
+def escape_markdown(text: str) -> str:
+    """Text for one line of Markdown, a table's cell too: no character of it is markup or HTML.
+
+    A newline becomes a return sign, a tab an arrow. Dialects differ in what a backslash escapes; all
+    of them read character references.
+    """
+    line = visible(text).replace("\n", "⏎").replace("\t", "⇥")
+    return _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", line).replace("  ", " &#160;")
+
+
+def _spelled(character: str) -> str:
+    if character in "\n\t" or unicodedata.category(character) not in _INVISIBLE:
+        return character
+    return f"\\u{ord(character):04x}"
+
 
 SHADES = (0.0, 0.5, 1.0, 2.0)
 """Excess loss, in nats, at which the shade deepens."""
@@ -98,3 +129,60 @@ def _bold(text: str) -> str:
         return text
     before, after = text.split(inner, 1)
     return f"{before}**{escape_markdown(inner)}**{after}"
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light }}
+body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #111;
+       font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif }}
+section {{ margin: 1.2rem 0; padding: .8rem 1rem; border: 1px solid #ccc; border-radius: 6px; break-inside: avoid }}
+h3 {{ margin: 0 0 .5rem; font-size: 1rem }}
+{style}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
+
+
+def page_html(title: str, body: str) -> str:
+    """A whole page around `body`, which is HTML already; the title is text."""
+    return _PAGE.format(title=escape_html(title), style=STYLE, body=body)
+
+
+_COLUMNS = ("", "token", "student", "reference", "excess", "selected")
+_SPACES = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+
+
+def tokens_table(tokens: Sequence[Token]) -> str:
+    """The passage as text, selected tokens bold, and below it a row a token: losses in nats.
+
+    Whitespace is visible in the rows. A token that holds a part of a character has no text of its own.
+    """
+    rows = "".join(_row(number, token) for number, token in enumerate(tokens))
+    head = "".join(f"<th>{name}</th>" for name in _COLUMNS)
+    text = "".join(map(_marked, tokens))
+    return f"<p>{text}</p>\n\n<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _marked(token: Token) -> str:
+    text = escape_html(token.text).replace("\n", "⏎<br>").replace("\t", "⇥")
+    return f"<strong>{text}</strong>" if token.selected and text else text
+
+
+def _row(number: int, token: Token) -> str:
+    text = escape_html(token.text.translate(_SPACES)) or "<em>part of the next</em>"
+    losses = (token.student, token.reference, token.excess)
+    figures = ["" if loss is None else f"{loss:.2f}" for loss in losses]
+    cells = (str(number), f"<code>{text}</code>", *figures, "✓" if token.selected else "")
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -1,5 +1,6 @@
-"""The whole rule as `selection:` says it, for any loop: plan from labels, then choose from signals."""
+"""The ratio as a function of the tokens that were trained on, so that resuming needs no state and all ranks agree."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,11 +8,118 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.selection.scoring import call_score, find_score
-from megatron_slm.selection.select import Selection, check_arguments, keep_highest, plan_pools
+from megatron_slm.selection.scores import call_score, find_score
+from megatron_slm.selection.select import (
+    Scope,
+    Selection,
+    as_tokens,
+    check_arguments,
+    keep_highest,
+    own_k,
+    plan_k,
+    plan_pools,
+    sequence_scores,
+)
 from megatron_slm.selection.settings import SelectionSettings
-from megatron_slm.selection.units import as_tokens, sequence_scores
-from megatron_slm.selection.weighting import perturbed, scale_to_plan, soft_weights
+from megatron_slm.selection.threshold import Ranks
+
+
+def ratio_at(settings: SelectionSettings, tokens: int, train_tokens: int) -> float | None:
+    """Share to keep in the step that begins after `tokens`; None while all tokens count and no score is needed.
+
+    Starting to select after a share of the run is the switch of open_lm's Rho-1 branch; linear and
+    cosine then lead from 1 to `ratio` over `schedule_tokens`; steps counts from the first token of the run.
+
+    Args:
+        settings: `schedule` and what belongs to it, `ratio`, `start`.
+        tokens: trained on before the step, over all ranks.
+        train_tokens: length of the run, of which `start` is a share.
+    """
+    begin = settings.start * train_tokens
+    if tokens < begin:
+        return None
+    if settings.schedule == "steps":
+        reached = [ratio for first, ratio in settings.ratio_steps if first <= tokens]
+        return reached[-1] if reached else 1.0
+    progress = (tokens - begin) / settings.schedule_tokens if settings.schedule_tokens else 1.0
+    if progress >= 1:
+        return settings.ratio
+    remaining = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return settings.ratio + (1 - settings.ratio) * remaining
+
+
+def perturbed(scores: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Scores whose highest k are a draw of k without replacement, in proportion to exp(score / temperature).
+
+    Score / temperature plus Gumbel noise: the Gumbel-top-k trick (Kool et al. 2019, arXiv 1903.06059, section 2).
+
+    Args:
+        scores: float tensor of any shape.
+        uniform: numbers in (0, 1), same shape; a token's own (`token_uniform`) make the draw the same on any number of
+            ranks.
+        temperature: above 0; low ones come near to the highest scores, high ones to a uniform draw.
+
+    Returns:
+        float32, same shape.
+    """
+    # In float64, so that vectorised logarithms, which differ in their last bits, give the same float32.
+    gumbel = -(-uniform.double().log()).log()
+    return (scores.detach().double() / temperature + gumbel).float()
+
+
+def soft_weights(scores: Tensor, valid: Tensor, threshold: Tensor, temperature: float) -> Tensor:
+    """`sigmoid((score - threshold) / temperature)` of the valid tokens: reweighting instead of selection.
+
+    The authors of Rho-1 name it as an extension (NeurIPS version, appendix C).
+
+    Args:
+        scores: float tensor of any shape.
+        valid: bool, same shape.
+        threshold: float32 that broadcasts to it; NaN, where tokens without a score are kept too, lies below all scores.
+        temperature: above 0; low ones come near to a hard selection.
+
+    Returns:
+        float64 of the same shape, not yet scaled; 0 for NaN scores.
+    """
+    values = scores.detach().float().double()
+    cut = threshold.double().masked_fill(threshold.isnan(), -torch.inf)
+    distance = (values - cut).masked_fill(values == cut, 0.0)
+    return torch.sigmoid(distance / temperature).masked_fill(~valid | values.isnan(), 0.0)
+
+
+def scale_to_plan(
+    mask: Tensor,
+    weights: Tensor,
+    threshold: Tensor,
+    valid: Tensor,
+    ratio: float,
+    *,
+    nan: Tensor,
+    scope: Scope = "global",
+    group: dist.ProcessGroup | None = None,
+) -> Selection:
+    """A selection whose weights sum to the planned k over the group: then the step's one divisor holds for any rule.
+
+    All of them are 0 where nothing has a weight. One small all-reduce; all ranks of the group must call this together.
+
+    Args:
+        mask: bool, what is kept, this rank.
+        weights: 0 or more, same shape.
+        threshold: of the selection.
+        valid: bool, same shape.
+        ratio: the planned share, in (0, 1].
+        nan: bool, same shape: tokens whose score is NaN, to be counted.
+        scope: of the plan.
+        group: process group; None is the default group if initialised, else this process.
+    """
+    total = weights.sum(dtype=torch.float64)
+    counts = [mask.sum(), valid.sum(), (valid & nan).sum(), own_k(valid, ratio, scope), total]
+    sums = Ranks(group).sum(torch.stack([count.double() for count in counts]))
+    num_selected, num_valid, num_nan, k = sums[:4].long().unbind()
+    planned = plan_k(num_valid, ratio) if scope == "global" else k
+    # Exactly 1 where as many are kept as were planned.
+    factor = (planned / sums[4]).where(sums[4] > 0, 0.0)
+    return Selection(mask, (weights * factor).float(), threshold, num_selected, num_valid, num_nan)
 
 
 class Pool(NamedTuple):

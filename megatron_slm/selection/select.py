@@ -1,4 +1,4 @@
-"""The mask: exactly k tokens of a pool, the same whichever rank holds them."""
+"""Whole sequences as what is ranked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,34 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_slm.selection.threshold import Ranks, kth_largest, order_key, score_of_key
+
+
+def sequence_scores(scores: Tensor, valid: Tensor) -> Tensor:
+    """Mean score of each sequence over its valid tokens (RHO-LOSS, Mindermann et al. 2022, on sequences).
+
+    Added up in one order, whatever other sequences lie beside: the same bits on any number of ranks.
+
+    Args:
+        scores: float `[..., T]`.
+        valid: bool, same shape.
+
+    Returns:
+        float32 `[...]`; NaN for a sequence with a NaN, or without a valid token.
+    """
+    total = scores.detach().double().masked_fill(~valid, 0.0)
+    while total.shape[-1] > 1:
+        total = pad(total, (0, total.shape[-1] % 2))
+        total = total[..., ::2] + total[..., 1::2]
+    return (total.sum(-1) / valid.sum(-1)).float()
+
+
+def as_tokens(values: Tensor, valid: Tensor) -> Tensor:
+    """One value a sequence, `[...]`, repeated for its tokens, `[..., T]`."""
+    return values[..., None].expand_as(valid)
+
 
 Scope = Literal["global", "rank", "sequence"]
 
@@ -213,3 +239,24 @@ def check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, pos
         raise ValueError(f"ratio is {ratio}: give the share of tokens to keep, above 0 and at most 1.")
     if scope not in ("global", "rank", "sequence"):
         raise ValueError(f"scope is '{scope}': use global, rank or sequence.")
+
+
+def selected_loss(loss: Tensor, selection: Selection) -> Tensor:
+    """Summed loss of the selected tokens of this rank (Rho-1, equation 5, before its division).
+
+    Divide once, by the number planned over all ranks and micro-batches of the optimizer step: a
+    mean here would weigh ranks with few selected tokens too much.
+
+    Args:
+        loss: float32, same shape as the scores that were selected from; may require a gradient.
+        selection: what `select_tokens` returned for them.
+
+    Returns:
+        0-dim float32, this rank only.
+    """
+    return weighted_loss(loss, selection.weights)
+
+
+def weighted_loss(loss: Tensor, weights: Tensor) -> Tensor:
+    """`sum(weights * loss)`, where weight 0 drops the loss: an unselected infinity leaves no NaN behind."""
+    return (loss.masked_fill(weights == 0, 0.0) * weights).sum()

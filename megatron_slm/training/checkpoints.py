@@ -243,3 +243,83 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def split_records(path: Path, step: int) -> tuple[str, str]:
+    """The records up to a step, and all that follows from the first later one on, a torn last line too.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        later = (not line.endswith("\n") or int(json.loads(line)["step"]) > step for line in lines)
+        kept = next((number for number, is_later in enumerate(later) if is_later), len(lines))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds a line that is no record: put the file back, or move it away.") from error
+    return "".join(lines[:kept]), "".join(lines[kept:])
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop what a killed run wrote after the checkpoint at `step`.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if path.exists():
+        write_durably(path, split_records(path, step)[0])
+
+
+def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
+    """Say what there is to go back to.
+
+    Raises:
+        UserError: there is no checkpoint of this step.
+    """
+    steps = saved_steps(checkpoints)
+    if step not in steps:
+        there = ", ".join(map(str, steps)) or "no step"
+        raise UserError(f"--rollback is {step}, and {checkpoints} has checkpoints of {there}.")
+
+
+def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) -> None:
+    """Make the checkpoint of `step` the newest; every rank calls it.
+
+    A kill at any instant loses nothing, and asking again finishes the work: the records are copied first, the
+    checkpoints are moved from the newest on, and what is left is always the beginning of a run.
+
+    Raises:
+        AgreedError: the checkpoint is damaged, the records are garbled, or something cannot be moved.
+    """
+    if store.newest(step) is None:
+        raise AgreedError(f"--rollback is {step}, and that checkpoint is gone.")
+    agree(lambda: _move_aside(run_dir, step) if world.is_main else None)
+
+
+def _move_aside(run_dir: Path, step: int) -> None:
+    later = [path for path in all_checkpoints(run_dir / "checkpoints") if (step_of(path) or 0) > step]
+    records = {name: split_records(run_dir / name, step)[1] for name in ("metrics.jsonl", "spikes.jsonl")}
+    if not later and not any(records.values()):
+        return
+    try:
+        aside = _next_folder(run_dir / "rolled-back")
+        for name, text in records.items():
+            if text:
+                write_durably(aside / name, text)
+        for checkpoint in reversed(later):
+            shutil.move(checkpoint, aside / checkpoint.name)
+            sync(aside)
+        write_durably(run_dir / "checkpoints" / "latest", checkpoint_name(step))
+    except OSError as error:
+        raise UserError(
+            f"--rollback is {step}, and {run_dir} cannot be changed ({error}): mend that, and ask again."
+        ) from error
+    logging.getLogger(__name__).info("rolled back to step %d: what came after it is in %s", step, aside)
+
+
+def _next_folder(parent: Path) -> Path:
+    taken = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()]
+    folder = parent / f"{max(taken, default=0) + 1:04d}"
+    folder.mkdir(parents=True)
+    sync(parent)
+    return folder

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_slm.dist import all_reduce_sum
 from megatron_slm.errors import AgreedError
 from megatron_slm.selection.rule import Rule
-from megatron_slm.selection.uniform import token_uniform
+from megatron_slm.selection.scores import token_uniform
 from megatron_slm.types import Batch, TokenSignals
 
 

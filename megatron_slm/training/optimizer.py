@@ -1,5 +1,8 @@
 """AdamW with decay on matrices only."""
 
+import math
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -35,3 +38,22 @@ def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (kept if len(shape) < 2 or id(parameter) in embeddings else decayed).append(parameter)
     return decayed, kept
+
+
+def learning_rate(
+    tokens: int,
+    *,
+    train_tokens: int,
+    warmup_tokens: int,
+    lr: float,
+    min_lr: float,
+    schedule: Literal["cosine", "linear", "constant"],
+) -> float:
+    """The rate of the step that ends at `tokens`: linear from 0 to `lr`, then down to `min_lr` at `train_tokens`."""
+    if tokens < warmup_tokens:
+        return lr * tokens / warmup_tokens
+    if schedule == "constant":
+        return lr
+    progress = min(1.0, (tokens - warmup_tokens) / max(1, train_tokens - warmup_tokens))
+    remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return min_lr + (lr - min_lr) * remaining

@@ -9,50 +9,32 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "files", "paths", "types", "launcher", "dist", "backend"}
+LEAVES = {"errors", "files", "types", "launcher", "dist", "backend", "progress"}
+ROOMS = {"data", "models", "reference", "selection", "training"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": set(),
-    "paths": {"errors"},
-    "launcher": {"errors"},
     "types": set(),
+    "progress": set(),
+    "files": {"errors"},
+    "launcher": {"errors"},
     "dist": {"errors", "launcher"},
     "backend": {"dist", "errors"},
-    # Pure torch, for anyone's loop; so whoever makes a loss may use it.
+    # Pure torch, for anyone's training loop.
     "selection": set(),
-    "data": LEAVES - {"backend"},
-    "models": LEAVES | {"selection"},
-    "signals": LEAVES | {"models"},
-    # What fills a store of scores, once, instead of training.
-    "scoring": LEAVES | {"data", "models", "signals"},
-    # What ranks documents by two stores of scores, before training.
-    "filtering": LEAVES - {"backend"} | {"data", "signals"},
-    "training": LEAVES | {"data", "models", "signals", "selection", "reporting"},
-    # Pages and pictures of plain values: for any part that shows something.
+    # Pages and charts of plain values, for any part that shows something.
     "reporting": set(),
+    "data": LEAVES - {"backend"},
+    "prepare": LEAVES - {"backend"} | {"data"},
+    "models": LEAVES | {"selection"},
+    "reference": LEAVES | {"data", "models"},
+    "training": LEAVES | ROOMS | {"reporting"},
     "config_file": {"errors"},
-    "config": {
-        "errors",
-        "config_file",
-        "paths",
-        "data",
-        "models",
-        "signals",
-        "scoring",
-        "filtering",
-        "selection",
-        "training",
-    },
-    "run_folder": {"config", "dist", "errors", "files", "paths", "training"},
-    "composition": LEAVES
-    | {"config", "run_folder"}
-    | {"data", "models", "signals", "scoring", "filtering", "selection", "training"},
-    "demo": LEAVES | {"data", "models", "selection", "reporting"},
-    "dry_run": LEAVES | {"config", "run_folder", "composition", "data", "models", "signals", "selection", "training"},
-    # A verb may ask any part but the edges.
-    "commands": LEAVES
-    | {"config", "config_file", "run_folder", "composition", "dry_run", "demo"}
-    | {"data", "models", "signals", "scoring", "filtering", "selection", "training"},
+    "config": {"errors", "files", "config_file"} | ROOMS,
+    "run_folder": {"config", "dist", "errors", "files", "training"},
+    "build": LEAVES | ROOMS | {"config", "run_folder"},
+    "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},
+    # One file per verb, on top of all parts but the pages.
+    "commands": LEAVES | ROOMS | {"config", "config_file", "run_folder", "prepare", "build", "demo"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }
@@ -97,11 +79,11 @@ def test_deepspeed_is_imported_in_one_file() -> None:
     assert importers == {PACKAGE / "backend" / "deepspeed.py"}
 
 
-def test_only_commands_and_the_dry_run_import_the_composition_root() -> None:
+def test_only_commands_build_objects_from_a_configuration() -> None:
     importers = {
-        part(path) for path in sources() if any(name.startswith("megatron_slm.composition") for name in imports(path))
+        part(path) for path in sources() if any(name.startswith("megatron_slm.build") for name in imports(path))
     }
-    assert importers == {"commands", "composition", "dry_run"}
+    assert importers == {"commands", "build"}
 
 
 def test_settings_import_nothing_heavy() -> None:

@@ -11,7 +11,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.checks import check_head, check_packing
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.selection.loss import weighted_loss
+from megatron_slm.selection.select import weighted_loss
 from tests.gloo import run_ranks
 from tests.unit.test_head import VOCAB, close, tiny_config
 

@@ -170,9 +170,9 @@ def train_and_stop(world: World, tree: dict[str, Any], step: int) -> int:
     import os
     import signal
 
-    from megatron_slm.composition.run import build_run
+    from megatron_slm.build.run import build_run
     from megatron_slm.config import parse_config
-    from megatron_slm.training.callbacks.callback import Callback
+    from megatron_slm.training.trainer import Callback
 
     class Stopping(Callback):
         def on_step_start(self, state: Any) -> None:

@@ -188,7 +188,7 @@ def test_garbled_records_that_rank_0_finds_stop_every_rank(
 
 def train_on_a_full_disk(world: World, tree: dict[str, Any], config: str) -> tuple[int, str]:
     """The disk fills while records are written."""
-    from megatron_slm.training.callbacks import jsonl
+    from megatron_slm.training import metrics as jsonl
 
     def full(_: object) -> str:
         raise OSError(28, "No space left on device", "metrics.jsonl")

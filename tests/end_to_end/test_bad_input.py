@@ -335,7 +335,7 @@ def test_going_back_to_a_checkpoint_that_is_not_there_names_those_that_are(
 
 
 def test_a_run_folder_refuses_other_tokens_under_the_same_name(finished: tuple[Path, dict[str, Any]]) -> None:
-    from megatron_slm.data.prepare import prepare_corpus
+    from megatron_slm.prepare.prepare import prepare_corpus
 
     folder, tree = finished
     before = snapshot(folder / "run" / "checkpoints")

@@ -155,8 +155,8 @@ def test_scores_of_samples_are_those_of_the_candidates(corpora: Path, tmp_path: 
 
 @pytest.mark.parametrize(("objective", "steps"), [("slm", 4), ("clm", 12)])
 def test_a_pass_reads_every_sample_once(objective: str, steps: int) -> None:
-    from megatron_slm.composition.corpora import Corpora
-    from megatron_slm.composition.plan import resolve
+    from megatron_slm.build.corpora import Corpora
+    from megatron_slm.build.plan import resolve
 
     tree = candidates_tree(Path("corpora"), Path("run"), train_tokens=None, train_epochs=1.0) | {"objective": objective}
     corpus = Corpus("web", "web", 100, 12 * TOKENS, 1, "t", {})
@@ -181,7 +181,7 @@ def test_the_samples_of_a_spike_are_all_candidates_of_its_step(corpora: Path, tm
 
 
 def train_and_note_samples(world: World, tree: dict[str, Any], path: Path) -> None:
-    from megatron_slm.training.callbacks.spikes import Spikes
+    from megatron_slm.training.callbacks import Spikes
 
     original = Spikes.on_step_end
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.training import requests
+from megatron_slm.training import state as requests
 from tests.end_to_end.test_bad_input import command_line_among
 from tests.end_to_end.test_resume import train_half
 from tests.gloo import RankError, run_ranks
@@ -131,7 +131,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_leaves_the_on
 
 
 def train_rolled_back(world: World, tree: dict[str, Any], step: int) -> dict[str, Any]:
-    from megatron_slm.composition.run import build_run
+    from megatron_slm.build.run import build_run
     from megatron_slm.config import parse_config
 
     run = build_run(parse_config(tree), world, rollback=step)
@@ -177,7 +177,7 @@ class Losses:
 
 
 def test_a_reference_that_is_better_somewhere_is_not_doubted(caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_slm.training.callbacks.reference_check import ReferenceCheck
+    from megatron_slm.training.evaluation import ReferenceCheck
     from megatron_slm.training.state import Plan, RunState
 
     student, state = Losses(math=3.0, web=2.0), RunState(Plan(10, 4, 32, 1, 1, 1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_slm.signals.store import open_store
+from megatron_slm.reference.store import open_store
 from tests.end_to_end.test_score import score_in_process, scoring_tree, training_tree, values_of
 from tests.gloo import RankError, run_ranks
 from tests.runs import assert_bitwise_equal, records, train_in_process

@@ -213,8 +213,8 @@ def plain_losses(world: World, folder: str, text: list[list[int]]) -> float:
 
 
 def reference_losses(world: World, corpora: str, folder: str, text: list[list[int]], shard: bool) -> float:
-    from megatron_slm.composition.corpora import open_corpora
-    from megatron_slm.composition.models import frozen_model, make_backend
+    from megatron_slm.build.corpora import open_corpora
+    from megatron_slm.build.models import frozen_model, make_backend
     from megatron_slm.config import parse_config
 
     tree = config_tree(Path(corpora), Path("unused"), precision="fp32")

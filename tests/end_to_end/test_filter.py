@@ -14,7 +14,7 @@ from megatron_slm.data.corpus import Corpus, open_corpus, open_tokens
 from megatron_slm.data.keep_list import open_keep_list, write_keep_list
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World
-from megatron_slm.signals.store import open_store
+from megatron_slm.reference.store import open_store
 from tests.end_to_end.test_bad_input import command_line_among, command_lines, sentence_of
 from tests.end_to_end.test_dry_run import shown
 from tests.end_to_end.test_score import score_in_process, values_of
@@ -58,7 +58,7 @@ def make_stores(world: World, corpora: Path, folder: Path) -> None:
 
 
 def filter_in_process(_: World, *trees: dict[str, Any]) -> None:
-    from megatron_slm.composition.filtering import filter_documents
+    from megatron_slm.build.filtering import filter_documents
 
     for tree in trees:
         config = parse_config(tree)

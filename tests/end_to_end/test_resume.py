@@ -231,7 +231,7 @@ def test_data_and_selection_go_on_at_another_number_of_ranks(corpora: Path, tmp_
 
 def train_half(world: World, tree: dict[str, Any]) -> None:
     """Stop after the checkpoint of step 10."""
-    from megatron_slm.composition.run import build_run
+    from megatron_slm.build.run import build_run
     from megatron_slm.config import parse_config
 
     run = build_run(parse_config(tree), world)

@@ -17,8 +17,7 @@ from megatron_slm.__main__ import main
 from megatron_slm.config import parse_config
 from megatron_slm.dist import World, disconnect
 from megatron_slm.errors import AgreedError, UserError
-from megatron_slm.signals.score_file import BlockChecksums
-from megatron_slm.signals.store import Store, open_store
+from megatron_slm.reference.store import BlockChecksums, Store, open_store
 from tests.end_to_end.test_bad_input import command_line_among, command_lines, sentence_of
 from tests.gloo import RankError, run_ranks
 from tests.runs import LLAMA, config_tree, free_port, megatron_slm, records, train_in_process, write_config
@@ -51,7 +50,7 @@ def smallest_config(corpora: Path, folder: Path) -> str:
 
 
 def score_in_process(world: World, tree: dict[str, Any], imports: tuple[str, ...] = ()) -> None:
-    from megatron_slm.composition.scoring import score_corpora
+    from megatron_slm.build.scoring import score_corpora
 
     config = parse_config(tree)
     assert config.score is not None
@@ -129,7 +128,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
 
 def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
     """Note every shard that a model is run for."""
-    from megatron_slm.scoring.sources import ModelSource
+    from megatron_slm.reference.sources import ModelSource
 
     original = ModelSource.shard
 
@@ -144,7 +143,7 @@ def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
 
 def score_until_killed(world: World, tree: dict[str, Any], count: Path, moment: str) -> None:
     """Die at the third passing of a moment, or at the first of one that there is once."""
-    from megatron_slm.scoring import attempt
+    from megatron_slm.reference import attempt
 
     owner, name, passing = {
         "before a shard is flushed": (attempt, "sync", 3),
@@ -229,7 +228,7 @@ def test_documents_with_other_ends_are_another_attempt(corpora: Path, tmp_path: 
 
 def score_on_a_full_disk(world: World, tree: dict[str, Any]) -> str:
     """The sentence that this rank hears; rank 0 alone writes."""
-    from megatron_slm.scoring import attempt
+    from megatron_slm.reference import attempt
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -248,7 +247,7 @@ def test_a_full_disk_is_one_sentence_of_all_ranks(corpora: Path, tmp_path: Path)
 
 def score_and_be_killed_at_the_end(world: World, tree: dict[str, Any]) -> None:
     """The store is there, and what was needed to make it is not yet gone."""
-    from megatron_slm.scoring.attempt import Attempt
+    from megatron_slm.reference.attempt import Attempt
 
     original = Attempt.publish
 

@@ -110,8 +110,8 @@ def test_an_exported_folder_loads_to_the_evaluated_loss(corpora: Path, tmp_path:
 
 def evaluate(world: World, corpora: str) -> dict[str, Any]:
     from megatron_slm.data.corpus import open_corpus
-    from megatron_slm.data.stream import EvaluationStream
-    from megatron_slm.training.evaluate import Evaluator
+    from megatron_slm.data.loader import EvaluationStream
+    from megatron_slm.training.evaluation import Evaluator
     from tests.steps import TINY_LLAMA, Case, make_backend, make_student
 
     case = Case(model=TINY_LLAMA | {"vocab_size": 300})
@@ -157,7 +157,7 @@ def test_srun_trains(corpora: Path, tmp_path: Path) -> None:
 
 def train_on_poison(world: World, tree: dict[str, Any], what: str, step: int) -> str:
     """Train with a student that gives one NaN in a step: in the loss of rank 1, or in its gradient."""
-    from megatron_slm.models import exact
+    from megatron_slm.models import student as exact
     from megatron_slm.models.causal_lm import score_batch
 
     steps = {"seen": 0}

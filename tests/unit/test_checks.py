@@ -9,13 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import CausalLM
-from megatron_slm.models.checks import (
-    check_dropout,
-    check_dropout_settings,
-    check_head,
-    check_length,
-    check_packing,
-)
+from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
 from tests.unit.test_head import SHAPES, VOCAB, tiny_config
 
 CHANGED_LOGITS = {

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from megatron_slm.data.attempt import Options
-from megatron_slm.data.contamination import hash_ngrams, word_ngrams
-from megatron_slm.data.inputs import find_files
-from megatron_slm.data.prepare import prepare_corpora
+from megatron_slm.prepare.attempt import Options
+from megatron_slm.prepare.contamination import hash_ngrams, word_ngrams
+from megatron_slm.prepare.inputs import find_files
+from megatron_slm.prepare.prepare import prepare_corpora
 from tests.texts import sentence, write_jsonl
 
 TEXT = "The slope of a line is rise over run, so if x = 3 then y = 12.5 and f(x) is the area under a curve."
@@ -51,7 +51,7 @@ def test_word_order_and_word_boundaries_count():
 
 def test_every_process_gives_the_same_numbers():
     assert sorted(word_ngrams("one two three", 2)) == [11418333532430138187, 17898366591077449017]
-    program = f"from megatron_slm.data.contamination import word_ngrams; print(sorted(word_ngrams({TEXT!r})))"
+    program = f"from megatron_slm.prepare.contamination import word_ngrams; print(sorted(word_ngrams({TEXT!r})))"
     for seed in ("1", "2"):
         shown = subprocess.check_output([sys.executable, "-c", program], text=True, env={"PYTHONHASHSEED": seed})
         assert shown.strip() == str(sorted(word_ngrams(TEXT)))

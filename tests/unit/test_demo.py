@@ -15,17 +15,14 @@ import yaml
 
 from megatron_slm.__main__ import main
 from megatron_slm.config import parse_config
-from megatron_slm.data.contamination import word_ngrams
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.demo.chain import demo_stages
+from megatron_slm.demo.chain import COMPARED, FULL, QUICK, Folders, configuration, demo_stages
 from megatron_slm.demo.machine import check_folder, check_python, check_space, hold_folder
-from megatron_slm.demo.passages import held_out_passages
-from megatron_slm.demo.processes import StoppedError, StopRequest, stop_on_signals
-from megatron_slm.demo.results import overtaking, results_table, selected_table
-from megatron_slm.demo.runs import COMPARED, FULL, QUICK, Folders, configuration
-from megatron_slm.demo.stages import Stage, Stages
+from megatron_slm.demo.report import held_out_passages, overtaking, results_table, selected_table
+from megatron_slm.demo.stages import Stage, Stages, StoppedError, StopRequest, stop_on_signals
 from megatron_slm.demo.texts import GENERAL, HELD_OUT, Sizes, _installed_files, write_texts
 from megatron_slm.errors import UserError
+from megatron_slm.prepare.contamination import word_ngrams
 
 SIZES = Sizes(general=300_000, curated=60_000, held_out=8_000)
 OPTIONS = {"ranks": 2, "quick": False}
@@ -259,7 +256,7 @@ def test_a_stop_that_comes_while_a_stage_ends_is_not_lost(tmp_path: Path) -> Non
 
 def test_a_stop_ends_what_was_started_in_other_sessions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts its ranks; and one of them does not listen."""
-    monkeypatch.setattr("megatron_slm.demo.processes.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("megatron_slm.demo.stages.GRACE_SECONDS", 1.0)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     program = (
         "import subprocess, sys, time, pathlib;"

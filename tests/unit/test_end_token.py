@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.__main__ import main
-from megatron_slm.composition.corpora import Corpora, open_corpora, require_tokenizer
+from megatron_slm.build.corpora import Corpora, open_corpora, require_tokenizer
 from megatron_slm.config import parse_config
 from megatron_slm.data.corpus import open_corpus, open_tokens
-from megatron_slm.data.merge import merge_corpora
-from megatron_slm.data.prepare import verify_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.prepare.merge import merge_corpora
+from megatron_slm.prepare.prepare import verify_corpus
 from tests.runs import config_tree
 from tests.texts import sentence, write_jsonl
 from tests.tokenizer_folders import CHAT, SPECIAL, byte_level, write_tokenizer
@@ -122,7 +122,7 @@ def test_what_cannot_end_documents_is_refused(options, sentence, here, capsys):
 
 
 def test_an_attempt_is_not_resumed_with_another_end(here, capsys, monkeypatch):
-    monkeypatch.setattr("megatron_slm.data.inputs._CHUNK_BYTES", 100)
+    monkeypatch.setattr("megatron_slm.prepare.inputs._CHUNK_BYTES", 100)
     (here / "bad.jsonl").write_text("{bad\n")
     for options, said in (([], "not valid JSON"), (["--end-token", END], f'--end-token was null and is "{END}"')):
         with pytest.raises(SystemExit):

@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from megatron_slm.data.corpus import Corpus
-from megatron_slm.data.index import write_index
+from megatron_slm.data.corpus import Corpus, write_index
 from megatron_slm.data.keep_list import open_keep_list, write_keep_list
 from megatron_slm.data.samples import order_fingerprint
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.filtering.excess import DocumentExcess, Losses, document_excess, highest, least_share
-from megatron_slm.signals.score_file import BLOCK_ROWS, ScoreFile
+from megatron_slm.reference.filtering import DocumentExcess, Losses, document_excess, highest, least_share
+from megatron_slm.reference.store import BLOCK_ROWS, ScoreFile
 from tests.unit.test_store import write_scores
 
 MEANS = st.lists(st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.25, 0.5, 3.0]), min_size=1, max_size=40)

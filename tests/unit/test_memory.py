@@ -7,8 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_slm.training.flops import TokenFlops
-from megatron_slm.training.memory import ModelSize, model_size, rank_memory
+from megatron_slm.training.cost import ModelSize, TokenFlops, model_size, rank_memory
 
 MODELS = {
     "llama": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},

@@ -21,12 +21,11 @@ from megatron_slm.config import (
     parse_quantity,
 )
 from megatron_slm.errors import UserError, refuse_missing_folder
-from megatron_slm.training.callbacks.console import describe, quantity
-from megatron_slm.training.callbacks.jsonl import finite
-from megatron_slm.training.flops import ModelFlops, StepTokens, TokenFlops, step_flops, token_flops
-from megatron_slm.training.optimizer import decay_groups
-from megatron_slm.training.records import cut_back
-from megatron_slm.training.schedule import learning_rate
+from megatron_slm.training.callbacks import describe, quantity
+from megatron_slm.training.checkpoints import cut_back
+from megatron_slm.training.cost import ModelFlops, StepTokens, TokenFlops, step_flops, token_flops
+from megatron_slm.training.metrics import finite
+from megatron_slm.training.optimizer import decay_groups, learning_rate
 from megatron_slm.training.state import Plan, RunState
 
 BASE = {

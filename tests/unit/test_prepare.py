@@ -16,17 +16,17 @@ import psutil
 import pytest
 
 from megatron_slm.commands import prepare as verb
-from megatron_slm.data import encoding
 from megatron_slm.data.corpus import corpus_tokenizer_path, open_tokens
-from megatron_slm.data.documents import Fields, RawDocument, decode_document
-from megatron_slm.data.prepare import prepare_corpus, verify_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.prepare import encoding
+from megatron_slm.prepare.documents import Fields, RawDocument, decode_document
+from megatron_slm.prepare.prepare import prepare_corpus, verify_corpus
 from tests.texts import contents, sentence, write_jsonl
 
 RUN = """if True:
     import sys
-    from megatron_slm.data.prepare import prepare_corpus
+    from megatron_slm.prepare.prepare import prepare_corpus
     prepare_corpus(sys.argv[3:], sys.argv[1], tokenizer=sys.argv[2])"""
 
 

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_slm.__main__ import main
-from megatron_slm.data import encoding
-from megatron_slm.data.attempt import Options
 from megatron_slm.data.corpus import Corpus, open_corpus, open_mask, open_tokens
-from megatron_slm.data.documents import Fields
-from megatron_slm.data.inputs import find_files
-from megatron_slm.data.merge import merge_corpora
-from megatron_slm.data.prepare import prepare_corpora, prepare_corpus, verify_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.prepare import encoding
+from megatron_slm.prepare.attempt import Options
+from megatron_slm.prepare.documents import Fields
+from megatron_slm.prepare.inputs import find_files
+from megatron_slm.prepare.merge import merge_corpora
+from megatron_slm.prepare.prepare import prepare_corpora, prepare_corpus, verify_corpus
 from tests.texts import contents, sentence, write_jsonl
 from tests.unit.test_prepare_bad_input import refused
 

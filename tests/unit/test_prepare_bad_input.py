@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from megatron_slm.__main__ import main
-from megatron_slm.data.prepare import prepare_corpus
+from megatron_slm.prepare.prepare import prepare_corpus
 from tests.texts import sentence, write_jsonl
 from tests.unit.test_prepare_merge_adopt import encoded, megatron_corpus
 

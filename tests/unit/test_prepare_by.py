@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.data import attempt
-from megatron_slm.data.attempt import Options, safe_name
 from megatron_slm.data.corpus import Corpus, open_corpus
-from megatron_slm.data.documents import Fields
-from megatron_slm.data.inputs import find_files
-from megatron_slm.data.prepare import prepare_corpora, prepare_corpus, verify_corpus
 from megatron_slm.errors import UserError
+from megatron_slm.prepare import attempt
+from megatron_slm.prepare.attempt import Options, safe_name
+from megatron_slm.prepare.documents import Fields
+from megatron_slm.prepare.inputs import find_files
+from megatron_slm.prepare.prepare import prepare_corpora, prepare_corpus, verify_corpus
 from tests.texts import contents, sentence, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

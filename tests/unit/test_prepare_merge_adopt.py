@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_slm.data.adopt import adopt_corpus
-from megatron_slm.data.attempt import Options
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.data.inputs import find_files
-from megatron_slm.data.merge import merge_corpora
-from megatron_slm.data.prepare import prepare_corpora, prepare_corpus, verify_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.prepare.adopt import adopt_corpus
+from megatron_slm.prepare.attempt import Options
+from megatron_slm.prepare.inputs import find_files
+from megatron_slm.prepare.merge import merge_corpora
+from megatron_slm.prepare.prepare import prepare_corpora, prepare_corpus, verify_corpus
 from tests.texts import contents, sentence, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -120,7 +120,8 @@ def test_the_share_of_documents_without_an_end_is_said(model, tmp_path, caplog):
 
 
 def test_many_documents_are_scanned_in_pieces(model, tmp_path, monkeypatch):
-    from megatron_slm.data import adopt, index
+    from megatron_slm.data import corpus as index
+    from megatron_slm.prepare import adopt
 
     monkeypatch.setattr(adopt, "_BLOCK_TOKENS", 50)
     monkeypatch.setattr(index, "_BLOCK", 7)

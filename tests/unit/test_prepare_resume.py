@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.data import attempt, inputs, prepare
-from megatron_slm.data.attempt import Options
-from megatron_slm.data.documents import Fields
-from megatron_slm.data.inputs import InputFile, find_files
-from megatron_slm.data.prepare import prepare_corpora
-from megatron_slm.data.staged_corpus import StagedCorpus
 from megatron_slm.errors import UserError
+from megatron_slm.prepare import attempt, inputs, prepare
+from megatron_slm.prepare.attempt import Options, StagedCorpus
+from megatron_slm.prepare.documents import Fields
+from megatron_slm.prepare.inputs import InputFile, find_files
+from megatron_slm.prepare.prepare import prepare_corpora
 from tests.texts import sentence
 
 FILES = 5

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.reporting.charts import Curve, draw_curves
-from megatron_slm.reporting.escaping import escape_html, escape_markdown, visible
-from megatron_slm.reporting.page import page_html
-from megatron_slm.reporting.tokens import SHADES, Token, legend_html, token_texts, tokens_html, tokens_markdown
+from megatron_slm.reporting.tokens import (
+    SHADES,
+    Token,
+    escape_html,
+    escape_markdown,
+    legend_html,
+    page_html,
+    token_texts,
+    tokens_html,
+    tokens_markdown,
+    visible,
+)
 from tests.reader import Reader
 
 NASTY = "<script>alert(1)</script> \"'&amp; </span>"

@@ -11,16 +11,17 @@ import torch
 from megatron_slm.commands.train import _rollback
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError, UserError
-from megatron_slm.training import rollback
+from megatron_slm.training import checkpoints as rollback
 from megatron_slm.training.checkpoints import (
     MANIFEST,
     CheckpointStore,
     _sum,
     checkpoint_name,
     list_checkpoints,
+    refuse_missing_checkpoint,
+    roll_back,
     saved_steps,
 )
-from megatron_slm.training.rollback import refuse_missing_checkpoint, roll_back
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 STEPS = (5, 10, 15, 20)

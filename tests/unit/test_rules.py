@@ -18,10 +18,9 @@ from megatron_slm.selection import (
     selected_loss,
     token_uniform,
 )
-from megatron_slm.selection.scoring import built_in_scores
-from megatron_slm.selection.settings import RankedScore
-from megatron_slm.selection.units import sequence_scores
-from megatron_slm.selection.words import rule_in_words
+from megatron_slm.selection.scores import built_in_scores
+from megatron_slm.selection.select import sequence_scores
+from megatron_slm.selection.settings import RankedScore, rule_in_words
 from tests.rules import COLUMNS, expected, random_case
 
 INF, NAN = math.inf, math.nan

@@ -9,12 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_slm.data.corpus import Corpus, open_corpus
-from megatron_slm.data.index import write_index
+from megatron_slm.data.corpus import Corpus, open_corpus, write_index
 from megatron_slm.errors import UserError
-from megatron_slm.scoring.documents import DocumentWork
-from megatron_slm.scoring.sources import open_import
-from megatron_slm.scoring.work import Work
+from megatron_slm.reference.scoring import DocumentWork, Work
+from megatron_slm.reference.sources import open_import
 
 EOD = 1
 

@@ -18,18 +18,24 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from megatron_slm.backend import Update
-from megatron_slm.composition.models import make_learner
+from megatron_slm.build.models import make_learner
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.models import packed_attention
-from megatron_slm.models.attention import open_attention, refuse_compiled
 from megatron_slm.models.causal_lm import CausalLM
-from megatron_slm.models.exact import ExactStudent
-from megatron_slm.models.packed_attention import BLOCK, FlexAttention, PackedQueries, attend_by_sequence, block_mask
-from megatron_slm.models.replay import ReplayStudent
-from megatron_slm.models.rows import Rows, RowStudent
-from megatron_slm.models.student import Student
-from megatron_slm.signals.live import NoReference
+from megatron_slm.models.sparse_backward import attention as packed_attention
+from megatron_slm.models.sparse_backward.attention import (
+    BLOCK,
+    FlexAttention,
+    PackedQueries,
+    attend_by_sequence,
+    block_mask,
+    open_attention,
+    refuse_compiled,
+)
+from megatron_slm.models.sparse_backward.replay import ReplayStudent
+from megatron_slm.models.sparse_backward.rows import Rows, RowStudent
+from megatron_slm.models.student import ExactStudent, Student
+from megatron_slm.reference.references import NoReference
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.types import Batch, TokenSignals
 from tests.steps import Case, make_objective

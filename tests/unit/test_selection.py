@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_slm.selection import find_score, plan_k, score, select_tokens, selected_loss
+from megatron_slm.selection.scores import token_uniform
 from megatron_slm.selection.select import score_quantiles
 from megatron_slm.selection.threshold import order_key, score_of_key
-from megatron_slm.selection.uniform import token_uniform
 
 INF, NAN = math.inf, math.nan
 SMALLEST, LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127

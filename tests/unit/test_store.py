@@ -12,12 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_slm.errors import UserError
-from megatron_slm.signals.encoding import ENCODINGS, decode, encode
-from megatron_slm.signals.live import NoReference
-from megatron_slm.signals.mixture import MixedReference
-from megatron_slm.signals.score_file import BLOCK_ROWS, BlockChecksums, ScoreFile
-from megatron_slm.signals.store import FileEntry, Manifest, open_store
-from megatron_slm.signals.stored import StoredReference
+from megatron_slm.reference.references import MixedReference, NoReference, StoredReference
+from megatron_slm.reference.store import (
+    BLOCK_ROWS,
+    ENCODINGS,
+    BlockChecksums,
+    FileEntry,
+    Manifest,
+    ScoreFile,
+    decode,
+    encode,
+    open_store,
+)
 from megatron_slm.types import Batch, TokenSignals
 
 ROWS = 3 * BLOCK_ROWS + 5

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_slm.data.corpus import describe, open_corpus, open_tokens
-from megatron_slm.data.loader import make_batch
+from megatron_slm.data.loader import EvaluationStream, make_batch
 from megatron_slm.data.samples import Sample
-from megatron_slm.data.stream import EvaluationStream
 from megatron_slm.models.causal_lm import CausalLM, score_batch
 
 EOD = 1  # of the tokenizer that tests/runs.py trains

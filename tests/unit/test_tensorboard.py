@@ -12,14 +12,13 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_slm.backend import Update
 from megatron_slm.errors import UserError
-from megatron_slm.training.callbacks.histogram import ExcessHistogram
-from megatron_slm.training.callbacks.metrics import StepMetrics
-from megatron_slm.training.callbacks.tensorboard import TensorBoard, layout, open_event_files, preformatted
-from megatron_slm.training.flops import StepTokens
+from megatron_slm.training.cost import StepTokens
+from megatron_slm.training.metrics import StepMetrics
 from megatron_slm.training.objective import Choice
 from megatron_slm.training.state import Asked, Plan, RunState
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.training.step import StepResult
+from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, layout, open_event_files, preformatted
 from megatron_slm.types import Batch
 
 CLM = ["loss/all", "lr", "grad_norm", "tokens_per_second", "step_seconds", "skipped_updates"]

@@ -10,15 +10,13 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from megatron_slm.backend import Update
-from megatron_slm.reporting.table import tokens_table
-from megatron_slm.reporting.tokens import Token
-from megatron_slm.training.callbacks.tensorboard import open_event_files
-from megatron_slm.training.callbacks.token_table import TokenTable, first_tokens
-from megatron_slm.training.flops import StepTokens
+from megatron_slm.reporting.tokens import Token, tokens_table
+from megatron_slm.training.cost import StepTokens
 from megatron_slm.training.objective import Choice
 from megatron_slm.training.state import Asked, Plan, RunState
 from megatron_slm.training.statistics import Pool, StepStatistics
 from megatron_slm.training.step import StepResult
+from megatron_slm.training.tensorboard import TokenTable, first_tokens, open_event_files
 from megatron_slm.types import Batch
 
 HOSTILE = [

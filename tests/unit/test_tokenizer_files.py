@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from megatron_slm.composition.corpora import Corpora, open_corpora, require_tokenizer
-from megatron_slm.composition.stores import open_matching_store
+from megatron_slm.build.corpora import Corpora, open_corpora, require_tokenizer
+from megatron_slm.build.stores import open_matching_store
 from megatron_slm.config import parse_config
-from megatron_slm.data.adopt import adopt_corpus
-from megatron_slm.data.attempt import Attempt
 from megatron_slm.data.corpus import corpus_tokenizer_path, describe, open_corpus, open_tokens
-from megatron_slm.data.merge import merge_corpora
-from megatron_slm.data.prepare import prepare_corpus, verify_corpus
 from megatron_slm.data.probe_texts import PROBE_TEXTS
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
-from megatron_slm.signals.store import Manifest
+from megatron_slm.prepare.adopt import adopt_corpus
+from megatron_slm.prepare.attempt import Attempt
+from megatron_slm.prepare.merge import merge_corpora
+from megatron_slm.prepare.prepare import prepare_corpus, verify_corpus
+from megatron_slm.reference.store import Manifest
 from tests.runs import config_tree
 from tests.texts import sentence, write_jsonl
 from tests.tokenizer_folders import CHAT, WORDS, byte_level, write_tokenizer
@@ -100,7 +100,7 @@ def made(tmp_path_factory) -> Path:
     write_tokenizer(folder / "words", byte_level(WORDS))
     write_tokenizer(folder / "digits", byte_level(DIGITS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_slm.data.prepare.encode_chunks", encode_here)
+        patch.setattr("megatron_slm.prepare.prepare.encode_chunks", encode_here)
         for name, tokenizer in (("a", "words"), ("b", "words"), ("c", "digits")):
             path = write_jsonl(folder / f"{name}.jsonl", [f"{sentence(i)} {i}{name}" for i in range(5)])
             prepare_corpus([str(path)], str(folder / name), tokenizer=str(folder / tokenizer))
@@ -190,7 +190,7 @@ def test_an_attempt_is_not_resumed_with_a_tokenizer_that_splits_differently(here
     (here / "d.jsonl").write_text((here / "a.jsonl").read_text() + "{bad\n")
     inputs, output = [str(here / "a.jsonl"), str(here / "d.jsonl")], str(here / "out" / "web")
     monkeypatch.setattr(Attempt, "commit", Attempt.commit_now)
-    monkeypatch.setattr("megatron_slm.data.inputs._CHUNK_BYTES", 100)
+    monkeypatch.setattr("megatron_slm.prepare.inputs._CHUNK_BYTES", 100)
     with pytest.raises(UserError, match="not valid JSON"):
         prepare_corpus(inputs, output, tokenizer=str(here / "words"))
     (here / "d.jsonl").write_text((here / "a.jsonl").read_text())

@@ -1,0 +1,197 @@
+"""An existing Megatron .bin/.idx made a prepared corpus where it lies: described, checked, given its tokenizer."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_slm.data.corpus import (
+    Corpus,
+    Index,
+    describe_tokenizer,
+    file_sha256,
+    index_size,
+    open_corpus,
+    read_boundaries,
+    read_index,
+    read_lengths,
+    read_pointers,
+)
+from megatron_slm.data.staging import (
+    JOURNAL,
+    Progress,
+    clear,
+    load_progress,
+    publish,
+    refuse_existing,
+    save_progress,
+    staging,
+    sync_all,
+    write_description,
+)
+from megatron_slm.data.tokenizer import largest_id, load_tokenizer, save_tokenizer, tokenizer_identity
+from megatron_slm.errors import UserError
+from megatron_slm.progress import reported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+logger = logging.getLogger(__name__)
+
+_OTHER_INDEX = "give a .bin/.idx pair as Megatron's preprocess_data.py writes it"
+_BLOCK_TOKENS = 1 << 20
+
+
+class Scan:
+    """What a pass over the tokens finds.
+
+    Args:
+        end_id: the token that should end documents.
+    """
+
+    def __init__(self, end_id: int) -> None:
+        self._end_id = end_id
+        self.smallest, self.largest = 0, -1
+        self.num_tokens = self.num_bytes = self.ended = 0
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Look at whole documents."""
+        if len(tokens):
+            self.smallest = min(self.smallest, int(tokens.min()))
+            self.largest = max(self.largest, int(tokens.max()))
+        ends = np.cumsum(lengths, dtype=np.int64)[lengths > 0] - 1
+        self.ended += int((tokens[ends] == self._end_id).sum())
+        self.num_tokens += len(tokens)
+
+
+def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> Corpus:
+    """Write PREFIX.json and PREFIX.tokenizer for the PREFIX.bin and PREFIX.idx that are there; they are only read.
+
+    ``num_bytes`` is counted by decoding every document with the tokenizer.
+
+    Args:
+        prefix: of the pair.
+        tokenizer, end_token: what ``load_tokenizer`` takes.
+
+    Raises:
+        UserError: the pair is missing or damaged, an id is none of the tokenizer's, a document has
+            several sequences, or the corpus is described already.
+    """
+    output = Path(prefix)
+    index = _checked_index(output)
+    loaded = load_tokenizer(tokenizer, end_token)
+    identity = tokenizer_identity(loaded)
+    settings = {"--adopt": str(output), "--tokenizer": [identity.fingerprint, identity.probe]}
+    with staging(output) as folder:
+        if not (folder / JOURNAL).exists():
+            _refuse_described(output)
+        if load_progress(folder, settings) is None:
+            _refuse_described(output)
+            _stage(output, index, loaded, clear(folder))
+            save_progress(folder, Progress(settings, complete=True))
+        publish(folder, output.parent)
+    corpus = open_corpus(str(output))
+    logger.info(
+        "%s: %d documents, %d tokens, %d bytes of text when decoded",
+        prefix, corpus.num_documents, corpus.num_tokens, corpus.num_bytes,
+    )  # fmt: skip
+    return corpus
+
+
+def _refuse_described(output: Path) -> None:
+    if Path(f"{output}.json").exists():
+        raise UserError(f"--adopt {output} is a prepared corpus already ({output}.json exists): try --verify")
+    refuse_existing(output, (".tokenizer",))
+
+
+def _checked_index(prefix: Path) -> Index:
+    """Check that PREFIX.idx describes documents of one sequence each that fill PREFIX.bin."""
+    path, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for part in (path, tokens):
+        if not part.is_file():
+            raise UserError(f"--adopt {prefix} needs {part}, which is missing: {_OTHER_INDEX}")
+    index = read_index(path, _OTHER_INDEX)
+    if path.stat().st_size != index_size(index):
+        raise UserError(f"{path} has {path.stat().st_size} bytes instead of {index_size(index)}: {_OTHER_INDEX}")
+    _refuse_several_sequences(path, index)
+    place = 0
+    for lengths, pointers in zip(read_lengths(path, index), read_pointers(path, index), strict=True):
+        starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * index.item_size + place
+        if (lengths < 0).any() or (pointers != starts).any():
+            raise UserError(f"{path} does not point to documents that follow each other: {_OTHER_INDEX}")
+        place += int(lengths.sum(dtype=np.int64)) * index.item_size
+    if tokens.stat().st_size != place or not place:
+        raise UserError(f"{tokens} has {tokens.stat().st_size} bytes and its index counts {place}: {_OTHER_INDEX}")
+    return index
+
+
+def _refuse_several_sequences(path: Path, index: Index) -> None:
+    expected = 0
+    single = index.boundaries == index.sequences + 1
+    for boundaries in read_boundaries(path, index) if single else ():
+        single = single and bool((boundaries == np.arange(expected, expected + len(boundaries))).all())
+        expected += len(boundaries)
+    if not single:
+        raise UserError(
+            f"{path} holds {index.sequences} sequences in {index.boundaries - 1} documents: "
+            "write it with one sequence a document (without --split-sentences)"
+        )
+
+
+def _stage(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast", ready: Path) -> None:
+    scan = _scanned(prefix, index, tokenizer)
+    share = scan.ended / index.sequences
+    if share < 1:
+        logger.warning(
+            "only %.1f %% of the documents end with %r (id %d): elsewhere nothing marks where one ends",
+            100 * share, tokenizer.eos_token, tokenizer.eos_token_id,
+        )  # fmt: skip
+    save_tokenizer(tokenizer, ready / f"{prefix.name}.tokenizer")
+    corpus = Corpus(
+        prefix=str(ready / prefix.name),
+        name=prefix.name,
+        num_documents=index.sequences,
+        num_tokens=scan.num_tokens,
+        num_bytes=scan.num_bytes,
+        sha256={suffix: file_sha256(Path(f"{prefix}{suffix}")) for suffix in (".bin", ".idx")},
+        **describe_tokenizer(tokenizer),
+    )
+    write_description(corpus)
+    sync_all(ready)
+
+
+def _scanned(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -> Scan:
+    limit = largest_id(tokenizer)
+    end_id = tokenizer.eos_token_id
+    scan = Scan(end_id)
+    total = Path(f"{prefix}.bin").stat().st_size // index.item_size
+    logger.info("counting the bytes of text by decoding %d tokens", total)
+    blocks = ((block, scan.num_tokens + len(block[0])) for block in _documents(prefix, index))
+    for tokens, lengths in reported(blocks, total, "tokens"):
+        scan.add(tokens, lengths)
+        if scan.largest > limit or scan.smallest < 0:
+            wrong = scan.largest if scan.largest > limit else scan.smallest
+            raise UserError(
+                f"--adopt {prefix} holds the id {wrong}, and the largest of --tokenizer "
+                f"{tokenizer.name_or_path} is {limit}: give the tokenizer that it was made with"
+            )
+        scan.num_bytes += _decoded_bytes(tokenizer, tokens, lengths)
+    return scan
+
+
+def _documents(prefix: Path, index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the tokens and lengths of whole documents, about a million tokens at a time."""
+    with open(f"{prefix}.bin", "rb") as stream:
+        for lengths in read_lengths(Path(f"{prefix}.idx"), index):
+            part = (np.cumsum(lengths, dtype=np.int64) - lengths) // _BLOCK_TOKENS
+            for some in np.split(lengths, np.flatnonzero(np.diff(part)) + 1):
+                yield np.fromfile(stream, index.dtype, int(some.sum(dtype=np.int64))), some
+
+
+def _decoded_bytes(tokenizer: "PreTrainedTokenizerFast", tokens: np.ndarray, lengths: np.ndarray) -> int:
+    documents = [document.tolist() for document in np.split(tokens, np.cumsum(lengths)[:-1])]
+    texts = tokenizer.backend_tokenizer.decode_batch(documents, skip_special_tokens=True)
+    return sum(len(text.encode()) for text in texts)

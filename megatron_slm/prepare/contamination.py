@@ -1,0 +1,152 @@
+"""Which runs of words two texts share: n-grams of lower-cased words, as 64-bit numbers."""
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_slm.errors import UserError
+from megatron_slm.files import sync
+from megatron_slm.prepare.documents import RawDocument, decode_record
+from megatron_slm.prepare.inputs import find_files
+
+NGRAM_WORDS = 13  # as GPT-3 and most since count overlaps with evaluation sets
+_WORD = re.compile(r"[^\W_]+")
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of a word's hash is lost
+
+
+def word_ngrams(text: str, n: int = NGRAM_WORDS) -> set[int]:
+    """Return the different n-grams of ``text`` as 64-bit hashes; none where it has fewer than ``n`` words.
+
+    Words are runs of letters and digits, lower-cased; punctuation and spacing do not count. The
+    same text gives the same numbers in every process and on every machine.
+    """
+    return set(hash_ngrams(text, n).tolist())
+
+
+def hash_ngrams(text: str, n: int = NGRAM_WORDS) -> np.ndarray:
+    """Return the hash of every n-gram of ``text``, in its order: uint64 [words - n + 1], or [0]."""
+    words = _WORD.findall(text.lower())
+    word_hashes = np.fromiter(map(_word_hash, words), np.uint64, len(words))
+    count = max(0, len(words) - n + 1)
+    hashes = np.zeros(count, np.uint64)
+    for place in range(n):
+        hashes = hashes * _FACTOR + word_hashes[place : place + count]
+    return hashes
+
+
+@functools.lru_cache(maxsize=2**18)  # text repeats its words
+def _word_hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+
+
+logger = logging.getLogger(__name__)
+
+OPTION = "--contamination"
+REPORT_SUFFIX = ".contamination.json"
+_FORMAT_VERSION = 1
+_WORST = 20
+
+
+class EvaluationDocument(NamedTuple):
+    """An evaluation document and its different n-grams, uint64."""
+
+    raw: RawDocument
+    ngrams: np.ndarray
+
+
+class ContaminationReport:
+    """The n-grams of evaluation files, and which of them have been seen. Only these are held in memory.
+
+    Args:
+        names: jsonl, text or parquet files or folders; every string of a record counts.
+
+    Raises:
+        UserError: a file cannot be read, or none has ``NGRAM_WORDS`` words in a row.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._ngrams = np.unique(_joined(document.ngrams for document in _read(names)))
+        if not len(self._ngrams):
+            raise UserError(f"{OPTION} {' '.join(names)} holds no text of {NGRAM_WORDS} words")
+        self._found = np.zeros(len(self._ngrams), bool)
+
+    def fingerprint(self) -> str:
+        """Which n-grams are looked for."""
+        return hashlib.sha256(self._ngrams.tobytes()).hexdigest()
+
+    def begin(self, folder: Path) -> str:
+        """Go on with what ``folder`` holds, and return the file of n-grams for those who encode."""
+        self._seen = folder / "found.npy"
+        if self._seen.exists():
+            self._found = np.load(self._seen, allow_pickle=False)
+        np.save(folder / "evaluation.npy", self._ngrams)
+        return str(folder / "evaluation.npy")
+
+    def add(self, places: np.ndarray) -> None:
+        """Note the n-grams at these places as seen."""
+        self._found[places] = True
+
+    def save(self) -> None:
+        """Write down what was seen. It may be ahead of the journal: what is encoded again is seen again."""
+        aside = self._seen.with_name("found.new.npy")
+        np.save(aside, self._found)
+        sync(aside)  # what the journal counts as encoded is not looked at again
+        aside.replace(self._seen)
+
+    def write(self, path: Path) -> None:
+        """Write the report."""
+        report = self._report()
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        worst = report["worst"][0] if report["worst"] else None
+        logger.info(
+            "contamination: %d of %d evaluation documents share a run of %d words with the corpus (%d of %d runs)%s",
+            report["num_contaminated"], report["num_documents"], NGRAM_WORDS, report["num_found"], report["num_ngrams"],
+            f"; most in {worst['file']}:{worst['line']}, {worst['found']} of {worst['ngrams']}" if worst else "",
+        )  # fmt: skip
+
+    def _report(self) -> dict[str, Any]:
+        documents = [self._counted(document) for document in _read(self._names)]
+        contaminated = [document for document in documents if document["found"]]
+        return {
+            "format_version": _FORMAT_VERSION,
+            "ngram_words": NGRAM_WORDS,
+            "num_documents": len(documents),
+            "num_too_short": sum(not document["ngrams"] for document in documents),
+            "num_contaminated": len(contaminated),
+            "num_ngrams": sum(document["ngrams"] for document in documents),
+            "num_found": sum(document["found"] for document in documents),
+            "worst": sorted(contaminated, key=lambda one: -one["found"] / one["ngrams"])[:_WORST],
+            "documents": documents,
+        }
+
+    def _counted(self, document: EvaluationDocument) -> dict[str, Any]:
+        places = np.searchsorted(self._ngrams, document.ngrams)
+        found = int(self._found[places].sum())
+        return {"file": document.raw.file, "line": document.raw.line, "ngrams": len(places), "found": found}
+
+
+def _read(names: list[str]) -> Iterator[EvaluationDocument]:
+    for source in find_files(names, OPTION):
+        for raw, _ in source.read(None):
+            record = decode_record(raw, "text")
+            yield EvaluationDocument(raw, np.unique(_joined(map(hash_ngrams, _strings(record)))))
+
+
+def _joined(hashes: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.uint64), *hashes])
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

@@ -1,0 +1,257 @@
+"""Documents to tokens, as each worker does it."""
+
+import functools
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from megatron_slm.data.corpus import Tally, add_label, counts
+from megatron_slm.data.tokenizer import load_tokenizer
+from megatron_slm.errors import UserError
+from megatron_slm.prepare.contamination import hash_ngrams
+from megatron_slm.prepare.documents import Document, Fields, RawDocument, decode_document, token_mask
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding as TokenizerEncoding
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from megatron_slm.prepare.inputs import Chunk
+from megatron_slm.progress import reported
+
+_WINDOW, _OVERLAP = 65_536, 4_096  # characters; longer documents are encoded window by window
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How workers turn documents into tokens."""
+
+    tokenizer_file: str
+    end_id: int
+    dtype: str
+    fields: Fields
+    evaluation_file: str | None = None  # .npy of the sorted n-grams to look for
+
+
+@dataclass
+class Group:
+    """Documents of one corpus as tokens, end tokens included."""
+
+    pieces: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)  # uint8, of the same tokens; empty where all of them count
+    lengths: list[int] = field(default_factory=list)
+    num_bytes: int = 0  # of their text in UTF-8, as far as it counts
+    sources: Tally = field(default_factory=dict)
+    licenses: Tally = field(default_factory=dict)
+
+    def add(self, document: Document, tokens: "Tokens") -> None:
+        """Append a document."""
+        count = counts(1, sum(map(len, tokens.pieces)), tokens.num_bytes)
+        self.pieces += tokens.pieces
+        self.masks += tokens.masks
+        self.lengths.append(count["tokens"])
+        self.num_bytes += count["bytes"]
+        for tally, label in ((self.sources, document.source), (self.licenses, document.license)):
+            if label is not None:
+                add_label(tally, label, count)
+
+
+class Tokens(NamedTuple):
+    """A document's tokens, its end token included; no pieces where it has none."""
+
+    pieces: list[np.ndarray]
+    masks: list[np.ndarray]
+    num_bytes: int  # of the text that counts
+
+
+class Encoded(NamedTuple):
+    """A chunk, encoded."""
+
+    groups: dict[str, Group]  # by the value of the field ``by``; "" without one
+    bad: list[str]  # a sentence for each document that could not be read
+    found: np.ndarray | None  # places of the n-grams of ``evaluation_file`` that occur
+
+
+def encode_documents(encoding: Encoding, raw: list[RawDocument]) -> Encoded:
+    """Encode documents; those without text or tokens are left out."""
+    bad: list[str] = []
+    documents = list(_decoded(raw, encoding, bad))
+    groups: dict[str, Group] = {}
+    encode = _encode_answers if encoding.fields.masked else _encode
+    for document, tokens in zip(documents, encode(encoding, documents), strict=True):
+        if tokens.pieces:
+            groups.setdefault(document.group, Group()).add(document, tokens)
+    for group in groups.values():
+        group.pieces = [np.concatenate(group.pieces)]
+        group.masks = [np.concatenate(group.masks)] if group.masks else []
+    return Encoded(groups, bad, _found(encoding.evaluation_file, documents) if encoding.evaluation_file else None)
+
+
+@functools.lru_cache(maxsize=1)
+def load_encoder(tokenizer_file: str, special_tokens: bool = False) -> "Tokenizer":
+    """Load a tokenizer.json for whole texts: nothing is cut, padded or added.
+
+    Args:
+        tokenizer_file: its path.
+        special_tokens: read them where they are spelled out, as a chat template does; otherwise that is text.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.post_processor = None  # some take the space that a token begins with out of its offsets
+    tokenizer.encode_special_tokens = not special_tokens  # an end token in a plain text does not end a document
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=1)
+def _chat_tokenizer(tokenizer_file: str) -> "PreTrainedTokenizerFast":
+    return load_tokenizer(str(Path(tokenizer_file).parent))
+
+
+def _decoded(raw: list[RawDocument], encoding: Encoding, bad: list[str]) -> Iterator[Document]:
+    tokenizer = _chat_tokenizer(encoding.tokenizer_file) if encoding.fields.format == "messages" else None
+    for one in raw:
+        try:
+            yield decode_document(one, encoding.fields, tokenizer)
+        except UserError as error:
+            bad.append(str(error))
+
+
+def _encode(encoding: Encoding, documents: list[Document]) -> Iterator[Tokens]:
+    encoder = load_encoder(encoding.tokenizer_file)
+    end = np.array([encoding.end_id], dtype=encoding.dtype)
+    texts = [document.text for document in documents]
+    short = [text for text in texts if len(text) <= _WINDOW]
+    encoded = iter(encoder.encode_batch_fast(short, add_special_tokens=False))
+    for text in texts:
+        parts = [next(encoded).ids] if len(text) <= _WINDOW else [*_encode_long(encoder, text)]
+        pieces = [*(np.asarray(part, dtype=encoding.dtype) for part in parts), end]
+        yield Tokens(pieces if any(map(len, parts)) else [], [], len(text.encode()))
+
+
+def _encode_answers(encoding: Encoding, documents: list[Document]) -> Iterator[Tokens]:
+    """Encode each text in one pass, for its tokens not to depend on where the answer begins."""
+    encoder = load_encoder(encoding.tokenizer_file, special_tokens=encoding.fields.format == "messages")
+    encoded = encoder.encode_batch([document.text for document in documents], add_special_tokens=False)
+    for document, one in zip(documents, encoded, strict=True):
+        yield _masked(encoding, document, one) if one.ids else Tokens([], [], 0)
+
+
+def _masked(encoding: Encoding, document: Document, encoded: "TokenizerEncoding") -> Tokens:
+    """The tokens and their mask. The end token counts after an answer; it is no text, however it is spelled."""
+    assert document.spans is not None
+    ids, text = encoded.ids, document.text
+    mask = token_mask([begin for begin, _ in encoded.offsets], document.spans)
+    size = sum(len(text[first:last].encode()) for first, last in document.spans)
+    ends = (place for place, index in enumerate(ids) if index == encoding.end_id and mask[place])
+    size -= sum(len(text[slice(*encoded.offsets[place])].encode()) for place in ends)
+    if ids[-1] != encoding.end_id:
+        ids, mask = [*ids, encoding.end_id], np.append(mask, np.uint8(document.spans[-1][1] == len(text)))
+    return Tokens([np.array(ids, dtype=encoding.dtype)], [mask], size)
+
+
+def _encode_long(tokenizer: "Tokenizer", text: str) -> list[array]:
+    """Encode a long text in overlapping windows: the ids of one pass, without its memory.
+
+    Where two windows disagree on the tokens that begin just after their seam, the text has no
+    place to cut, and it is encoded in one pass after all.
+    """
+    parts: list[array] = []
+    expected: list[tuple[int, int]] | None = None  # (first character, id) after the seam, as the last window saw it
+    for start in range(0, len(text), _WINDOW):
+        low = max(0, start - _OVERLAP)
+        encoding = tokenizer.encode(text[low : start + _WINDOW + _OVERLAP], add_special_tokens=False)
+        ids, begins = encoding.ids, [low + begin for begin, _ in encoding.offsets]
+        first, last = bisect_left(begins, start), bisect_left(begins, start + _WINDOW)
+        if expected is not None and expected != _after(begins, ids, first, start):
+            return [array("i", tokenizer.encode(text, add_special_tokens=False).ids)]
+        expected = _after(begins, ids, last, start + _WINDOW)
+        parts.append(array("i", ids[first:last]))  # a ninth of a list's memory
+    return parts
+
+
+def _after(begins: list[int], ids: list[int], first: int, seam: int) -> list[tuple[int, int]]:
+    last = bisect_left(begins, seam + _OVERLAP // 2)
+    return list(zip(begins[first:last], ids[first:last], strict=True))
+
+
+def _found(evaluation_file: str, documents: list[Document]) -> np.ndarray:
+    evaluation = _evaluation(evaluation_file)
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_ngrams(document.text) for document in documents)])
+    places = np.searchsorted(evaluation, hashes).clip(max=len(evaluation) - 1)
+    return np.unique(places[evaluation[places] == hashes])
+
+
+@functools.lru_cache(maxsize=1)
+def _evaluation(path: str) -> np.ndarray:
+    return np.load(Path(path), mmap_mode="r", allow_pickle=False)
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk], encoding: Encoding, workers: int, total_bytes: int
+) -> Iterator[tuple[Encoded, Chunk]]:
+    """Yield the encoded chunks in order; a few a worker are in flight, however long the input.
+
+    Args:
+        total_bytes: of all chunks, for the progress; 0 if unknown.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    encode = functools.partial(encode_documents, encoding)
+    try:
+        pending = ((executor.submit(encode, chunk.documents), _without_documents(chunk)) for chunk in chunks)
+        results = _in_order(pending, 2 * workers + 2)
+        yield from reported(((result, result[1].position) for result in results), total_bytes, "bytes")
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a worker was killed: if memory ran out, use fewer than --workers {workers}; a script of your own must "
+            "prepare under `if __name__ == '__main__':`, for workers import it"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _without_documents(chunk: Chunk) -> Chunk:
+    return chunk._replace(documents=[])  # the executor drops its own reference once they are sent
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _in_order(submitted: Iterable[tuple["Future[Encoded]", Chunk]], limit: int) -> Iterator[tuple[Encoded, Chunk]]:
+    pending: deque[tuple[Future[Encoded], Chunk]] = deque()
+    for item in submitted:
+        pending.append(item)
+        if len(pending) == limit:
+            future, chunk = pending.popleft()
+            yield future.result(), chunk
+    for future, chunk in pending:
+        yield future.result(), chunk

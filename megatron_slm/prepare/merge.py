@@ -1,0 +1,134 @@
+"""Corpora prepared apart, put together: their tokens one after the other, verified on the way."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_slm.data.corpus import (
+    Corpus,
+    Index,
+    corpus_tokenizer_path,
+    describe_tokenizer,
+    file_sha256,
+    load_corpus_tokenizer,
+    open_corpus,
+    open_mask,
+    read_index,
+    read_lengths,
+)
+from megatron_slm.data.staging import (
+    JOURNAL,
+    Progress,
+    clear,
+    load_progress,
+    publish,
+    refuse_existing,
+    save_progress,
+    staging,
+    sync_all,
+    write_description,
+)
+from megatron_slm.data.tokenizer import TokenizerIdentity
+from megatron_slm.errors import UserError
+from megatron_slm.prepare.attempt import StagedCorpus
+
+logger = logging.getLogger(__name__)
+
+_AGAIN = "prepare it again with megatron-slm prepare"
+_BLOCK = 1 << 23  # tokens
+
+
+def merge_corpora(prefixes: list[str], output: str) -> Corpus:
+    """Write the documents of several corpora, in the order given, as the corpus ``output``.
+
+    The result is the corpus that all their inputs would have given at once.
+
+    Raises:
+        UserError: a corpus is missing, has changed, is given twice, was made with another tokenizer,
+            or alone has answers that count; or something exists at ``output``.
+    """
+    corpora = [open_corpus(str(Path(prefix))) for prefix in prefixes]
+    indices = [read_index(Path(f"{corpus.prefix}.idx"), _AGAIN) for corpus in corpora]
+    described = _describe_common_tokenizer(corpora)
+    _refuse_unlike(corpora, indices)
+    prefix = Path(output)
+    settings = {"--merge": [[corpus.prefix, corpus.sha256] for corpus in corpora]}
+    with staging(prefix) as folder:
+        if not (folder / JOURNAL).exists():
+            refuse_existing(prefix)
+        if load_progress(folder, settings) is None:
+            refuse_existing(prefix)
+            _stage(corpora, indices, described, clear(folder), prefix.name)
+            save_progress(folder, Progress(settings, complete=True))
+        publish(folder, prefix.parent)
+    merged = open_corpus(str(prefix))
+    logger.info(
+        "%s: %d corpora, %d documents, %d tokens", output, len(corpora), merged.num_documents, merged.num_tokens
+    )
+    return merged
+
+
+def _describe_common_tokenizer(corpora: list[Corpus]) -> dict[str, Any]:
+    """Return what the merged description says of the tokenizer, which all corpora must share."""
+    described = describe_tokenizer(load_corpus_tokenizer(corpora[0]))
+    first = TokenizerIdentity(described["tokenizer_fingerprint"], described["tokenizer_probe"])
+    for corpus in corpora[1:]:
+        difference = corpus.tokenizer.difference(first)
+        if difference:
+            raise UserError(
+                f"--merge {corpora[0].prefix} and {corpus.prefix} were prepared with different tokenizers "
+                f"({difference}): prepare one of them again with the tokenizer of the other"
+            )
+    chosen = (corpus.end_token for corpus in corpora if corpus.end_token is not None)
+    return described | {"end_token": next(chosen, None)}
+
+
+def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
+    seen: set[Path] = set()
+    for corpus, index in zip(corpora, indices, strict=True):
+        path = Path(f"{corpus.prefix}.bin").resolve()
+        if path in seen:
+            raise UserError(f"--merge names {corpus.prefix} twice: its documents would count twice; give it once")
+        seen.add(path)
+        if corpus.masked != corpora[0].masked:
+            raise UserError(
+                f"--merge {corpora[0].prefix} and {corpus.prefix} do not go together: only answers count in one "
+                "of them; blend them with data.train instead"
+            )
+        if index.dtype != indices[0].dtype:
+            raise UserError(
+                f"--merge {corpora[0].prefix} holds {indices[0].dtype} and {corpus.prefix} {index.dtype}: {_AGAIN}"
+            )
+
+
+def _stage(corpora: list[Corpus], indices: list[Index], described: dict[str, Any], ready: Path, name: str) -> None:
+    staged = StagedCorpus(ready, name, indices[0].dtype, corpora[0].masked)
+    for corpus, index in zip(corpora, indices, strict=True):
+        logger.info("adding %s: %d tokens", corpus.prefix, corpus.num_tokens)
+        _append(staged, corpus, index)
+    skipped = sum(corpus.skipped for corpus in corpora)
+    write_description(staged.finish(corpus_tokenizer_path(corpora[0]), described, skipped))
+    sync_all(ready)
+
+
+def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:
+    nothing = np.zeros(0, np.int32)
+    mask = open_mask(corpus)
+    place, sha256 = 0, hashlib.sha256()
+    with open(f"{corpus.prefix}.bin", "rb") as stream:
+        while len(tokens := np.fromfile(stream, index.dtype, _BLOCK)):
+            sha256.update(tokens.data)
+            staged.append(tokens, nothing, 0, None if mask is None else mask[place : place + len(tokens)])
+            place += len(tokens)
+    path = Path(f"{corpus.prefix}.idx")
+    for suffix, expected in corpus.sha256.items():
+        actual = sha256.hexdigest() if suffix == ".bin" else file_sha256(Path(corpus.prefix + suffix))
+        if actual != expected:
+            raise UserError(f"{corpus.prefix}{suffix} has changed since it was written (its sha256 differs): {_AGAIN}")
+    for lengths in read_lengths(path, index):
+        staged.append(nothing, lengths, 0)
+    staged.counts["bytes"] += corpus.num_bytes
+    staged.add_labels(corpus.sources, corpus.licenses)

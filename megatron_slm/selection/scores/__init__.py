@@ -1,1 +1,0 @@
-"""One file a score, found by its name: see `selection/scoring.py`."""

@@ -1,0 +1,304 @@
+"""Floating-point operations of a token, and what the hardware could do at best."""
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from megatron_slm.models.head import CHUNK_BYTES
+
+DENSE_BF16_PEAKS = {
+    # Dense tensor-core peaks in FLOP/s, from NVIDIA's datasheets: SXM where the name says no more.
+    # The sparse figures printed larger there are twice as high.
+    "B200": 2.25e15,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of a token's forward through one model: by its weights, and of attention. A backward takes twice that."""
+
+    weights: float
+    attention: float
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.attention
+
+    @property
+    def training(self) -> float:
+        return 3 * self.forward
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """Of the models of a run.
+
+    student    of a token
+    reference  forward of a token through all references that run along
+    backward   the run's `selection.backward`
+    """
+
+    student: TokenFlops
+    reference: float
+    backward: str = "exact"
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """Tokens of one step over all ranks; positions, whether their labels count or not.
+
+    candidates    read, to choose from; 0 where all that is read is trained on
+    trained       in batches with a backward
+    selected      of these, what a selective backward runs through; None under CLM, whose backward is the exact one
+    reference     that the reference was asked about
+    ranked_first  the whole step was ranked together: what was run for that is run again
+    """
+
+    candidates: int
+    trained: int
+    selected: int | None
+    reference: int
+    ranked_first: bool = False
+
+
+@dataclass(frozen=True)
+class StudentTokens:
+    """What the student ran in one step, in tokens.
+
+    scored     forwards without a gradient
+    forward    forwards that a backward follows
+    backward   backwards through the weights
+    attention  backwards through attention
+    """
+
+    scored: int
+    forward: int
+    backward: int
+    attention: int
+
+
+def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
+    """What each way of `selection.backward` runs (models/student.py, rows.py, replay.py).
+
+    Attention's backward under rows counts in full, also where a CPU runs that of the selected queries alone.
+    """
+    trained, selected = tokens.trained, tokens.selected
+    first = tokens.candidates + (trained if tokens.ranked_first else 0)
+    if selected is None or backward == "exact":
+        return StudentTokens(first, trained, trained, trained)
+    if backward == "rows":
+        return StudentTokens(first, trained, selected, trained)
+    return StudentTokens(first + trained, selected, selected, selected)
+
+
+def step_flops(models: ModelFlops, tokens: StepTokens) -> float:
+    """FLOPs of one step over all ranks. What activation checkpointing runs again is not counted."""
+    ran, student = student_tokens(tokens, models.backward), models.student
+    backward = 2 * (student.weights * ran.backward + student.attention * ran.attention)
+    return student.forward * (ran.scored + ran.forward) + backward + models.reference * tokens.reference
+
+
+def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) -> TokenFlops:
+    """2 FLOPs a weight that multiplies, and 4 * layers * width * T of attention, not halved for causality.
+
+    The convention of PaLM (appendix B). Embeddings are looked up, not multiplied; one that is
+    tied is the head, and counts. All experts count, also those that a token is not routed to.
+    """
+    size = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()}
+    looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
+    multiplied = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
+    weights = sum(size.values()) - sum(size[key] for key in looked_up - multiplied)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return TokenFlops(2.0 * weights, 4.0 * config.num_hidden_layers * width * seq_length)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s; None where it is not known, as for any CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in DENSE_BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
+
+
+LIVE_PARAMETERS, REDUCE_BUCKET = 1_000_000_000, 500_000_000
+"""DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size, in parameters."""
+
+SUB_GROUP = 1_000_000_000
+"""DeepSpeed's default of sub_group_size, the parameters that one update at stage 3 takes at a time."""
+
+OFFLOADS = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
+"""Keys of `zero_optimization`, and what each moves to the host."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank: on its device, and moved to the host by DeepSpeed's offload, each by what they are for."""
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Of one model, from its configuration alone: no weight is made.
+
+    parameters        all of them
+    layers            decoder layers
+    layer_bytes       what one layer keeps for the backward of one micro-batch
+    boundary_bytes    the hidden states of one micro-batch
+    cache_bytes       keys and values of one layer for one micro-batch
+    head_bytes        the head's chunk of logits, its exponentials and their gradient
+    flops             of a token
+    """
+
+    parameters: int
+    layers: int
+    layer_bytes: int
+    boundary_bytes: int
+    cache_bytes: int
+    head_bytes: int
+    flops: TokenFlops
+
+
+def model_size(config: PretrainedConfig, samples: int, seq_length: int, precision: torch.dtype) -> ModelSize:
+    """Build one and two layers on PyTorch's meta device and see what the second keeps for the backward.
+
+    Args:
+        config: of the whole model.
+        samples: sequences of a micro-batch.
+        seq_length: tokens of each.
+        precision: of weights and activations.
+    """
+    layers = config.num_hidden_layers
+    with FakeTensorMode():
+        one, two = (_kept(_on_meta(config, n, precision), samples, seq_length) for n in (1, 2))
+        whole = _on_meta(config, layers, precision)
+    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    boundary = samples * seq_length * config.hidden_size * precision.itemsize
+    head = 3 * min(CHUNK_BYTES, 4 * samples * seq_length * config.vocab_size)
+    groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * samples * seq_length * groups * width * precision.itemsize
+    return ModelSize(parameters, layers, two - one, boundary, cache, head, token_flops(whole, config, seq_length))
+
+
+def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
+    """The model with so many layers; no memory is taken and nothing is initialised."""
+    smaller = copy.deepcopy(config)
+    smaller.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        smaller.layer_types = (config.layer_types * layers)[:layers]
+    return AutoModelForCausalLM.from_config(smaller, dtype=precision)
+
+
+def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
+    """Bytes that a forward without the head keeps for its backward, weights and T x T matrices aside.
+
+    Fused attention keeps no T x T matrix; where attention is not fused, the true figure is higher.
+    """
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights and tensor.shape[-2:] != (seq_length, seq_length):
+            storages[storage._cdata] = storage.nbytes()
+        kept_alive.append(tensor)
+        return tensor
+
+    kept_alive: list[torch.Tensor] = []
+    tokens_BT = torch.zeros(samples, seq_length, dtype=torch.long)
+    with saved_tensors_hooks(see, lambda tensor: tensor):
+        model.base_model(input_ids=tokens_BT, use_cache=False)
+    return sum(storages.values())
+
+
+def rank_memory(
+    student: ModelSize,
+    references: Sequence[tuple[ModelSize, bool]],
+    *,
+    ranks: int,
+    precision: torch.dtype,
+    zero: Mapping[str, Any],
+    checkpointing: bool,
+    replayed: float | None = None,
+    fused: bool = True,
+) -> RankMemory:
+    """Return what one of `ranks` holds at its fullest.
+
+    A GPU is fullest in the backward. A CPU is so in the update, because the system does not get back what the
+    activations took.
+
+    Args:
+        student: size of the model, at its micro-batch.
+        references: sizes of the models that run along, each at its own micro-batch, and whether it is sharded.
+        ranks: of the run.
+        precision: of weights and activations.
+        zero: DeepSpeed's `zero_optimization` section.
+        checkpointing: each layer is recomputed in the backward.
+        replayed: share of the tokens that replay runs again, over keys and values of all; None without it.
+        fused: the optimizer updates in one kernel, as on CUDA, and makes no temporary tensors.
+    """
+    stage = int(zero.get("stage", 3))
+    each = precision.itemsize
+    kept = student.boundary_bytes if checkpointing else student.layer_bytes
+    if replayed is not None:
+        kept = int(replayed * kept) + student.cache_bytes
+    # One layer more: recomputed, or the gradients of what it keeps.
+    device = {
+        "weights": each * student.parameters // (ranks if stage == 3 else 1),
+        "gradients": 4 * student.parameters // (ranks if stage >= 2 else 1),
+        # AdamW's two moments; with ZeRO also DeepSpeed's float32 copy of the weights.
+        "optimizer": (12 if stage else 8) * student.parameters // (ranks if stage else 1),
+        "activations": student.layers * kept + student.layer_bytes,
+        "head": student.head_bytes,
+        "buffers of ZeRO": _buffers(student.parameters, each, stage, zero) if stage else 0,
+        "update": 0 if fused else _update(student.parameters // (ranks if stage else 1), stage, zero),
+    }
+    device["reference"] = 0
+    for reference, sharded in references:
+        share = ranks if sharded else 1
+        gathered = each * min(reference.parameters, _live(zero)) if share > 1 else 0
+        device["reference"] += each * reference.parameters // share + gathered + reference.layer_bytes
+    offloaded = [name for key, names in OFFLOADS.items() if _is_offloaded(zero, key) for name in names]
+    return RankMemory(
+        {name: size for name, size in device.items() if size and name not in offloaded},
+        {name: device[name] for name in offloaded},
+    )
+
+
+def _buffers(parameters: int, each: int, stage: int, zero: Mapping[str, Any]) -> int:
+    """Gathered weights in use, and gradients on their way to their owners."""
+    bucket = each * min(parameters, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
+    return bucket + (each * min(parameters, _live(zero)) if stage == 3 else 0)
+
+
+def _update(partition: int, stage: int, zero: Mapping[str, Any]) -> int:
+    """Return the two float32 tensors that AdamW makes for each flat partition of ZeRO; weights alone are small."""
+    return 8 * min(partition, int(zero.get("sub_group_size", SUB_GROUP))) if stage else 0
+
+
+def _live(zero: Mapping[str, Any]) -> int:
+    return int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+
+
+def _is_offloaded(zero: Mapping[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"

@@ -1,0 +1,194 @@
+"""The same records as curves, with the charts that people need first."""
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_slm.errors import UserError
+from megatron_slm.training.state import RunState
+from megatron_slm.training.step import StepResult
+from megatron_slm.training.trainer import Callback
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING
+
+from megatron_slm.reporting.tokens import Token, escape_html, token_texts, tokens_table
+from megatron_slm.training.statistics import Pool
+
+AXES = (
+    "step",
+    "consumed_samples",
+    "consumed_tokens",
+    "consumed_selected_tokens",
+    "scored_tokens",
+    "trained_tokens",
+    "flops",
+)
+"""What only grows: axes, not curves."""
+
+CHARTS = {
+    "1 loss": {
+        "training loss: all, selected, unselected, reference": r"loss/(all|selected|unselected|reference)$",
+        "router loss, before its coefficient": r"loss/router$",
+        "held-out loss of each set": r"eval/.+/loss$",
+        "held-out bits per byte": r"eval/.+/bits_per_byte$",
+    },
+    "2 selection": {
+        "threshold, and share that is kept": r"selection/(threshold|ratio)$",
+        "share that is kept of each source": r"selection/ratio/.+",
+        "excess loss: quantiles": r"excess/q\d+$",
+    },
+    "3 speed": {"tokens a second": r"tokens_per_second$", "MFU": r"(mfu|hardware_utilization)$"},
+    "4 optimizer": {"gradient norm": r"grad_norm$", "learning rate": r"lr$"},
+}
+"""Of the tab Custom Scalars, by category: title and the tags in it. Equal in all runs: TensorBoard merges them."""
+
+
+class TensorBoard(Callback):
+    """Writes scalars on rank 0. The horizontal axis is the step.
+
+    Args:
+        writer: of the run's event files; closed here.
+        configuration: of the run, as text.
+        evaluation_sets: names of the sets that will be evaluated.
+    """
+
+    def __init__(self, writer: "SummaryWriter", configuration: str, evaluation_sets: list[str]) -> None:
+        self._writer = writer
+        self._configuration = configuration
+        self._later = [f"eval/{name}/{unit}" for name in evaluation_sets for unit in ("loss", "bits_per_byte")]
+        self._has_layout = False
+
+    def on_train_start(self, state: RunState) -> None:
+        self._writer.add_text("configuration", preformatted(self._configuration), state.step)
+        run_dir = Path(self._writer.log_dir).parent
+        logging.getLogger(__name__).info(
+            "curves: tensorboard --logdir %s --host 127.0.0.1, then http://127.0.0.1:6006/#custom_scalars", run_dir
+        )
+
+    def on_step_end(self, state: RunState, result: StepResult) -> None:
+        if state.record is None:
+            return
+        shown = {name: v for name, v in state.record.items() if name not in AXES and v is not None}
+        for name, value in shown.items():
+            self._writer.add_scalar(name, value, state.step)
+        if not self._has_layout:
+            # Null for now, where all tokens count at first.
+            quantiles = [name for name in state.record if name.startswith("excess/")]
+            self._writer.add_custom_scalars(layout([*shown, *quantiles, *self._later]))
+            self._has_layout = True
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_event_files(folder: Path, step: int) -> "SummaryWriter":
+    """The writer of a run that stands at `step`: what a killed run wrote after its checkpoint is no longer shown.
+
+    Raises:
+        UserError: TensorBoard cannot be imported, or the folder cannot be written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"TensorBoard cannot be imported ({error}): pip install tensorboard.") from error
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1)
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder}, for TensorBoard, cannot be written ({error.strerror}): make it writable, "
+            "or use another run_dir."
+        ) from error
+
+
+def layout(tags: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """Those of the charts that one of these tags belongs to, as `SummaryWriter.add_custom_scalars` takes them."""
+    charts: dict[str, dict[str, list[Any]]] = {
+        category: {
+            title: ["Multiline", [pattern]]
+            for title, pattern in titles.items()
+            if any(re.match(pattern, tag) for tag in tags)
+        }
+        for category, titles in CHARTS.items()
+    }
+    return {category: found for category, found in charts.items() if found}
+
+
+def preformatted(text: str) -> str:
+    """Markdown that shows any text as it is: nothing within an indented block is markup."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+class ExcessHistogram(Callback):
+    """Counts the excess loss of the step's tokens over all ranks, and shows it in TensorBoard.
+
+    Args:
+        interval: steps between histograms.
+        writer: of the run's event files; None on the ranks that write nothing.
+    """
+
+    def __init__(self, interval: int, writer: "SummaryWriter | None") -> None:
+        self._interval = interval
+        self._writer = writer
+
+    def on_step_end(self, state: RunState, result: StepResult) -> None:
+        if not state.is_due(self._interval) or not result.statistics.has_reference:
+            return
+        histogram = result.statistics.excess_histogram()
+        if self._writer is not None and histogram.counts:
+            self._writer.add_histogram_raw(
+                "excess/distribution",
+                min=histogram.edges[0],
+                max=histogram.edges[-1],
+                num=sum(histogram.counts),
+                sum=histogram.total,
+                sum_squares=histogram.squares,
+                bucket_limits=histogram.edges[1:],
+                bucket_counts=histogram.counts,
+                global_step=state.step,
+            )
+
+
+MAX_TOKENS = 128
+
+
+class TokenTable(Callback):
+    """Shows the beginning of the step's first sequence in TensorBoard. For rank 0; runs no model.
+
+    Args:
+        interval: steps between tables.
+        writer: of the run's event files.
+        tokenizer: of the corpora.
+        sources: names of the blend's entries.
+    """
+
+    def __init__(self, interval: int, writer: "SummaryWriter", tokenizer: Any, sources: list[str]) -> None:
+        self._interval = interval
+        self._writer = writer
+        self._tokenizer = tokenizer
+        self._sources = sources
+
+    def on_step_end(self, state: RunState, result: StepResult) -> None:
+        pool = result.statistics.first_pool
+        if pool is None or not state.is_due(self._interval):
+            return
+        sample, source = int(pool.batch.sample_index_B[0]), self._sources[int(pool.batch.source_B[0])]
+        title = escape_html(f"Sample {sample} of the run, from {source}: selected tokens are bold.")
+        table = tokens_table(first_tokens(pool, self._tokenizer, MAX_TOKENS))
+        self._writer.add_text("tokens", f"<p>{title}</p>\n\n{table}", state.step)
+
+
+def first_tokens(pool: Pool, tokenizer: Any, limit: int) -> list[Token]:
+    """The beginning of the pool's first sequence. Its very first token is context alone, and has no loss."""
+    labels, valid, selected, student = (
+        column_BT[0, : limit - 1].tolist()
+        for column_BT in (pool.batch.labels_BT, pool.batch.valid_BT, pool.choice.mask_BT, pool.signals["student.loss"])
+    )
+    reference: list[float | None] = [None] * len(labels)
+    if "reference.loss" in pool.signals:
+        reference = pool.signals["reference.loss"][0, : limit - 1].tolist()
+    first, *texts = token_texts(tokenizer, [int(pool.batch.tokens_BT[0, 0]), *labels])
+    rows = zip(texts, valid, student, reference, selected, strict=True)
+    return [Token(first)] + [Token(text, *losses) if is_valid else Token(text) for text, is_valid, *losses in rows]
