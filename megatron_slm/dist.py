@@ -141,13 +141,15 @@ def agree(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    found = gather_objects(None if failure is None else (isinstance(failure, UserError), str(failure)))
-    sentences = [text for is_users, text in filter(None, found) if is_users]
-    if sentences:
-        raise AgreedError(sentences[0]) from failure
+    found = gather_objects(
+        failure.args if isinstance(failure, UserError) else None if failure is None else str(failure)
+    )
+    for other in found:
+        if isinstance(other, tuple):
+            raise AgreedError(*other) from failure
     if failure is not None:
         raise failure
     for rank, other in enumerate(found):
         if other is not None:
-            raise RuntimeError(f"rank {rank} failed: {other[1]}")
+            raise RuntimeError(f"rank {rank} failed: {other}")
     return result  # type: ignore[return-value]

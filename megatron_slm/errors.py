@@ -1,44 +1,82 @@
-"""What a user can mend."""
+"""Errors that the user can correct, as data: the setting, its value, the reason and the remedy."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-class UserError(Exception):
-    """A sentence for the person who runs the command: the setting, its value, and the remedy.
+class UserError(ValueError):
+    """An error that the user can correct.
 
-    Commands print it without a traceback and end with exit status 2. Anything else that
-    is raised is a defect of this package and keeps its traceback.
+    Commands print it as one sentence, without a traceback, and exit with status 2. Any other exception is a defect
+    of this package and keeps its traceback. It is a ValueError, so that settings classes can raise it and pydantic
+    reports it; config.py adds the group in front of the setting.
+
+    Attributes:
+        setting: the setting, option, environment variable or argument, such as `data.seq_length` or `--output`.
+        value: its value; None if it is not set.
+        reason: why the value does not work, to follow "but": "the model supports at most 2048 positions".
+        remedy: what to do, as a sentence without its period: "Use 2048 or less".
+        others: further errors that were found at the same time.
     """
+
+    def __init__(
+        self, setting: str, value: object = None, reason: str = "", remedy: str = "", *others: "UserError"
+    ) -> None:
+        # A rank sends its error to the others, which build it again from these arguments.
+        super().__init__(setting, value, reason, remedy, *others)
+        self.setting = setting
+        self.value = value
+        self.reason = reason
+        self.remedy = remedy
+        self.others = others
+
+    def __str__(self) -> str:
+        return "\n".join([self._sentence(), *map(str, self.others)])
+
+    def _sentence(self) -> str:
+        if not self.reason:  # a complete sentence
+            return self.setting
+        state = "is not set" if self.value is None else f"is {_shown(self.value)}"
+        return f"{self.setting} {state}, but {self.reason}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
 
 
 class AgreedError(UserError):
-    """A user's error that every rank raises: rank 0 alone says it."""
+    """A user error that every rank raises; only rank 0 prints it."""
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Do what every rank does on the same files, so that every rank finds the same error.
+    """Return the result of work that every rank does on the same files, so that every rank finds the same error.
 
     Raises:
-        AgreedError: instead of a user's error.
+        AgreedError: instead of a UserError.
     """
     try:
         return work()
     except UserError as error:
-        raise AgreedError(str(error)) from error
+        raise AgreedError(*error.args) from error
 
 
 def refuse_missing_folder(setting: str, path: str) -> None:
-    """Say at once that a folder is not there, instead of asking the hub for it: that can take a minute to fail.
+    """Raise an error if a path can only be local and does not exist.
 
-    `a/b` may be a name on the hub; it is a path where the folder `a` is here.
+    Asking the hub for it instead can take a minute to fail. `a/b` may be a name on the hub; it is a local path if the
+    folder `a` exists.
 
     Raises:
-        UserError: the path can only be local, and nothing is there.
+        UserError: the path can only be local and does not exist.
     """
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if "/" in path and not Path(path).exists() and (looks_local or Path(path).parent.is_dir()):
-        raise UserError(f"{setting} is '{path}', and nothing is there: check the path.")
+        raise UserError(setting, path, "the path does not exist", "Check the path")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as it stands in a sentence; text without quotes unless they are needed to see where it ends."""
+    if isinstance(value, str):
+        return value if value and value == value.strip() else repr(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

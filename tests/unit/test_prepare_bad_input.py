@@ -126,7 +126,7 @@ T = "--tokenizer MODEL --output out/web"
         (f"--input empty.jsonl {T}", "empty.jsonl holds no text"),
         (f"--input nothing {T}", "--input nothing is not a file or folder"),
         (f"--input out {T}", "--input out holds no file that is read"),
-        (f"--dataset ./gone/set {T}", "--dataset is './gone/set', and nothing is there"),
+        (f"--dataset ./gone/set {T}", "--dataset is ./gone/set, but the path does not exist"),
         (f"--dataset nobody/nothing {T}", "--dataset nobody/nothing cannot be reached"),
         (f"--dataset . --dataset-split nope {T}", "--dataset . with split 'nope' cannot be opened"),
         (f"--input good.jsonl --dataset-split train {T}", "--dataset-split says nothing to --input"),
