@@ -11,9 +11,6 @@ TokenSignals = dict[str, Tensor]
 A plain dict, because DeepSpeed's hooks look into tuples, lists and dicts only.
 """
 
-SIGNALS = ("student.loss", "student.entropy", "reference.loss", "reference.entropy", "uniform")
-"""Columns that a score may need."""
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -29,8 +29,8 @@ from megatron_slm.models.causal_lm import CausalLM, load_pretrained
 from megatron_slm.reference.references import LiveReference
 from megatron_slm.reference.scoring import DocumentWork
 from megatron_slm.reference.sources import ModelSource
-from megatron_slm.reference.store import decode, encode
 from megatron_slm.selection.select import select_tokens
+from megatron_slm.signals import decode, encode
 from megatron_slm.training.objective import competing_tokens
 from megatron_slm.types import Batch
 

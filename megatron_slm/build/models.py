@@ -46,12 +46,12 @@ from megatron_slm.reference.settings import PartSettings, ReferenceSettings
 from megatron_slm.reference.store import open_store
 from megatron_slm.selection.rule import Rule, ratio_at
 from megatron_slm.selection.scores import find_score
+from megatron_slm.signals import SIGNALS
 from megatron_slm.training.cost import token_flops
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.state import Plan
 from megatron_slm.training.step import Candidates
-from megatron_slm.types import SIGNALS
 
 logger = logging.getLogger(__name__)
 

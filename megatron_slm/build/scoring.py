@@ -27,7 +27,8 @@ from megatron_slm.reference.attempt import Attempt
 from megatron_slm.reference.scoring import DOCUMENT_CONTEXT, PACKED_CONTEXT, DocumentWork, PackedWork, Work
 from megatron_slm.reference.settings import PartSettings, ScoreSettings
 from megatron_slm.reference.sources import ModelSource, Source, open_import
-from megatron_slm.reference.store import ENCODINGS, ORDER, Manifest
+from megatron_slm.reference.store import ORDER, Manifest
+from megatron_slm.signals import ENCODINGS, column_flags, stored_columns
 
 DOING = "scoring"
 """End of the name of the folder beside the store, while it is made."""
@@ -121,7 +122,7 @@ def _manifest(
     )
     return Manifest(
         kind=settings.kind,
-        columns=settings.columns,
+        columns=stored_columns(settings),
         encoding=settings.encoding,
         max_error=ENCODINGS[settings.encoding].max_error,
         context="As whoever computed them says." if "imported" in origin else context,
@@ -147,7 +148,7 @@ def _identity(
     return {
         "score.kind": manifest.kind,
         "score.encoding": manifest.encoding,
-        "score.entropy": settings.entropy,
+        **{f"score.{flag}": getattr(settings, flag) for flag in column_flags()},
         "score.shard_tokens": settings.shard_tokens,
         "data.seq_length": manifest.seq_length,
         "data.train (name, sha256)": [
@@ -196,7 +197,8 @@ def _modelled(
             for name, corpus in _named(corpora)
         ]
     engine, _ = frozen_model(config, part, corpora, make_backend(config, world))
-    return [Job(name, corpus, ModelSource(engine, work, settings.columns, world)) for name, corpus, work in works]
+    columns = stored_columns(settings)
+    return [Job(name, corpus, ModelSource(engine, work, columns, world)) for name, corpus, work in works]
 
 
 def _fill(jobs: list[Job], attempt: Attempt | None, output: Path, world: World) -> None:

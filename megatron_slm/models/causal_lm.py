@@ -44,7 +44,7 @@ class CausalLM(nn.Module):
     ) -> TokenSignals:
         """Args:
             tokens_BT, labels_BT, position_ids_BT: int64; labels below 0 are ignored and have loss 0.
-            want: further columns: `entropy`.
+            want: further columns of `megatron_slm.signals.COLUMNS`, such as `entropy`.
             brought: what the call brings to the layers of the model beside: `selective`, see
                 models/sparse_backward/attention.py.
 
@@ -58,17 +58,15 @@ class CausalLM(nn.Module):
         output = self.lm.base_model(input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False, **options)
         hidden_BTD = output.last_hidden_state
         head = self.lm.get_output_embeddings()
-        loss_N, entropy_N = token_loss(
+        columns = token_loss(
             hidden_BTD.flatten(0, 1),
             head.weight,
             labels_BT.flatten(),
             bias_V=getattr(head, "bias", None),
-            with_entropy="entropy" in want,
+            want=want,
             chunk=self._head_chunk,
         )
-        signals = {"loss": loss_N.view_as(tokens_BT)}
-        if "entropy" in want:
-            signals["entropy"] = entropy_N.view_as(tokens_BT)
+        signals = {name: column_N.view_as(tokens_BT) for name, column_N in zip(("loss", *want), columns, strict=True)}
         if self.router is not None and torch.is_grad_enabled():
             signals["router"] = self.router.balance(output.router_logits)
         return signals

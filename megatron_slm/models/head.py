@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_slm.signals import COLUMNS
+
 CHUNK_BYTES = 1 << 27
 """Size of one chunk of logits in float32: 256 tokens at a vocabulary of 128k."""
 
 
 class TokenLoss(torch.autograd.Function):
-    """Cross-entropy of each token, and its entropy on demand, chunk by chunk.
+    """Cross-entropy of each token, and further columns on demand, chunk by chunk.
 
     The backward is run for those tokens alone whose upstream gradient is not zero: exact for the
     selected loss, and nothing is paid for a token that was not selected. It recomputes their logits,
@@ -30,28 +32,28 @@ class TokenLoss(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         labels_N: Tensor,
-        with_entropy: bool,
+        want: tuple[str, ...],
         chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         loss_N, lse_N = torch.empty(2, len(labels_N), dtype=dtype, device=hidden_ND.device)
-        entropy_N = torch.zeros_like(loss_N) if with_entropy else loss_N.new_empty(0)
+        others = [torch.zeros_like(loss_N) for _ in want]
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
             logits_CV = _logits(hidden_ND[part], weight_VD, bias_V, dtype)
             label_C1 = labels_N[part, None].clamp(min=0)
             label_logit_C1 = logits_CV.gather(-1, label_C1)
             logprobs_CV = logits_CV.log_softmax(-1)
-            loss_N[part] = -logprobs_CV.gather(-1, label_C1).squeeze(-1)
+            loss_N[part] = COLUMNS["loss"].compute(logprobs_CV, label_C1)
             lse_N[part] = label_logit_C1.squeeze(-1) + loss_N[part]
-            if with_entropy:
-                entropy_N[part] = -(logprobs_CV.exp() * logprobs_CV).sum(-1)
+            for name, column_N in zip(want, others, strict=True):
+                column_N[part] = COLUMNS[name].compute(logprobs_CV, label_C1)
         loss_N.masked_fill_(labels_N < 0, 0.0)
         kept_NV = logprobs_CV if 0 < len(labels_N) <= chunk else None
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept_NV)
         ctx.chunk = chunk
-        ctx.mark_non_differentiable(entropy_N)
-        return loss_N, entropy_N
+        ctx.mark_non_differentiable(*others)
+        return loss_N, *others
 
     @staticmethod
     @once_differentiable
@@ -95,9 +97,9 @@ def token_loss(
     labels_N: Tensor,
     *,
     bias_V: Tensor | None = None,
-    with_entropy: bool = False,
+    want: tuple[str, ...] = (),
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Cross-entropy of each token in nats, logits never materialised beyond one chunk.
 
     Args:
@@ -105,14 +107,14 @@ def token_loss(
         weight_VD: the head's weight, same dtype; a ZeRO-3 parameter must be gathered.
         labels_N: int64; negative labels are ignored: loss 0, no gradient.
         bias_V: the head's bias, if it has one.
-        with_entropy: also the entropy of each prediction, without gradient.
+        want: further columns of `COLUMNS`, such as `entropy`; they have no gradient.
         chunk: tokens at a time; default: what fits `CHUNK_BYTES`.
 
     Returns:
-        float32 `[N]` losses, whatever the dtype (float64 for float64), and entropies in nats, or empty.
+        float32 `[N]` losses, whatever the dtype (float64 for float64), then the columns of `want`, in nats.
     """
     chunk = chunk or max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
-    return TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, with_entropy, chunk)
+    return TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, want, chunk)
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:

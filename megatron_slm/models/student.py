@@ -33,7 +33,7 @@ class Student(Protocol[T]):
 
         Args:
             batch: a micro-batch of this rank.
-            want: columns beside the loss: `entropy`.
+            want: columns beside the loss, such as `entropy`.
             keep: what `backward` needs of this forward; otherwise it runs the batch again.
         """
 

@@ -19,7 +19,8 @@ from megatron_slm.data.staging import JOURNAL
 from megatron_slm.errors import UserError
 from megatron_slm.files import sync, write_durably
 from megatron_slm.reference.sources import Values
-from megatron_slm.reference.store import ENCODINGS, MANIFEST, BlockChecksums, FileEntry, encode
+from megatron_slm.reference.store import MANIFEST, BlockChecksums, FileEntry
+from megatron_slm.signals import ENCODINGS, encode
 
 
 @dataclass

@@ -103,11 +103,6 @@ class ScoreSettings:
         if self.shard_tokens < 1:
             raise ValueError("shard_tokens must be 1 or more")
 
-    @property
-    def columns(self) -> list[str]:
-        """What a row of the store holds."""
-        return ["loss", *(["entropy"] if self.entropy else [])]
-
 
 @dataclass
 class FilterSettings:

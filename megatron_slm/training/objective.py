@@ -3,7 +3,6 @@
 A *pool* is what is ranked together: one micro-batch of each rank, or the whole optimizer step.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from megatron_slm.dist import all_reduce_sum
 from megatron_slm.errors import AgreedError
 from megatron_slm.selection.rule import Rule
-from megatron_slm.selection.scores import token_uniform
 from megatron_slm.types import Batch, TokenSignals
 
 
@@ -54,21 +52,6 @@ class Objective(Protocol):
         Raises:
             AgreedError: a score returned something else than a score for each token.
         """
-
-
-def wanted(needs: Sequence[str], prefix: str) -> tuple[str, ...]:
-    """Columns beside the loss that are needed of the student or the reference."""
-    names = (name.removeprefix(prefix) for name in needs if name.startswith(prefix))
-    return tuple(name for name in names if name != "loss")
-
-
-def named_signals(batch: Batch, student: TokenSignals, reference: TokenSignals, seed: int) -> TokenSignals:
-    """All that is known of each token of a batch, by the names that scores use."""
-    return (
-        {f"student.{name}": column for name, column in student.items()}
-        | {f"reference.{name}": column for name, column in reference.items()}
-        | {"uniform": token_uniform(seed, batch.sample_index_B, batch.tokens_BT.shape[1])}
-    )
 
 
 def competing_tokens(batch: Batch, min_context: int) -> Tensor:

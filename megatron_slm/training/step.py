@@ -18,8 +18,9 @@ from megatron_slm.errors import AgreedError
 from megatron_slm.models.student import ExactStudent, Student, Tape
 from megatron_slm.reference.references import NoReference, Reference
 from megatron_slm.selection.rule import Rule
+from megatron_slm.signals import columns_of, named_signals
 from megatron_slm.training.cost import StepTokens
-from megatron_slm.training.objective import Objective, competing_tokens, named_signals, wanted
+from megatron_slm.training.objective import Objective, competing_tokens
 from megatron_slm.training.state import Asked
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.types import Batch, TokenSignals
@@ -60,8 +61,8 @@ class Candidates:
         Raises:
             AgreedError: a score returned something else than a score for each token.
         """
-        columns = reference.take(batches, wanted(self._rule.needs, "reference."))
-        scored = self._student.take(batches, wanted(self._rule.needs, "student."))
+        columns = reference.take(batches, columns_of("reference", self._rule.needs))
+        scored = self._student.take(batches, columns_of("student", self._rule.needs))
         rows = [self._best(*of_one) for of_one in zip(batches, scored, columns, strict=True)]
         return Chosen(
             [batch.pick(row_N) for batch, row_N in zip(batches, rows, strict=True)],
@@ -174,7 +175,7 @@ class TrainingStep:
         suspects: list[tuple[Tensor, Tensor]] = []
         for index, (pool, whole) in enumerate(zip(pools, joined, strict=True)):
             known = [next(reference) for _ in pool]
-            signals, tapes = self._score(student, pool, known, wanted(objective.needs, "student."))
+            signals, tapes = self._score(student, pool, known, columns_of("student", objective.needs))
             choice = objective.choose(whole, signals)
             statistics.add(whole, signals, choice)
             suspects.append((whole.sample_index_B, _not_finite(whole, signals)))
@@ -191,7 +192,7 @@ class TrainingStep:
         source = self._reference if objective.selects else NoReference()
         if self._candidates is not None:
             return self._candidates.choose(batches, source)
-        return Chosen(batches, source.take(batches, wanted(objective.needs, "reference.")))
+        return Chosen(batches, source.take(batches, columns_of("reference", objective.needs)))
 
     def _count(self, dealt: list[Batch], trained: list[Batch], selected: int, objective: Objective) -> StepTokens:
         """Every rank has as many samples."""

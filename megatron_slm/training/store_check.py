@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_slm.dist import all_reduce_sum
 from megatron_slm.reference.references import Reference
-from megatron_slm.training.objective import Choice, SelectiveLanguageModeling, named_signals, wanted
+from megatron_slm.signals import columns_of, named_signals
+from megatron_slm.training.objective import Choice, SelectiveLanguageModeling
 from megatron_slm.training.state import RunState
 from megatron_slm.training.trainer import Callback
 from megatron_slm.types import Batch, TokenSignals
@@ -58,10 +59,10 @@ class StoreCheck(Callback):
             return
         batches = self._batches()
         needs = self._objective.needs
-        student = self._student.take(batches, wanted(needs, "student."))
-        stored = self._stored.take(batches, wanted(needs, "reference."))
+        student = self._student.take(batches, columns_of("student", needs))
+        stored = self._stored.take(batches, columns_of("reference", needs))
         with self._open_live() as live:
-            lived = None if live is None else live.take(batches, wanted(needs, "reference."))
+            lived = None if live is None else live.take(batches, columns_of("reference", needs))
         del live  # It is in a cycle with its hooks, so only a collection frees it.
         gc.collect()
         chosen = self._choose(batches, student, stored)

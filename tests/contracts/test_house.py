@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "files", "types", "launcher", "dist", "backend", "progress"}
+LEAVES = {"errors", "files", "types", "signals", "launcher", "dist", "backend", "progress"}
 ROOMS = {"data", "models", "reference", "selection", "training"}
 MAY_IMPORT = {
     "errors": set(),
@@ -21,6 +21,8 @@ MAY_IMPORT = {
     "backend": {"dist", "errors"},
     # Pure torch, for anyone's training loop.
     "selection": set(),
+    # Declares what scores read, what heads compute and what stores hold.
+    "signals": {"selection", "types"},
     # Pages and charts of plain values, for any part that shows something.
     "reporting": set(),
     "data": LEAVES - {"backend"},

@@ -80,15 +80,16 @@ def test_losses_and_gradients_are_those_of_full_logits(dtype, with_entropy, with
     inputs, labels, upstream = head_inputs(dtype, with_bias), some_labels(), some_upstream()
     wanted = [value for value in inputs if value is not None]
     hidden, weight, bias = inputs
-    loss, entropy = token_loss(hidden, weight, labels, bias_V=bias, with_entropy=with_entropy, chunk=chunk)
+    want = ("entropy",) if with_entropy else ()
+    loss, *others = token_loss(hidden, weight, labels, bias_V=bias, want=want, chunk=chunk)
     expected_loss, expected_entropy = full_loss(*inputs, labels)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     close(loss, expected_loss, TOLERANCE[dtype])
     if with_entropy:
-        close(entropy, expected_entropy, TOLERANCE[dtype])
-        assert not entropy.requires_grad
+        close(others[0], expected_entropy, TOLERANCE[dtype])
+        assert not others[0].requires_grad
     else:
-        assert entropy.numel() == 0
+        assert not others
     actual = torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), wanted)
     expected = torch.autograd.grad((expected_loss * upstream).sum(), wanted)
     for value, gradient, right in zip(wanted, actual, expected, strict=True):
@@ -99,7 +100,7 @@ def test_losses_and_gradients_are_those_of_full_logits(dtype, with_entropy, with
 @pytest.mark.parametrize("upstream", [0.0, -0.0])
 def test_where_nothing_counts_all_gradients_are_zero(upstream):
     inputs = head_inputs(torch.float32, True)
-    loss, _ = token_loss(inputs[0], inputs[1], some_labels(), bias_V=inputs[2], chunk=7)
+    (loss,) = token_loss(inputs[0], inputs[1], some_labels(), bias_V=inputs[2], chunk=7)
     for gradient in torch.autograd.grad((loss * upstream).sum(), inputs):
         assert not gradient.any()
 
@@ -107,7 +108,7 @@ def test_where_nothing_counts_all_gradients_are_zero(upstream):
 def test_an_ignored_label_has_no_loss_and_no_gradient_whatever_comes_from_above():
     hidden, weight, _ = head_inputs(torch.float32, False)
     labels = some_labels()
-    loss, _ = token_loss(hidden, weight, labels, chunk=7)
+    (loss,) = token_loss(hidden, weight, labels, chunk=7)
     assert not loss[labels < 0].any()
     upstream = torch.zeros(TOKENS).masked_fill(labels < 0, math.nan)
     for gradient in torch.autograd.grad(loss, (hidden, weight), upstream):
@@ -116,7 +117,7 @@ def test_an_ignored_label_has_no_loss_and_no_gradient_whatever_comes_from_above(
 
 def test_a_nan_from_above_reaches_the_gradients():
     hidden, weight, bias = head_inputs(torch.float32, True)
-    loss, _ = token_loss(hidden, weight, some_labels(), bias_V=bias, chunk=7)
+    (loss,) = token_loss(hidden, weight, some_labels(), bias_V=bias, chunk=7)
     upstream = torch.zeros(TOKENS)
     upstream[5] = math.nan
     grad_hidden, grad_weight, grad_bias = torch.autograd.grad(loss, (hidden, weight, bias), upstream)
@@ -128,7 +129,7 @@ def test_a_nan_from_above_reaches_the_gradients():
 
 def test_a_frozen_head_passes_the_gradient_on_and_gets_none():
     hidden, weight, bias = head_inputs(torch.float32, True)
-    loss, _ = token_loss(hidden, weight.detach(), some_labels(), bias_V=bias.detach(), chunk=7)
+    (loss,) = token_loss(hidden, weight.detach(), some_labels(), bias_V=bias.detach(), chunk=7)
     (gradient,) = torch.autograd.grad(loss.sum(), hidden)
     (expected,) = torch.autograd.grad(full_loss(hidden, weight, bias, some_labels())[0].sum(), hidden)
     close(gradient, expected, 2e-5)
@@ -136,7 +137,7 @@ def test_a_frozen_head_passes_the_gradient_on_and_gets_none():
 
 def test_frozen_hidden_states_leave_the_gradient_of_the_head():
     hidden, weight, _ = head_inputs(torch.float32, False)
-    loss, _ = token_loss(hidden.detach(), weight, some_labels(), chunk=7)
+    (loss,) = token_loss(hidden.detach(), weight, some_labels(), chunk=7)
     (gradient,) = torch.autograd.grad(loss.sum(), weight)
     (expected,) = torch.autograd.grad(full_loss(hidden, weight, None, some_labels())[0].sum(), weight)
     close(gradient, expected, 2e-5)
@@ -145,23 +146,23 @@ def test_frozen_hidden_states_leave_the_gradient_of_the_head():
 def test_without_gradients_the_losses_are_the_same():
     hidden, weight, bias = head_inputs(torch.float32, True)
     with torch.no_grad():
-        loss, entropy = token_loss(hidden, weight, some_labels(), bias_V=bias, with_entropy=True, chunk=7)
+        loss, entropy = token_loss(hidden, weight, some_labels(), bias_V=bias, want=("entropy",), chunk=7)
     assert not loss.requires_grad
-    expected = token_loss(hidden, weight, some_labels(), bias_V=bias, with_entropy=True, chunk=7)
+    expected = token_loss(hidden, weight, some_labels(), bias_V=bias, want=("entropy",), chunk=7)
     assert torch.equal(loss, expected[0])
     assert torch.equal(entropy, expected[1])
 
 
 def test_no_token_at_all_is_no_error():
     hidden, weight, _ = head_inputs(torch.float32, False)
-    loss, entropy = token_loss(hidden[:0], weight, some_labels()[:0], with_entropy=True)
+    loss, entropy = token_loss(hidden[:0], weight, some_labels()[:0], want=("entropy",))
     assert loss.shape == entropy.shape == (0,)
     assert not torch.autograd.grad(loss.sum(), weight)[0].any()
 
 
 def test_large_logits_stay_finite():
     hidden, weight, _ = head_inputs(torch.float32, False)
-    loss, entropy = token_loss(hidden * 1e4, weight, some_labels(), with_entropy=True, chunk=7)
+    loss, entropy = token_loss(hidden * 1e4, weight, some_labels(), want=("entropy",), chunk=7)
     expected_loss, _ = full_loss(hidden * 1e4, weight, None, some_labels())
     close(loss, expected_loss, 2e-5)
     assert entropy.isfinite().all()
@@ -171,7 +172,7 @@ def test_the_weight_gradient_of_bf16_is_summed_in_float32():
     """A large token and eight small ones, one a chunk: a sum in bf16 would stay at the large one."""
     hidden = torch.ones(9, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    loss, _ = token_loss(hidden, weight, torch.zeros(9, dtype=torch.int64), chunk=1)
+    (loss,) = token_loss(hidden, weight, torch.zeros(9, dtype=torch.int64), chunk=1)
     loss.backward(torch.tensor([256.0, *[1.0] * 8]))
     assert weight.grad.flatten().tolist() == [-132.0, 132.0]
 
@@ -196,7 +197,7 @@ def _tensors(result: object) -> list[torch.Tensor]:
 def test_no_more_than_one_chunk_of_logits_ever_exists():
     hidden, weight = (torch.randn(size, 4, requires_grad=True) for size in (TOKENS, VOCAB))
     with Recorder() as made:
-        loss, _ = token_loss(hidden, weight, some_labels(), with_entropy=True, chunk=7)
+        loss, _ = token_loss(hidden, weight, some_labels(), want=("entropy",), chunk=7)
         loss.sum().backward()
     assert max(shape.numel() for _, shape in made.shapes) <= 7 * VOCAB
 
@@ -204,7 +205,7 @@ def test_no_more_than_one_chunk_of_logits_ever_exists():
 def test_the_backward_recomputes_only_tokens_that_count():
     hidden, weight, _ = head_inputs(torch.float32, False)
     labels, upstream = some_labels(), some_upstream().float()
-    loss, _ = token_loss(hidden, weight, labels, chunk=7)
+    (loss,) = token_loss(hidden, weight, labels, chunk=7)
     with Recorder() as made:
         loss.backward(upstream)
     exponentials = sum(shape.numel() for name, shape in made.shapes if name == "exp_")

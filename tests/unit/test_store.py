@@ -15,15 +15,13 @@ from megatron_slm.errors import UserError
 from megatron_slm.reference.references import MixedReference, NoReference, StoredReference
 from megatron_slm.reference.store import (
     BLOCK_ROWS,
-    ENCODINGS,
     BlockChecksums,
     FileEntry,
     Manifest,
     ScoreFile,
-    decode,
-    encode,
     open_store,
 )
+from megatron_slm.signals import ENCODINGS, decode, encode
 from megatron_slm.types import Batch, TokenSignals
 
 ROWS = 3 * BLOCK_ROWS + 5
