@@ -1,25 +1,25 @@
-# Two commands: `make demo` shows the method on real text, `make test` passes the tests.
-# PyTorch comes first: anything that depends on it would otherwise pull a build with gigabytes of CUDA.
+# `make demo` shows the method on real text; `make test` runs the linters, the type checker and the tests.
+# PyTorch is installed first: as a dependency of another package it would be the build with gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PYTHON ?= python3
-DATA ?= $(SLM_DATA)
 TEST_WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/installed
-# Each worker begins with neighbouring tests, which share what is made for them, and then takes over from the other.
+# Neighbouring tests share fixtures, so each worker starts with a block of them; a worker without work takes over others.
 PYTEST := $(RUN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: install test test-all lint demo clean
+.PHONY: install test test-only test-all lint types demo clean
 
 install: $(STAMP)
 
-$(STAMP): setup.py
+# __init__.py holds the version.
+$(STAMP): pyproject.toml setup.py megatron_slm/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-		echo "$(PYTHON) is not Python 3.11 to 3.13: name one that is, as in make demo PYTHON=python3.12" >&2; exit 2; }
-	@echo "installing into $(VENV): PyTorch first, then the rest; some minutes"
+		echo "$(PYTHON) is not Python 3.11 to 3.13. Name one that is, as in make demo PYTHON=python3.12." >&2; exit 2; }
+	@echo "Installing into $(VENV): PyTorch first, then the rest. This takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(RUN)/python -m pip install --quiet --editable ".[dev]"
@@ -28,12 +28,16 @@ $(STAMP): setup.py
 lint: $(STAMP)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+
+types: $(STAMP)
 	$(RUN)/mypy
 
-test: lint
+test-only: $(STAMP)
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+test: lint types test-only
+
+test-all: lint types
 	$(RUN)/python -m pip install --quiet --editable ".[dev,slow]"
 	$(PYTEST)
 

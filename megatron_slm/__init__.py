@@ -5,7 +5,7 @@ The names below are imported on first use, so that `import megatron_slm` stays l
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"]
 
