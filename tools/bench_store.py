@@ -138,7 +138,7 @@ def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> 
         seconds = []
         for batches in steps:
             start = time.perf_counter()
-            store.take(batches, ())
+            store.signals(batches, ())
             seconds.append(time.perf_counter() - start)
         found[name] = statistics.median(seconds)
     return found
@@ -159,8 +159,8 @@ def compare(
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in stores}
     for turn in range(steps):
         batches = loader.take(turn * config.training.global_batch_size)
-        live = step._reference.take(batches, ())
-        taken = {name: store.take(batches, ()) for name, store in stores.items()}
+        live = step._reference.signals(batches, ())
+        taken = {name: store.signals(batches, ()) for name, store in stores.items()}
         for index, batch in enumerate(batches):
             student = step._whole.score(batch, (), keep=False)[0]["loss"]
             signals = {"student.loss": student, "reference.loss": live[index]["loss"]}

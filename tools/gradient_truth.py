@@ -73,7 +73,7 @@ def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -
     reference, _ = make_reference(config, corpora, PlainBackend(world), order, ("reference.loss",), world)
     starts = [loader.end(0, step) for step in range(plan.total_steps - count, plan.total_steps)]
     batches = [loader.take(start)[0] for start in starts]
-    return [Scored(batch, reference.take([batch], ())[0]) for batch in batches]
+    return [Scored(batch, reference.signals([batch], ())[0]) for batch in batches]
 
 
 def students(lm: PreTrainedModel, world: World, seq_length: int) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def score(corpus: Corpus, models: dict[str, CausalLM], length: int, tokens: int,
         samples = build(total_samples=count, cache=Path(folder))
         batch = make_batch([samples[n] for n in range(count)], list(range(count)), False).to(world.device)
     at_once = max(1, BATCH_TOKENS // length)
-    student, live = (LiveReference(models[name], at_once).take([batch], ())[0]["loss"] for name in models)
+    student, live = (LiveReference(models[name], at_once).signals([batch], ())[0]["loss"] for name in models)
     packed = torch.from_numpy(decode(encode(live.cpu().numpy(), "fixed16"), "fixed16")).to(world.device)
     eod = load_tokenizer(str(corpus_tokenizer_path(corpus))).eos_token_id
     work = DocumentWork(corpus, eod, length, BATCH_TOKENS, 1 << 40)

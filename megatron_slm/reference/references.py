@@ -15,14 +15,14 @@ from megatron_slm.types import Batch, TokenSignals
 class Reference(Protocol):
     """Where reference signals come from."""
 
-    def take(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
+    def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         """Columns (`loss`, and those wanted) for each of this rank's micro-batches of the step."""
 
 
 class NoReference:
     """For scores that need none, and for CLM."""
 
-    def take(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
+    def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         return [{} for _ in batches]
 
 
@@ -39,7 +39,7 @@ class LiveReference:
         self._micro_batch_size = micro_batch_size
 
     @torch.no_grad()
-    def take(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
+    def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         everything = Batch.concatenate(batches)
         total = len(everything.tokens_BT)
         starts = range(0, total, self._micro_batch_size)
@@ -73,8 +73,8 @@ class MixedReference:
         self._weights = torch.tensor(weights) / sum(weights)
         self._mix = mix
 
-    def take(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
-        taken = [part.take(batches, want) for part in self.parts]
+    def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
+        taken = [part.signals(batches, want) for part in self.parts]
         return [
             {name: self._mixed(torch.stack([columns[name] for columns in found])) for name in found[0]}
             for found in zip(*taken, strict=True)
@@ -103,7 +103,7 @@ class StoredReference:
         self._columns = columns
         self._packed = packed
 
-    def take(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
+    def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         return [self._read(batch, ("loss", *want)) for batch in batches]
 
     def _read(self, batch: Batch, want: tuple[str, ...]) -> TokenSignals:

@@ -61,8 +61,8 @@ class Candidates:
         Raises:
             AgreedError: a score returned something else than a score for each token.
         """
-        columns = reference.take(batches, columns_of("reference", self._rule.needs))
-        scored = self._student.take(batches, columns_of("student", self._rule.needs))
+        columns = reference.signals(batches, columns_of("reference", self._rule.needs))
+        scored = self._student.signals(batches, columns_of("student", self._rule.needs))
         rows = [self._best(*of_one) for of_one in zip(batches, scored, columns, strict=True)]
         return Chosen(
             [batch.pick(row_N) for batch, row_N in zip(batches, rows, strict=True)],
@@ -192,7 +192,7 @@ class TrainingStep:
         source = self._reference if objective.selects else NoReference()
         if self._candidates is not None:
             return self._candidates.choose(batches, source)
-        return Chosen(batches, source.take(batches, columns_of("reference", objective.needs)))
+        return Chosen(batches, source.signals(batches, columns_of("reference", objective.needs)))
 
     def _count(self, dealt: list[Batch], trained: list[Batch], selected: int, objective: Objective) -> StepTokens:
         """Every rank has as many samples."""

@@ -59,10 +59,10 @@ class StoreCheck(Callback):
             return
         batches = self._batches()
         needs = self._objective.needs
-        student = self._student.take(batches, columns_of("student", needs))
-        stored = self._stored.take(batches, columns_of("reference", needs))
+        student = self._student.signals(batches, columns_of("student", needs))
+        stored = self._stored.signals(batches, columns_of("reference", needs))
         with self._open_live() as live:
-            lived = None if live is None else live.take(batches, columns_of("reference", needs))
+            lived = None if live is None else live.signals(batches, columns_of("reference", needs))
         del live  # It is in a cycle with its hooks, so only a collection frees it.
         gc.collect()
         chosen = self._choose(batches, student, stored)

@@ -90,7 +90,7 @@ def test_student_and_reference_compute_every_column_as_it_is_declared(batch: Bat
     lm = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
     module, expected = CausalLM(lm, head_chunk=5), expected_columns(lm, batch)
     assert all(columns_of(model, SIGNALS) == OTHERS for model in MODELS)
-    live = LiveReference(module, 2).take([batch], columns_of("reference", SIGNALS))[0]
+    live = LiveReference(module, 2).signals([batch], columns_of("reference", SIGNALS))[0]
     student, _ = ExactStudent(SimpleNamespace(module=module)).score(batch, columns_of("student", SIGNALS), keep=True)
     for found in (live, student):
         assert found.keys() == expected.keys()
@@ -113,7 +113,7 @@ def test_a_store_returns_every_column_that_it_holds(batch: Batch, tmp_path: Path
     assert stored_columns(ScoreSettings("scores")) == ["loss"]
     write_scores(tmp_path / "order", torch.stack([expected[name].flatten() for name in columns], -1).numpy(), encoding)
     file = ScoreFile(tmp_path / "order", B * T, len(columns), encoding)
-    found = StoredReference([file], columns, packed=True).take([batch], tuple(columns[1:]))[0]
+    found = StoredReference([file], columns, packed=True).signals([batch], tuple(columns[1:]))[0]
     assert list(found) == columns
     for name, column_BT in found.items():
         assert (column_BT - expected[name]).abs().max() <= ENCODINGS[encoding].max_error + 1e-6

@@ -175,7 +175,7 @@ def test_a_stored_reference_reads_each_label_from_its_own_corpus(tmp_path: Path)
         write_scores(tmp_path / name, some_values() % 10 + np.float32(shift), "float32")
         files.append(ScoreFile(tmp_path / name, ROWS, 1, "float32"))
     batch = batch_of([[5, 6, 4000], [7, -1, 9000]], [1, 0])
-    loss_BT = StoredReference(files, ["loss"], packed=False).take([batch], ())[0]["loss"]
+    loss_BT = StoredReference(files, ["loss"], packed=False).signals([batch], ())[0]["loss"]
     values = some_values()[:, 0] % 10
     expected = np.array([[*(values[[5, 6, 4000]] + np.float32(20.0))], [values[7], 0.0, values[9000]]])
     assert np.array_equal(loss_BT.numpy(), expected.astype(np.float32))
@@ -185,7 +185,7 @@ def test_a_packed_store_is_read_by_sample_and_position(tmp_path: Path) -> None:
     write_scores(tmp_path / "order", some_values(12, 2), "float32")
     reference = StoredReference([ScoreFile(tmp_path / "order", 12, 2, "float32")], ["loss", "entropy"], packed=True)
     batch = dataclasses.replace(batch_of([[0] * 4, [0] * 4], [7, 9]), sample_index_B=torch.tensor([2, 0]))
-    found = reference.take([batch], ("entropy",))[0]
+    found = reference.signals([batch], ("entropy",))[0]
     for column, name in enumerate(("loss", "entropy")):
         expected = some_values(12, 2)[:, column].reshape(3, 4)[[2, 0]]
         assert np.array_equal(found[name].numpy(), expected)
@@ -196,7 +196,7 @@ def test_a_packed_store_says_where_it_ends(tmp_path: Path) -> None:
     reference = StoredReference([ScoreFile(tmp_path / "order", 12, 1, "float32")], ["loss"], packed=True)
     batch = dataclasses.replace(batch_of([[0] * 4], [0]), sample_index_B=torch.tensor([3]))
     with pytest.raises(UserError, match="ends after 12 tokens"):
-        reference.take([batch], ())
+        reference.signals([batch], ())
 
 
 class Fixed:
@@ -205,7 +205,7 @@ class Fixed:
     def __init__(self, *losses: float) -> None:
         self._signals = {"loss": torch.tensor([list(losses)])}
 
-    def take(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
+    def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         return [self._signals for _ in batches]
 
 
@@ -214,7 +214,7 @@ def test_several_references_mix_as_their_formulas_say() -> None:
     batches = [batch_of([[0, 1, 2]], [0])]
 
     def mixed(mix: str) -> list[float]:
-        return MixedReference([one, other], [1.0, 3.0], mix).take(batches, ())[0]["loss"][0].tolist()  # type: ignore[arg-type]
+        return MixedReference([one, other], [1.0, 3.0], mix).signals(batches, ())[0]["loss"][0].tolist()  # type: ignore[arg-type]
 
     assert mixed("mean") == pytest.approx([2.5, 2.5, 47.5])
     assert mixed("minimum") == [1.0, 2.0, 40.0]
@@ -225,4 +225,4 @@ def test_several_references_mix_as_their_formulas_say() -> None:
 def test_the_manifest_reads_back_as_it_was_written(tmp_path: Path) -> None:
     store = open_store(str(write_store(tmp_path / "store")))
     assert json.loads(store.manifest.text()) == json.loads((tmp_path / "store" / "manifest.json").read_text())
-    assert isinstance(NoReference().take([], ()), list)
+    assert isinstance(NoReference().signals([], ()), list)
