@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_slm.config_file import read_tree
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.files import PathText, expand_path
+from megatron_slm.io.paths import PathText, expand_path
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.reference.settings import FilterSettings, ReferenceSettings, ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings

@@ -1,8 +1,8 @@
 """The folder that explains a run: its configuration, frozen, and where it ran."""
 
+import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import logging
 import platform
@@ -11,12 +11,13 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.files import dangling_link, write_durably
+from megatron_slm.io.files import hold, write_durably
+from megatron_slm.io.paths import dangling_link
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
@@ -46,7 +47,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.tokenizer = self.path / "tokenizer"
         self._world = world
-        self._lock: IO[str] | None = None
+        self._held = contextlib.ExitStack()
         self._logged_before: tuple[list[logging.Handler], bool, int] | None = None
 
     @property
@@ -89,14 +90,10 @@ class RunFolder:
         return config if stored is None else self._settle_known(stored, config)
 
     def _hold(self) -> None:
-        """A lock that dies with this process."""
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"run_dir is {self.path}, in which another process is training: stop it, or use another run_dir."
-            ) from error
+        busy = UserError(
+            "run_dir", self.path, "another process is training in it", "Stop that process, or use another run_dir"
+        )
+        self._held.enter_context(hold(self.path / ".lock", busy))
 
     def close(self) -> None:
         """Release the directory and log as before, so that this process can start another run."""
@@ -107,9 +104,7 @@ class RunFolder:
             package.handlers, package.propagate = self._logged_before[:2]
             package.setLevel(self._logged_before[2])
             self._logged_before = None
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._held.close()
 
     def _refuse_dangling_link(self) -> None:
         if target := dangling_link(self.path):

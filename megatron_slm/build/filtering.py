@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +13,14 @@ from megatron_slm.build.stores import document_files, open_matching_store
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, count_tokens
 from megatron_slm.data.keep_list import write_keep_list
-from megatron_slm.data.staging import staging
 from megatron_slm.errors import UserError
-from megatron_slm.files import refuse_taken, sync
-from megatron_slm.progress import Meter
+from megatron_slm.io.files import publish
+from megatron_slm.io.paths import refuse_taken
+from megatron_slm.io.progress import Meter
+from megatron_slm.io.staging import Staging
 from megatron_slm.reference.filtering import DocumentExcess, Losses, document_excess, highest, least_share
 from megatron_slm.reference.settings import FilterSettings
 from megatron_slm.reference.store import Store
-
-DOING = "filtering"
-"""End of the name of the folder beside the list, while it is made."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +37,8 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
     """
     output = Path(settings.output)
     refuse_taken("filter.output", output)
-    with staging(output, "filter.output", DOING) as folder:
+    staging = Staging(output, "filter.output", "filtering")
+    with staging.open():
         corpora = open_corpora(config)
         paths = {"filter.base": settings.base, "filter.reference": settings.reference}
         stores = [_open_store(setting, path, corpora) for setting, path in paths.items()]
@@ -53,13 +51,11 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
         ends = np.cumsum([corpus.num_documents for corpus in distinct])
         kept = np.split(highest(mean_D, settings.keep), ends[:-1])
         _refuse_empty(distinct, kept, mean_D, settings.keep)
-        aside = folder / output.name
+        aside = staging.folder / output.name
         base, reference = (store.fingerprint() for store in stores)
         write_keep_list(aside, distinct, kept, {"keep": settings.keep, "base": base, "reference": reference})
-        sync(aside)
         refuse_taken("filter.output", output)
-        os.rename(aside, output)
-        sync(output.parent)
+        publish(aside, output)
     _tell(distinct, found, kept)
     logger.info("train with: data.keep=%s", output)
 

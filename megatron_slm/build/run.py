@@ -31,7 +31,7 @@ from megatron_slm.data.loader import StepLoader
 from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
-from megatron_slm.files import whole_folder
+from megatron_slm.io.files import whole_folder
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
 from megatron_slm.reference.references import LiveReference, Reference
 from megatron_slm.run_folder import RunFolder

@@ -17,21 +17,18 @@ from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, file_sha256, unique_names
 from megatron_slm.data.loader import position_after
 from megatron_slm.data.samples import Samples
-from megatron_slm.data.staging import staging, writing
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
-from megatron_slm.files import refuse_taken
+from megatron_slm.io.paths import refuse_taken
+from megatron_slm.io.progress import Meter
+from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.models.fingerprint import weights_fingerprint
-from megatron_slm.progress import Meter
 from megatron_slm.reference.attempt import Attempt
 from megatron_slm.reference.scoring import DOCUMENT_CONTEXT, PACKED_CONTEXT, DocumentWork, PackedWork, Work
 from megatron_slm.reference.settings import PartSettings, ScoreSettings
 from megatron_slm.reference.sources import ModelSource, Source, open_import
 from megatron_slm.reference.store import ORDER, Manifest
 from megatron_slm.signals import ENCODINGS, column_flags, stored_columns
-
-DOING = "scoring"
-"""End of the name of the folder beside the store, while it is made."""
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -59,28 +56,28 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         UserError: the same on all ranks, for anything that the user can mend.
     """
     output = Path(settings.output)
-    folder = output.with_name(f".{output.name}.{DOING}")
+    staging = Staging(output, "score.output", "scoring")
     with ExitStack() as stack:
-        agree(lambda: _hold(output, stack) if world.is_main else None)
+        agree(lambda: _open(staging, stack) if world.is_main else None)
         packed = settings.kind == "packed"
         corpora = agree(lambda: open_run_corpora(config) if packed else open_corpora(config))
         config, plan = agree(lambda: resolve(config, corpora, world))
         imported = agree(lambda: _imported(corpora, imports, settings) if imports else [])
-        order = make_samples(config, corpora, plan, folder / "cache", world) if packed else None
+        order = make_samples(config, corpora, plan, staging.folder / "cache", world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
         end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
-        identity = _identity(config, settings, manifest, corpora, end)
-        attempt = _agree_writing(output, lambda: _attempt(folder, identity, manifest) if world.is_main else None)
+        journal = Journal(staging, _deciding_settings(config, settings, manifest, corpora, end))
+        attempt = _agree_writing(staging, lambda: _attempt(staging, journal, manifest) if world.is_main else None)
         jobs = imported or _modelled(config, settings, corpora, order, end, world)
-        _fill(jobs, attempt, output, world)
-        _read_back(jobs, attempt, output)
-        _agree_writing(output, lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
+        _fill(jobs, attempt, staging, world)
+        _read_back(jobs, attempt, staging)
+        _agree_writing(staging, lambda: _complete(jobs, attempt, manifest, output) if attempt else None)
 
 
-def _hold(output: Path, stack: ExitStack) -> None:
-    refuse_taken("score.output", output)
-    stack.enter_context(staging(output, "score.output", DOING))
+def _open(staging: Staging, stack: ExitStack) -> None:
+    refuse_taken(staging.setting, staging.output)
+    stack.enter_context(staging.open())
 
 
 def _origin(config: Config, imports: Sequence[Path]) -> dict[str, Any]:
@@ -136,11 +133,11 @@ def _manifest(
     )
 
 
-def _attempt(folder: Path, identity: dict[str, Any], manifest: Manifest) -> Attempt:
-    return Attempt(folder, identity, manifest.columns, manifest.encoding)
+def _attempt(staging: Staging, journal: Journal, manifest: Manifest) -> Attempt:
+    return Attempt(staging, journal, manifest.columns, manifest.encoding)
 
 
-def _identity(
+def _deciding_settings(
     config: Config, settings: ScoreSettings, manifest: Manifest, corpora: Corpora, end: int
 ) -> dict[str, Any]:
     """Everything that decides the values, and which of them make a shard."""
@@ -201,7 +198,7 @@ def _modelled(
     return [Job(name, corpus, ModelSource(engine, work, columns, world)) for name, corpus, work in works]
 
 
-def _fill(jobs: list[Job], attempt: Attempt | None, output: Path, world: World) -> None:
+def _fill(jobs: list[Job], attempt: Attempt | None, staging: Staging, world: World) -> None:
     """Write the shards that are not there yet; every rank calls it."""
     found = {job.name: attempt.finished(job.name) for job in jobs} if attempt else {}
     finished: dict[str, tuple[int, int]] = gather_objects(found)[0]
@@ -211,22 +208,22 @@ def _fill(jobs: list[Job], attempt: Attempt | None, output: Path, world: World) 
         logger.info("going on after %s of %s tokens", f"{total - left:,}", f"{total:,}")
     if world.is_main:
         shards = sum(job.source.num_shards for job in jobs)
-        logger.info("scoring %s tokens in %d shards, into %s", f"{left:,}", shards, output)
+        logger.info("scoring %s tokens in %d shards, into %s", f"{left:,}", shards, staging.output)
     done = 0
     with Meter(left, "tokens", shown=world.is_main) as meter:
         for job in jobs:
             for number in range(finished[job.name][0], job.source.num_shards):
                 values = job.source.shard(number, partial(_tell, meter, done))
-                _agree_writing(output, partial(attempt.write, job.name, values) if attempt else _nothing)
+                _agree_writing(staging, partial(attempt.write, job.name, values) if attempt else _nothing)
                 done += len(values.values_NC)
                 meter.reach(done)
 
 
-def _agree_writing(output: Path, work: Callable[[], T]) -> T:
+def _agree_writing(staging: Staging, work: Callable[[], T]) -> T:
     """What `agree` does, where a full disk is a sentence of all ranks."""
 
     def write() -> T:
-        with writing(f"score.output {output}"):
+        with staging.writing():
             return work()
 
     return agree(write)
@@ -240,12 +237,12 @@ def _nothing() -> None:
     """What a rank does that does not write."""
 
 
-def _read_back(jobs: list[Job], attempt: Attempt | None, output: Path) -> None:
+def _read_back(jobs: list[Job], attempt: Attempt | None, staging: Staging) -> None:
     """Check what is on the disk; every rank calls it, and meets the others at every shard, so that none gives up."""
     for job in jobs:
         reading = attempt.read_back(job.name) if attempt else repeat(None)
         for _ in range(job.source.num_shards + 1):
-            _agree_writing(output, partial(next, reading))
+            _agree_writing(staging, partial(next, reading))
 
 
 def _complete(jobs: list[Job], attempt: Attempt, manifest: Manifest, output: Path) -> None:

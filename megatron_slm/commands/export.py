@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config import Config, load_config
 from megatron_slm.errors import UserError
-from megatron_slm.files import refuse_taken, whole_folder
+from megatron_slm.io.files import whole_folder
+from megatron_slm.io.paths import refuse_taken
 from megatron_slm.selection.settings import rule_in_words
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ def _write_folder(
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_slm.io.progress import Meter
     from megatron_slm.models.export import check_export, empty_model, write_weights
     from megatron_slm.models.starting_files import copy_into_export
-    from megatron_slm.progress import Meter
 
     trust = config.model.trust_remote_code
     own = {name.removeprefix("lm."): weight for name, weight in weights.items()}

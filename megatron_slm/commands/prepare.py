@@ -149,9 +149,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from megatron_slm.prepare.attempt import Options
     from megatron_slm.prepare.inputs import find_dataset, find_files
-    from megatron_slm.prepare.prepare import prepare_corpora
+    from megatron_slm.prepare.prepare import Options, prepare_corpora
 
     options = Options(
         tokenizer=arguments.tokenizer,

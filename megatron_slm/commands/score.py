@@ -86,7 +86,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
 
 
 def _verify(path: str) -> None:
-    from megatron_slm.progress import Meter
+    from megatron_slm.io.progress import Meter
     from megatron_slm.reference.store import open_store
 
     store = open_store(path, "score.output")

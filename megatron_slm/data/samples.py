@@ -8,7 +8,6 @@ The split comes first: it divides all documents of a corpus, as in megatron-core
 of those that it gives to training. So what is held out is the same with a keep-list and without.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -33,6 +32,7 @@ from megatron_slm.data.keep_list import open_keep_list
 from megatron_slm.data.settings import DataSettings, blend, train_share
 from megatron_slm.dist import World
 from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.io.files import hold
 
 ORDER_FORMAT = 1
 """Raised when the same settings would give another order than before."""
@@ -330,11 +330,10 @@ def _build_cycle(
 
 @contextmanager
 def _alone_in(cache: Path) -> Iterator[None]:
-    """Build or read a cache while no other run does. One without its mark was left by a run that died in it."""
+    """Hold a cache while it is built or read. One without its mark was left by a run that died in it."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     complete = cache / "complete"
-    with cache.with_name(f"{cache.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(cache.with_name(f"{cache.name}.lock")):
         if not complete.exists():
             shutil.rmtree(cache, ignore_errors=True)
         yield

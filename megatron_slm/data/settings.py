@@ -1,7 +1,7 @@
 import re
 from dataclasses import dataclass, field
 
-from megatron_slm.files import PathText
+from megatron_slm.io.paths import PathText
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Whether this machine and the named folder will do, asked before anything is written."""
 
 import contextlib
-import fcntl
 import json
 import shutil
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 
 from megatron_slm.errors import UserError
+from megatron_slm.io.files import hold
 
 PYTHONS = ((3, 11), (3, 13))
 MEMORY_GIB, DISK_GIB = 4.0, 1.0
@@ -92,19 +92,16 @@ def hold_folder(folder: Path, options: dict[str, Any]) -> Iterator[None]:
     Raises:
         UserError: it cannot be made, or another demo runs in it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        mark = (folder / MARK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output is {folder}, which cannot be written ({error.strerror}): name another.") from error
-    with mark:
+    busy = UserError("--output", folder, "another demo is running there", "Wait until it has ended, or choose another")
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output is {folder}, where another demo is running: wait, or name another.") from None
-        mark.truncate(0)
-        mark.write(json.dumps(options) + "\n")
-        mark.flush()
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(folder / MARK, busy))
+            (folder / MARK).write_text(json.dumps(options) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                "--output", folder, f"it cannot be written ({error.strerror})", "Choose another folder"
+            ) from error
         yield
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import psutil
 import yaml
 
-from megatron_slm.demo.progress import Progress
 from megatron_slm.errors import UserError
-from megatron_slm.files import write_durably
+from megatron_slm.io.files import write_durably
+from megatron_slm.io.progress import StageMeter
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -182,7 +182,7 @@ class Stages:
         self._folder.mkdir(parents=True, exist_ok=True)
         # What follows a stage that has to run again is older than its outputs.
         first = next((i for i in range(len(self._stages)) if not self.is_finished(i)), len(self._stages))
-        progress = Progress([stage.seconds if i >= first else 0.0 for i, stage in enumerate(self._stages)])
+        progress = StageMeter([stage.seconds if i >= first else 0.0 for i, stage in enumerate(self._stages)])
         try:
             for number in range(first, len(self._stages)):
                 progress.begin(number, self._stages[number].title)
@@ -195,7 +195,7 @@ class Stages:
         outputs = self._stages[number].outputs
         return self._marker(number) == (self._keys[number], True) and all(path.exists() for path in outputs)
 
-    def _run(self, number: int, stop: StopRequest, progress: Progress) -> None:
+    def _run(self, number: int, stop: StopRequest, progress: StageMeter) -> None:
         stage, log = self._stages[number], self._folder / f"{self._stages[number].name}.log"
         stop.check()
         # A run's own state outlives a kill; anything else that is half made is of no use.
@@ -276,7 +276,7 @@ def _keys(stages: list[Stage]) -> list[str]:
     return keys
 
 
-def _poll(stage: Stage, started: float, progress: Progress) -> None:
+def _poll(stage: Stage, started: float, progress: StageMeter) -> None:
     progress.update(stage.share(time.monotonic() - started))
 
 

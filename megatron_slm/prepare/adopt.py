@@ -19,21 +19,11 @@ from megatron_slm.data.corpus import (
     read_lengths,
     read_pointers,
 )
-from megatron_slm.data.staging import (
-    JOURNAL,
-    Progress,
-    clear,
-    load_progress,
-    publish,
-    refuse_existing,
-    save_progress,
-    staging,
-    sync_all,
-    write_description,
-)
 from megatron_slm.data.tokenizer import largest_id, load_tokenizer, save_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
-from megatron_slm.progress import reported
+from megatron_slm.io.progress import show_progress
+from megatron_slm.io.staging import Staging
+from megatron_slm.prepare.staged import make_at_once, refuse_existing, write_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -85,14 +75,12 @@ def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> C
     loaded = load_tokenizer(tokenizer, end_token)
     identity = tokenizer_identity(loaded)
     settings = {"--adopt": str(output), "--tokenizer": [identity.fingerprint, identity.probe]}
-    with staging(output) as folder:
-        if not (folder / JOURNAL).exists():
-            _refuse_described(output)
-        if load_progress(folder, settings) is None:
-            _refuse_described(output)
-            _stage(output, index, loaded, clear(folder))
-            save_progress(folder, Progress(settings, complete=True))
-        publish(folder, output.parent)
+    make_at_once(
+        Staging(output, "--adopt", "preparing"),
+        settings,
+        refuse=lambda: _refuse_described(output),
+        make=lambda ready: _stage(output, index, loaded, ready),
+    )
     corpus = open_corpus(str(output))
     logger.info(
         "%s: %d documents, %d tokens, %d bytes of text when decoded",
@@ -160,7 +148,6 @@ def _stage(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast", rea
         **describe_tokenizer(tokenizer),
     )
     write_description(corpus)
-    sync_all(ready)
 
 
 def _scanned(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -> Scan:
@@ -170,7 +157,7 @@ def _scanned(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -
     total = Path(f"{prefix}.bin").stat().st_size // index.item_size
     logger.info("counting the bytes of text by decoding %d tokens", total)
     blocks = ((block, scan.num_tokens + len(block[0])) for block in _documents(prefix, index))
-    for tokens, lengths in reported(blocks, total, "tokens"):
+    for tokens, lengths in show_progress(blocks, total, "tokens"):
         scan.add(tokens, lengths)
         if scan.largest > limit or scan.smallest < 0:
             wrong = scan.largest if scan.largest > limit else scan.smallest

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_slm.errors import UserError
-from megatron_slm.files import sync
+from megatron_slm.io.files import publish
 from megatron_slm.prepare.documents import RawDocument, decode_record
 from megatron_slm.prepare.inputs import find_files
 
@@ -98,8 +98,7 @@ class ContaminationReport:
         """Write down what was seen. It may be ahead of the journal: what is encoded again is seen again."""
         aside = self._seen.with_name("found.new.npy")
         np.save(aside, self._found)
-        sync(aside)  # what the journal counts as encoded is not looked at again
-        aside.replace(self._seen)
+        publish(aside, self._seen, replace=True)  # what the journal counts as encoded is not read again
 
     def write(self, path: Path) -> None:
         """Write the report."""

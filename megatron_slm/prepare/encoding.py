@@ -29,8 +29,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from megatron_slm.io.progress import show_progress
 from megatron_slm.prepare.inputs import Chunk
-from megatron_slm.progress import reported
 
 _WINDOW, _OVERLAP = 65_536, 4_096  # characters; longer documents are encoded window by window
 
@@ -219,7 +219,7 @@ def encode_chunks(
     try:
         pending = ((executor.submit(encode, chunk.documents), _without_documents(chunk)) for chunk in chunks)
         results = _in_order(pending, 2 * workers + 2)
-        yield from reported(((result, result[1].position) for result in results), total_bytes, "bytes")
+        yield from show_progress(((result, result[1].position) for result in results), total_bytes, "bytes")
     except BrokenProcessPool as error:
         raise UserError(
             f"a worker was killed: if memory ran out, use fewer than --workers {workers}; a script of your own must "

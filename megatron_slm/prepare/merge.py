@@ -19,21 +19,10 @@ from megatron_slm.data.corpus import (
     read_index,
     read_lengths,
 )
-from megatron_slm.data.staging import (
-    JOURNAL,
-    Progress,
-    clear,
-    load_progress,
-    publish,
-    refuse_existing,
-    save_progress,
-    staging,
-    sync_all,
-    write_description,
-)
 from megatron_slm.data.tokenizer import TokenizerIdentity
 from megatron_slm.errors import UserError
-from megatron_slm.prepare.attempt import StagedCorpus
+from megatron_slm.io.staging import Staging
+from megatron_slm.prepare.staged import StagedCorpus, make_at_once, refuse_existing, write_description
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +45,12 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     _refuse_unlike(corpora, indices)
     prefix = Path(output)
     settings = {"--merge": [[corpus.prefix, corpus.sha256] for corpus in corpora]}
-    with staging(prefix) as folder:
-        if not (folder / JOURNAL).exists():
-            refuse_existing(prefix)
-        if load_progress(folder, settings) is None:
-            refuse_existing(prefix)
-            _stage(corpora, indices, described, clear(folder), prefix.name)
-            save_progress(folder, Progress(settings, complete=True))
-        publish(folder, prefix.parent)
+    make_at_once(
+        Staging(prefix, "--output", "preparing"),
+        settings,
+        refuse=lambda: refuse_existing(prefix),
+        make=lambda ready: _stage(corpora, indices, described, ready, prefix.name),
+    )
     merged = open_corpus(str(prefix))
     logger.info(
         "%s: %d corpora, %d documents, %d tokens", output, len(corpora), merged.num_documents, merged.num_tokens
@@ -111,7 +98,6 @@ def _stage(corpora: list[Corpus], indices: list[Index], described: dict[str, Any
         _append(staged, corpus, index)
     skipped = sum(corpus.skipped for corpus in corpora)
     write_description(staged.finish(corpus_tokenizer_path(corpora[0]), described, skipped))
-    sync_all(ready)
 
 
 def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:

@@ -7,25 +7,13 @@ and moved into place at the end; what a killed attempt had finished is not encod
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.data.corpus import Corpus, describe_tokenizer, load_corpus_tokenizer, open_corpus, verify_checksums
 from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece
-from megatron_slm.data.staging import (
-    JOURNAL,
-    PARTS,
-    TOKENIZER,
-    Progress,
-    clear,
-    load_progress,
-    publish,
-    refuse_changed_inputs,
-    refuse_existing,
-    save_progress,
-    staging,
-)
 from megatron_slm.data.tokenizer import (
     largest_id,
     likelier_end_token,
@@ -36,11 +24,12 @@ from megatron_slm.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_slm.errors import UserError
-from megatron_slm.prepare.attempt import Attempt, Options
+from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.prepare.contamination import REPORT_SUFFIX, ContaminationReport
 from megatron_slm.prepare.documents import Fields, decode_document
 from megatron_slm.prepare.encoding import Encoding, encode_chunks
 from megatron_slm.prepare.inputs import Input, find_files, read_chunks, read_documents
+from megatron_slm.prepare.staged import DESCRIPTION, PARTS, Progress, StagedCorpora, read_progress, refuse_existing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +39,30 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS, _SAMPLE_MOST = 16, 2_000, 10_000
 """Of every input, documents to compare with sentencepiece; characters of each; documents of all inputs."""
+_TOKENIZER = "tokenizer"  # in the staging folder: the tokenizer that the corpora will carry
 _UINT16_VOCABULARY = 65_500  # as Megatron has it: larger vocabularies are int32
+
+
+@dataclass(frozen=True)
+class Options:
+    """How inputs become corpora.
+
+    tokenizer    what ``load_tokenizer`` takes; or None
+    end_token    the piece that ends documents; None: the tokenizer's own
+    train_size   the vocabulary size of a tokenizer to train on the inputs first; or None
+    fields       where a record holds its text, and what it is sorted by
+    skip_bad     documents that may be left out because they cannot be read
+    evaluation   evaluation files whose 13-grams are looked for; a report is written
+    workers      processes that encode; the result is the same with any number
+    """
+
+    tokenizer: str | None = None
+    train_size: int | None = None
+    fields: Fields = field(default_factory=Fields)
+    skip_bad: int = 0
+    evaluation: tuple[str, ...] = ()
+    workers: int = 1
+    end_token: str | None = None
 
 
 def prepare_corpus(
@@ -78,11 +90,11 @@ def prepare_corpora(inputs: list[Input], output: str, options: Options) -> list[
         UserError: the input cannot be read, holds no text, something exists at ``output``, or an
             attempt with other settings was not completed there.
     """
-    prefix = Path(output)
-    with staging(prefix) as folder:
-        progress = _made(inputs, folder, prefix, options)
-        publish(folder, prefix.parent)
-    return [_opened(str(prefix.with_name(state["name"]))) for state in progress.corpora.values()]
+    staging = Staging(Path(output), "--output", "preparing")
+    with staging.open():
+        progress = _make(inputs, staging, options)
+        staging.publish_beside(last=DESCRIPTION)
+    return [_open(str(staging.output.with_name(state["name"]))) for state in progress.corpora.values()]
 
 
 def verify_corpus(prefix: str) -> Corpus:
@@ -98,7 +110,7 @@ def verify_corpus(prefix: str) -> Corpus:
     return corpus
 
 
-def _opened(prefix: str) -> Corpus:
+def _open(prefix: str) -> Corpus:
     corpus = open_corpus(prefix)
     logger.info("%s: %d documents, %d tokens, %d bytes of %s", prefix, *_counts(corpus))
     return corpus
@@ -109,31 +121,45 @@ def _counts(corpus: Corpus) -> tuple[int, int, int, str]:
     return corpus.num_documents, corpus.num_tokens, corpus.num_bytes, what
 
 
-def _made(inputs: list[Input], folder: Path, output: Path, options: Options) -> Progress:
-    """Make in ``folder`` what is to be published, going on with what is there."""
-    if not (folder / JOURNAL).exists():
-        _refuse_existing(output, options)
+def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
+    """Make what is to be published, resuming from the journal."""
+    if not staging.journal.exists():
+        _refuse_existing(staging.output, options)
     report = ContaminationReport(list(options.evaluation)) if options.evaluation else None
     given = load_tokenizer(options.tokenizer, options.end_token) if options.tokenizer else None
     _refuse_missing_template(given, options)
     _warn_of_turns(given, options)
     stamps = [[source.name, *source.stamp()] for source in inputs]
     settings = _settings(options, stamps, given, report)
-    progress = load_progress(folder, settings) or _begun(inputs, folder, options, given, settings)
-    tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    _refuse_changed_tokenizer(folder, options, given, tokenizer)
+    journal = Journal(staging, settings)
+    progress = read_progress(journal) or _begin(inputs, staging, journal, options, given)
+    folder = staging.folder / _TOKENIZER
+    tokenizer = load_tokenizer(str(folder))
+    _refuse_changed_tokenizer(staging.folder, options, given, tokenizer)
     if progress.complete:
         return progress
-    _refuse_existing(output, options)
-    refuse_changed_inputs(folder, progress, stamps)
+    _refuse_existing(staging.output, options)
+    _refuse_changed_inputs(staging, progress, stamps)
     dtype = "uint16" if largest_id(tokenizer) + 1 < _UINT16_VOCABULARY else "int32"
-    ngrams = report.begin(folder) if report else None
-    tokenizer_file = str(folder / TOKENIZER / "tokenizer.json")
+    ngrams = report.begin(staging.folder) if report else None
+    tokenizer_file = str(folder / "tokenizer.json")
     encoding = Encoding(tokenizer_file, tokenizer.eos_token_id, dtype, options.fields, ngrams)
-    attempt = Attempt(folder, output, progress, dtype, options, report)
-    _encode(inputs, stamps, encoding, attempt, options.workers)
-    attempt.finish(folder / TOKENIZER, describe_tokenizer(tokenizer))
+    corpora = StagedCorpora(staging, journal, progress, dtype, options.fields, options.skip_bad, report)
+    _encode(inputs, stamps, encoding, corpora, options.workers)
+    if not corpora.corpora:
+        journal.remove()
+        names = " ".join(source.name for source in inputs[:3])
+        raise UserError("--input", names, "it holds no text", "Name files with text")
+    corpora.finish(folder, describe_tokenizer(tokenizer))
     return progress
+
+
+def _refuse_changed_inputs(staging: Staging, progress: Progress, stamps: list[list[Any]]) -> None:
+    """Raise an error if an input changed after it was encoded; a stamp is an input's name, size and time of change."""
+    for before, now in zip(progress.finished, stamps, strict=False):
+        if before != now:
+            reason = f"{before[0]} has changed since it was encoded"
+            raise UserError("--output", staging.output, reason, f"Remove {staging.folder} to start again")
 
 
 def _refuse_changed_tokenizer(
@@ -171,9 +197,9 @@ def _warn_of_turns(tokenizer: "PreTrainedTokenizerFast | None", options: Options
 def _refuse_existing(output: Path, options: Options) -> None:
     report = (REPORT_SUFFIX,) if options.evaluation else ()
     if options.fields.by is None:
-        refuse_existing(output, (*PARTS, *report))
+        refuse_existing(output, (DESCRIPTION, *PARTS, *report))
     else:
-        refuse_existing(output, report, description="")
+        refuse_existing(output, report)
 
 
 def _settings(
@@ -198,20 +224,21 @@ def _settings(
     }
 
 
-def _begun(
+def _begin(
     inputs: list[Input],
-    folder: Path,
+    staging: Staging,
+    journal: Journal,
     options: Options,
     tokenizer: "PreTrainedTokenizerFast | None",
-    settings: dict[str, Any],
 ) -> Progress:
     if tokenizer is not None and Path(str(options.tokenizer)).is_file():
         _compare_sample(inputs, options, tokenizer)
-    clear(folder)
-    progress = Progress(settings)
-    save_tokenizer(tokenizer or _trained(inputs, folder / "trained.model", options), folder / TOKENIZER)
+    staging.clear()
+    progress = Progress()
+    trained = tokenizer or _train(inputs, staging.folder / "trained.model", options)
+    save_tokenizer(trained, staging.folder / _TOKENIZER)
     if tokenizer is None:  # training takes long enough to be kept
-        save_progress(folder, progress)
+        journal.write(asdict(progress))
     return progress
 
 
@@ -233,7 +260,7 @@ def _first_texts(source: Input, options: Options) -> Iterator[tuple[str, str]]:
         yield raw.place, text
 
 
-def _trained(inputs: list[Input], model: Path, options: Options) -> "PreTrainedTokenizerFast":
+def _train(inputs: list[Input], model: Path, options: Options) -> "PreTrainedTokenizerFast":
     assert options.train_size is not None
     logger.info("training a tokenizer of %d pieces", options.train_size)
     train_tokenizer(_texts(inputs, options), options.train_size, model)
@@ -252,17 +279,17 @@ def _texts(inputs: list[Input], options: Options) -> Iterator[str]:
                     raise
 
 
-def _encode(inputs: list[Input], stamps: list[list[Any]], encoding: Encoding, attempt: Attempt, workers: int) -> None:
-    done = len(attempt.progress.finished)
+def _encode(
+    inputs: list[Input], stamps: list[list[Any]], encoding: Encoding, corpora: StagedCorpora, workers: int
+) -> None:
+    done = len(corpora.progress.finished)
     if done:
-        logger.info("going on after %d of %d inputs", done, len(inputs))
+        logger.info("resuming after %d of %d inputs", done, len(inputs))
     total = sum(size for _, *stamp in stamps[done:] for size in stamp[:1])
     chunks = read_chunks(inputs[done:], encoding.fields, done)
     for encoded, chunk in encode_chunks(chunks, encoding, workers, total):
-        attempt.add(encoded)
+        corpora.add(encoded)
         if chunk.finished is not None:
-            attempt.commit(stamps[: chunk.finished])
-    if not attempt.corpora:
-        attempt.forget()
-        raise UserError(f"--input {' '.join(source.name for source in inputs[:3])} holds no text: give files with text")
-    attempt.commit_now(stamps)
+            corpora.commit(stamps[: chunk.finished])
+    if corpora.corpora:
+        corpora.commit_now(stamps)

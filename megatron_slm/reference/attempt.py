@@ -1,23 +1,19 @@
-"""A store in the making: files that grow by whole shards, and a journal of how far they are.
+"""A store in the making: files that grow by whole shards, and a journal with the checksum of every finished shard.
 
-.NAME.scoring/progress.json   what is being made, and the checksum of every finished shard
-              ready/          what becomes the store, by one renaming
+The staging folder's `ready` becomes the store.
 """
 
-import json
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.staging import JOURNAL
 from megatron_slm.errors import UserError
-from megatron_slm.files import sync, write_durably
+from megatron_slm.io.files import publish, sync
+from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.reference.sources import Values
 from megatron_slm.reference.store import MANIFEST, BlockChecksums, FileEntry
 from megatron_slm.signals import ENCODINGS, encode
@@ -36,22 +32,22 @@ class Attempt:
     """Writes shards where they belong, and remembers them once they are on the disk.
 
     Args:
-        folder: of the attempt, held by this process.
-        identity: what decides the values; an attempt at other ones is not gone on with.
+        staging: open.
+        journal: in it.
         columns: values a row.
         encoding: a name in `ENCODINGS`.
 
     Raises:
-        UserError: the folder holds an attempt at something else.
+        UserError: the journal cannot be read, or is of other settings.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], columns: list[str], encoding: str) -> None:
-        self.ready = folder / "ready"
-        self._journal = folder / JOURNAL
+    def __init__(self, staging: Staging, journal: Journal, columns: list[str], encoding: str) -> None:
+        self.ready = staging.ready
+        self._staging = staging
+        self._journal = journal
         if not self.ready.exists():  # the store was there, and its journal was about to go
-            self._journal.unlink(missing_ok=True)
+            journal.remove()
             self.ready.mkdir()
-        self._identity = json.loads(json.dumps(identity))
         self._columns = columns
         self._encoding = encoding
         self._row_bytes = np.dtype(ENCODINGS[encoding].dtype).itemsize * len(columns)
@@ -97,7 +93,7 @@ class Attempt:
                 if zlib.crc32(found) != checksum:
                     raise UserError(
                         f"{path} does not hold what was written to it: the disk is not to be trusted. Remove "
-                        f"{self._journal.parent} and score again on another."
+                        f"{self._staging.folder} and score again on another."
                     )
                 blocks.feed(found)
                 yield
@@ -116,10 +112,7 @@ class Attempt:
     def publish(self, manifest: str, output: Path) -> None:
         """Make the folder of the store be there, whole, at once."""
         (self.ready / MANIFEST).write_text(manifest, encoding="utf-8")
-        for path in [*self.ready.iterdir(), self.ready]:
-            sync(path)
-        os.rename(self.ready, output)
-        sync(output.parent)
+        publish(self.ready, output)
 
     def _remember(self, name: str, values_NC: NDArray[np.float32], checksum: int) -> None:
         file = self._files.setdefault(name, FileProgress())
@@ -130,28 +123,15 @@ class Attempt:
         self._save()
 
     def _save(self) -> None:
-        files = {name: asdict(file) for name, file in self._files.items()}
-        write_durably(self._journal, json.dumps({"identity": self._identity, "files": files}))
+        self._journal.write({"files": {name: asdict(file) for name, file in self._files.items()}})
 
     def _read(self) -> dict[str, FileProgress]:
+        progress = self._journal.read()
         try:
-            found = json.loads(self._journal.read_text(encoding="utf-8"))
-            identity, files = found["identity"], found["files"]
-            progress = {name: FileProgress(**fields) for name, fields in files.items()}
-        except FileNotFoundError:
-            return {}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self._journal} cannot be read ({error}): remove {self._journal.parent} to begin afresh."
-            ) from error
-        differing = [key for key in self._identity | identity if self._identity.get(key) != identity.get(key)]
-        if differing:
-            changes = "; ".join(f"{key} was {identity.get(key)} and is {self._identity.get(key)}" for key in differing)
-            raise UserError(
-                f"{self._journal.parent} holds an attempt that was not completed, at something else: {changes}. Give "
-                "what was given then, or remove that folder to begin afresh."
-            )
-        return progress
+            files = {} if progress is None else progress["files"]
+            return {name: FileProgress(**fields) for name, fields in files.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._journal.unusable(f"its journal cannot be read ({error})") from error
 
     def _file(self, name: str) -> FileProgress:
         return self._files.get(name, FileProgress())

@@ -1,7 +1,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_slm.files import PathText
+from megatron_slm.io.paths import PathText
 
 
 @dataclass

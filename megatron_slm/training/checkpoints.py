@@ -20,7 +20,7 @@ import torch
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
-from megatron_slm.files import sync, write_durably
+from megatron_slm.io.files import publish, sync, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -155,11 +155,8 @@ class CheckpointStore:
         write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
             sync(folder)
-        final = self._folder / name
-        if final.exists():  # A damaged one that this run went back behind.
-            shutil.rmtree(final)
-        aside.rename(final)
-        sync(self._folder)
+        # What may exist is a damaged checkpoint that this run went back behind. Every rank has flushed its files.
+        publish(aside, self._folder / name, replace=True, flush=False)
         write_durably(self._folder / "latest", name)
 
     def _prune(self) -> None:

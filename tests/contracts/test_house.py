@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "files", "types", "signals", "launcher", "dist", "backend", "progress"}
+LEAVES = {"errors", "io", "types", "signals", "launcher", "dist", "backend"}
 ROOMS = {"data", "models", "reference", "selection", "training"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
-    "progress": set(),
-    "files": {"errors"},
+    "io": {"errors"},
     "launcher": {"errors"},
     "dist": {"errors", "launcher"},
     "backend": {"dist", "errors"},
@@ -31,8 +30,8 @@ MAY_IMPORT = {
     "reference": LEAVES | {"data", "models"},
     "training": LEAVES | ROOMS | {"reporting"},
     "config_file": {"errors"},
-    "config": {"errors", "files", "config_file"} | ROOMS,
-    "run_folder": {"config", "dist", "errors", "files", "training"},
+    "config": {"errors", "io", "config_file"} | ROOMS,
+    "run_folder": {"config", "dist", "errors", "io", "training"},
     "build": LEAVES | ROOMS | {"config", "run_folder"},
     "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},
     # One file per verb, on top of all parts but the pages.

@@ -375,7 +375,7 @@ def test_a_run_folder_in_use_is_refused(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "in which another process is training" in refused("train", str(config))
+        assert "another process is training in it" in refused("train", str(config))
 
 
 def test_a_start_that_failed_binds_nobody(corpora: Path, tmp_path: Path) -> None:

@@ -25,10 +25,9 @@ def answers(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Masked corpora `qa` and `held_out`, where some prompts are longer than a sample; the model `student`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_slm.prepare.attempt import Options
     from megatron_slm.prepare.documents import Fields
     from megatron_slm.prepare.inputs import find_files
-    from megatron_slm.prepare.prepare import prepare_corpora
+    from megatron_slm.prepare.prepare import Options, prepare_corpora
 
     folder, draw = tmp_path_factory.mktemp("answers"), random.Random(5)
     for name, count in (("qa", 120), ("held_out", 30)):

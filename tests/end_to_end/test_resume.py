@@ -121,8 +121,8 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
         "before the other rank's optimizer state": (torch, "save", 1),
         "before the sums": (os, "fsync", 1),
         "before the manifest": (checkpoints, "write_durably", 0),
-        "before the folder is renamed": (Path, "rename", 0),
-        "before latest is replaced": (Path, "replace", 0),
+        "before the folder is renamed": (checkpoints, "publish", 0),
+        "before latest is replaced": (os, "replace", 0),
         "before old checkpoints are removed": (shutil, "rmtree", 0),
     }[moment]
     original = getattr(owner, name)

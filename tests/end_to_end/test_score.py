@@ -143,13 +143,14 @@ def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
 
 def score_until_killed(world: World, tree: dict[str, Any], count: Path, moment: str) -> None:
     """Die at the third passing of a moment, or at the first of one that there is once."""
+    from megatron_slm.io.staging import Journal
     from megatron_slm.reference import attempt
 
     owner, name, passing = {
         "before a shard is flushed": (attempt, "sync", 3),
-        "before the journal knows of it": (attempt, "write_durably", 3),
+        "before the journal knows of it": (Journal, "write", 3),
         "before the checksums are written": (BlockChecksums, "table", 2),
-        "before the store is there": (os, "rename", 1),
+        "before the store is there": (attempt, "publish", 1),
     }[moment]
     original, calls = getattr(owner, name), []
 
@@ -191,7 +192,7 @@ def test_an_attempt_at_something_else_is_not_gone_on_with(corpora: Path, tmp_pat
     tree, count = scoring_tree(corpora, tmp_path / "documents"), tmp_path / "count"
     with pytest.raises(RankError, match="exit code -9"):
         run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
-    with pytest.raises(RankError, match=r"score\.entropy was False and is True"):
+    with pytest.raises(RankError, match=r"score\.entropy was false and is true"):
         run_ranks(score_in_process, 1, tree | {"score": tree["score"] | {"entropy": True}})
     assert (tmp_path / ".documents.scoring").exists()
 
@@ -242,7 +243,7 @@ def score_on_a_full_disk(world: World, tree: dict[str, Any]) -> str:
 def test_a_full_disk_is_one_sentence_of_all_ranks(corpora: Path, tmp_path: Path) -> None:
     heard = run_ranks(score_on_a_full_disk, 2, scoring_tree(corpora, tmp_path / "scores"))
     assert heard[0] == heard[1]
-    assert heard[0].startswith(f"score.output {tmp_path}/scores cannot be written ([Errno 28] No space left")
+    assert heard[0].startswith(f"score.output is {tmp_path}/scores, but it cannot be written ([Errno 28] No space left")
 
 
 def score_and_be_killed_at_the_end(world: World, tree: dict[str, Any]) -> None:

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 
-from megatron_slm.prepare.attempt import Options
 from megatron_slm.prepare.contamination import hash_ngrams, word_ngrams
 from megatron_slm.prepare.inputs import find_files
-from megatron_slm.prepare.prepare import prepare_corpora
+from megatron_slm.prepare.prepare import Options, prepare_corpora
 from tests.texts import sentence, write_jsonl
 
 TEXT = "The slope of a line is rise over run, so if x = 3 then y = 12.5 and f(x) is the area under a curve."

@@ -356,9 +356,9 @@ def test_passages_are_the_held_out_text_with_the_share_that_is_selected(corpora:
 
 def test_time_left_is_shown_in_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     """Half of an hour's stages after a minute that half an hour's work took."""
-    from megatron_slm.demo.progress import Progress
+    from megatron_slm.io.progress import StageMeter
 
-    progress = Progress([1800.0, 1800.0])
+    progress = StageMeter([1800.0, 1800.0])
     progress._started = time.monotonic() - 60.0
     progress.begin(1, "the second half")
     assert progress._left(0.0).endswith(" s") and 80 < float(progress._left(0.0).split()[0]) <= 90

@@ -22,6 +22,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.prepare import encoding
 from megatron_slm.prepare.documents import Fields, RawDocument, decode_document
 from megatron_slm.prepare.prepare import prepare_corpus, verify_corpus
+from tests.refusal import refuses
 from tests.texts import contents, sentence, write_jsonl
 
 RUN = """if True:
@@ -137,7 +138,7 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
         [sys.executable, "-W", "ignore", "-c", RUN, str(output), word_level, str(big)], start_new_session=True
     )
     wait_until(lambda: (staging / "ready/web.bin").exists() and (staging / "ready/web.bin").stat().st_size > 0)
-    with pytest.raises(UserError, match="being made by another process"):
+    with refuses("--output", output, "another process is writing it"):
         prepare_corpus([str(small)], str(output), tokenizer=model)
     workers = process.children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL) if whole_group else process.kill()
@@ -164,7 +165,7 @@ def test_a_killed_process_leaves_what_the_next_one_goes_on_with(model, tmp_path,
     assert 0 < finished < 12
     with caplog.at_level("INFO", "megatron_slm"):
         prepare_corpus([str(web)], str(output), tokenizer=model)
-    assert f"going on after {finished} of 12 inputs" in caplog.text
+    assert f"resuming after {finished} of 12 inputs" in caplog.text
     prepare_corpus([str(web)], str(tmp_path / "whole"), tokenizer=model)
     assert contents(output) == contents(tmp_path / "whole")
 
@@ -212,7 +213,7 @@ def test_an_existing_corpus_is_refused_and_left_as_it_is(model, tmp_path):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     before = contents(tmp_path / "web")
-    with pytest.raises(UserError, match=r"--output .*web exists .*choose another"):
+    with refuses("--output", tmp_path / "web", r"web\.json already exists"):
         prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     assert contents(tmp_path / "web") == before
 
@@ -222,7 +223,7 @@ def test_files_that_are_not_ours_are_never_overwritten(model, tmp_path, suffix):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     foreign = tmp_path / f"web{suffix}"
     foreign.write_bytes(b"foreign")
-    with pytest.raises(UserError, match=rf"would overwrite .*web\{suffix}"):
+    with refuses("--output", tmp_path / "web", rf"web\{suffix} already exists"):
         prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     assert foreign.read_bytes() == b"foreign"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.jsonl", foreign.name]
@@ -289,7 +290,7 @@ def test_a_bad_line_found_by_a_worker_ends_the_command_and_leaves_nothing(model,
 @pytest.mark.parametrize("content", [b"", b"\n\n", b'{"text": ""}\n'])
 def test_input_without_text_is_refused(model, tmp_path, content):
     (tmp_path / "empty.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=r"--input .*empty\.jsonl holds no text"):
+    with refuses("--input", tmp_path / "empty.jsonl", "no text"):
         prepare_corpus([str(tmp_path / "empty.jsonl")], str(tmp_path / "web"), tokenizer=model)
     assert not Path(f"{tmp_path}/web.json").exists()
 

@@ -14,11 +14,10 @@ from megatron_slm.data.corpus import Corpus, open_corpus, open_mask, open_tokens
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 from megatron_slm.prepare import encoding
-from megatron_slm.prepare.attempt import Options
 from megatron_slm.prepare.documents import Fields
 from megatron_slm.prepare.inputs import find_files
 from megatron_slm.prepare.merge import merge_corpora
-from megatron_slm.prepare.prepare import prepare_corpora, prepare_corpus, verify_corpus
+from megatron_slm.prepare.prepare import Options, prepare_corpora, prepare_corpus, verify_corpus
 from tests.texts import contents, sentence, write_jsonl
 from tests.unit.test_prepare_bad_input import refused
 

@@ -123,7 +123,7 @@ T = "--tokenizer MODEL --output out/web"
         (f"--input bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
         (f"--input bad.jsonl --skip-bad 1 {T}", "bad.jsonl:102 is not a JSON object"),
         (f"--input bad.jsonl --skip-bad -1 {T}", "--skip-bad -1 is no number"),
-        (f"--input empty.jsonl {T}", "empty.jsonl holds no text"),
+        (f"--input empty.jsonl {T}", "--input is empty.jsonl, but it holds no text"),
         (f"--input nothing {T}", "--input nothing is not a file or folder"),
         (f"--input out {T}", "--input out holds no file that is read"),
         (f"--dataset ./gone/set {T}", "--dataset is ./gone/set, but the path does not exist"),
@@ -134,10 +134,10 @@ T = "--tokenizer MODEL --output out/web"
         (f"--input good.jsonl --contamination cut.jsonl.gz {T}", "--contamination cut.jsonl.gz cannot be read"),
         (f"--input good.jsonl --contamination bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
         (f"--input good.jsonl --contamination empty.jsonl {T}", "--contamination empty.jsonl holds no text"),
-        ("--input good.jsonl --tokenizer gone/to/it --output out/web", "the tokenizer is 'gone/to/it'"),
+        ("--input good.jsonl --tokenizer gone/to/it --output out/web", "the tokenizer is gone/to/it, but the path does not exist"),
         ("--input good.jsonl --train-tokenizer 9999999 --output out/web", "--train-tokenizer 9999999 does not fit"),
-        ("--input good.jsonl --tokenizer MODEL --output good.jsonl/web", "good.jsonl/web cannot be written"),
-        ("--input good.jsonl --tokenizer MODEL --output .", "names no file"),
+        ("--input good.jsonl --tokenizer MODEL --output good.jsonl/web", "--output is good.jsonl/web, but it cannot be written"),
+        ("--input good.jsonl --tokenizer MODEL --output .", "--output is ., but"),
         ("--input good.jsonl --tokenizer MODEL", "--output is missing"),
         ("--adopt out/old --tokenizer MODEL", "--adopt out/old needs out/old.idx, which is missing"),
         ("--adopt out/old --tokenizer MODEL --by source", "--by says nothing to --adopt"),
@@ -214,8 +214,8 @@ def corpora(made, here) -> Path:
     [
         ("--merge a c --output out/m", "a and c were prepared with different tokenizers"),
         ("--merge a b ./a --output out/m", "names a twice"),
-        ("--merge a b --output a", "--output a exists (a.json)"),
-        ("--input a.jsonl --tokenizer a.tokenizer --output b", "--output b exists (b.json)"),
+        ("--merge a b --output a", "--output is a, but a.json already exists"),
+        ("--input a.jsonl --tokenizer a.tokenizer --output b", "--output is b, but b.json already exists"),
         ("--adopt a --tokenizer a.tokenizer", "--adopt a is a prepared corpus already"),
     ],
 )
@@ -253,7 +253,7 @@ def foreign_tokenizer(prefix: Path) -> None:
         (cut_header, "old.idx is cut short"),
         (longer_tokens, "old.bin has"),
         (wrong_pointers, "old.idx does not point to documents that follow each other"),
-        (foreign_tokenizer, "would overwrite old.tokenizer"),
+        (foreign_tokenizer, "old.tokenizer already exists"),
     ],
 )
 def test_a_damaged_pair_is_not_adopted(damage: Callable[[Path], None], sentence, here, model, capsys):
@@ -287,7 +287,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(here, model, capsys):
         said = refused(here, capsys, "--input", "long.txt", "--tokenizer", model, "--output", "out/web")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "--output out/web cannot be written" in said
+    assert "--output is out/web, but it cannot be written" in said
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")

@@ -12,10 +12,9 @@ from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 from megatron_slm.prepare.adopt import adopt_corpus
-from megatron_slm.prepare.attempt import Options
 from megatron_slm.prepare.inputs import find_files
 from megatron_slm.prepare.merge import merge_corpora
-from megatron_slm.prepare.prepare import prepare_corpora, prepare_corpus, verify_corpus
+from megatron_slm.prepare.prepare import Options, prepare_corpora, prepare_corpus, verify_corpus
 from tests.texts import contents, sentence, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

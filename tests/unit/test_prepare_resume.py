@@ -1,4 +1,4 @@
-"""A preparation killed at any instant goes on where its journal stands, and ends in the same bytes."""
+"""Preparations that are killed at any instant: they resume from the journal and give the same bytes."""
 
 import functools
 import itertools
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.errors import UserError
-from megatron_slm.prepare import attempt, inputs, prepare
-from megatron_slm.prepare.attempt import Options, StagedCorpus
+from megatron_slm.io.staging import Staging
+from megatron_slm.prepare import inputs, prepare, staged
 from megatron_slm.prepare.documents import Fields
 from megatron_slm.prepare.inputs import InputFile, find_files
-from megatron_slm.prepare.prepare import prepare_corpora
+from megatron_slm.prepare.prepare import Options, prepare_corpora
+from megatron_slm.prepare.staged import StagedCorpus
 from tests.texts import sentence
 
 FILES = 5
@@ -22,7 +23,7 @@ ONCE = " ".join(f"only{i}" for i in range(15))  # in the second file and nowhere
 
 
 class KilledError(BaseException):
-    """Stands for SIGKILL: nothing is cleaned up."""
+    """A stand-in for SIGKILL: nothing is cleaned up."""
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def evaluation(tmp_path) -> str:
 
 @pytest.fixture(autouse=True)
 def here_and_at_every_input(in_this_process, monkeypatch):
-    """Encode in this process, and write the journal after each input, so that an instant can be chosen."""
-    monkeypatch.setattr(attempt, "_COMMIT_SHARE", float("inf"))
+    """Encode in this process, and write the journal after every input, so that tests can choose the instant."""
+    monkeypatch.setattr(staged, "_COMMIT_SHARE", float("inf"))
     monkeypatch.setattr(inputs, "_CHUNK_BYTES", 2000)
 
 
@@ -63,7 +64,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def killed_at(instant: int, monkeypatch, work) -> bool:
-    """Whether ``work`` was killed at its n-th write, flush or rename."""
+    """Kill ``work`` at its n-th write, flush or rename; return False if it has fewer."""
     left = iter(range(instant))
     alive, remove = [True], shutil.rmtree
 
@@ -136,7 +137,7 @@ def test_finished_files_are_not_read_again(web, evaluation, model, tmp_path, mon
 
 @pytest.fixture
 def left(web, evaluation, model, tmp_path) -> Path:
-    """The output of an attempt that stopped in the last file."""
+    """Return the output of an attempt that stopped in the last file."""
     last = web / "4.jsonl"
     good = last.read_text()
     last.write_text(good + "{bad\n")
@@ -149,9 +150,9 @@ def left(web, evaluation, model, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"fields": Fields(by="source", text="body")}, r'--json-key was "text" and is "body"'),
+        ({"fields": Fields(by="source", text="body")}, '--json-key was "text" and is "body"'),
         ({"fields": Fields(by="source", format="prompt-completion")}, '--format was "text" and is "prompt-completion"'),
-        ({"fields": Fields()}, r'--by was "source" and is null'),
+        ({"fields": Fields()}, '--by was "source" and is null'),
         ({"fields": Fields(by="source", source="kind")}, "--source-key was"),
         ({"evaluation": ()}, "--contamination was"),
         ({"tokenizer": None, "train_size": 300}, "--train-tokenizer was null and is 300"),
@@ -159,16 +160,19 @@ def left(web, evaluation, model, tmp_path) -> Path:
 )
 def test_other_settings_are_refused_and_nothing_is_lost(changes, reason, left, web, evaluation, model):
     before = everything(left.parent)
-    with pytest.raises(UserError, match=rf"holds 4 finished inputs .*{reason}.*remove that folder to begin afresh"):
+    with pytest.raises(UserError) as caught:
         prepared(web, left, model, evaluation, **changes)
+    assert (caught.value.setting, caught.value.value) == ("--output", left)
+    assert reason in caught.value.reason and ".web.preparing" in caught.value.remedy
     assert everything(left.parent) == before
 
 
 def test_a_finished_file_that_changed_is_refused(left, web, evaluation, model):
     (web / "1.jsonl").write_text("{}\n")
     before = everything(left.parent)
-    with pytest.raises(UserError, match=r"1\.jsonl has changed since it was encoded"):
+    with pytest.raises(UserError) as caught:
         prepared(web, left, model, evaluation)
+    assert f"{web / '1.jsonl'} has changed" in caught.value.reason
     assert everything(left.parent) == before
 
 
@@ -190,29 +194,32 @@ def test_a_kill_while_the_finished_work_is_cleared_away_harms_nothing(web, evalu
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr("shutil.rmtree", killed_half_way)
         prepared(web, tmp_path / "out" / "web", model, evaluation)
-    with pytest.raises(UserError, match="would overwrite"):
+    with pytest.raises(UserError) as caught:
         prepared(web, tmp_path / "out" / "web", model, evaluation)
+    assert "already exists" in caught.value.reason
     prepared(web, tmp_path / "whole" / "web", model, evaluation)
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
 def test_what_appeared_in_place_of_a_finished_corpus_is_not_overwritten(web, evaluation, model, tmp_path, monkeypatch):
-    def killed(*_: object) -> None:
+    def killed(*_: object, **__: object) -> None:
         raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr(prepare, "publish", killed)
+        patch.setattr(Staging, "publish_beside", killed)
         prepared(web, tmp_path / "out" / "web", model, evaluation)
     (tmp_path / "out" / "web-a.bin").write_text("of somebody else")
-    with pytest.raises(UserError, match=r"--output would overwrite .*web-a\.bin"):
+    with pytest.raises(UserError) as caught:
         prepared(web, tmp_path / "out" / "web", model, evaluation)
+    assert caught.value.setting == "--output" and "web-a.bin already exists" in caught.value.reason
     assert (tmp_path / "out" / "web-a.bin").read_text() == "of somebody else"
 
 
 def test_other_files_are_refused(left, web, evaluation, model):
     (web / "0.jsonl").rename(web / "00.jsonl")
-    with pytest.raises(UserError, match=r"--input was .*0\.jsonl"):
+    with pytest.raises(UserError) as caught:
         prepared(web, left, model, evaluation)
+    assert "--input was" in caught.value.reason and "00.jsonl" in caught.value.reason
 
 
 def test_workers_and_skip_bad_may_change(left, web, evaluation, model, tmp_path):

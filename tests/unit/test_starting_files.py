@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from megatron_slm.files import whole_folder
+from megatron_slm.io.files import whole_folder
 from megatron_slm.models import starting_files
 from megatron_slm.models.starting_files import (
     copy_model_files,

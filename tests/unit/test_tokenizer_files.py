@@ -17,9 +17,9 @@ from megatron_slm.data.probe_texts import PROBE_TEXTS
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
 from megatron_slm.prepare.adopt import adopt_corpus
-from megatron_slm.prepare.attempt import Attempt
 from megatron_slm.prepare.merge import merge_corpora
 from megatron_slm.prepare.prepare import prepare_corpus, verify_corpus
+from megatron_slm.prepare.staged import StagedCorpora
 from megatron_slm.reference.store import Manifest
 from tests.runs import config_tree
 from tests.texts import sentence, write_jsonl
@@ -189,7 +189,7 @@ def test_a_store_of_another_splitting_is_refused(here):
 def test_an_attempt_is_not_resumed_with_a_tokenizer_that_splits_differently(here, monkeypatch):
     (here / "d.jsonl").write_text((here / "a.jsonl").read_text() + "{bad\n")
     inputs, output = [str(here / "a.jsonl"), str(here / "d.jsonl")], str(here / "out" / "web")
-    monkeypatch.setattr(Attempt, "commit", Attempt.commit_now)
+    monkeypatch.setattr(StagedCorpora, "commit", StagedCorpora.commit_now)
     monkeypatch.setattr("megatron_slm.prepare.inputs._CHUNK_BYTES", 100)
     with pytest.raises(UserError, match="not valid JSON"):
         prepare_corpus(inputs, output, tokenizer=str(here / "words"))

@@ -1,31 +1,75 @@
-"""A corpus in the making: tokens and lengths appended to files, so that memory does not grow with them."""
+"""Corpora in the making: tokens and lengths appended to files, so that memory does not grow with them."""
 
 import logging
 import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_slm.data.corpus import MASK, Corpus, Tally, add_tally, file_sha256, write_index
-from megatron_slm.data.staging import (
-    JOURNAL,
-    READY,
-    Progress,
-    refuse_existing,
-    save_progress,
-    sync_all,
-    write_description,
-)
+from megatron_slm.data.corpus import MASK, Corpus, Tally, add_tally, describe, file_sha256, write_index
 from megatron_slm.errors import UserError
-from megatron_slm.files import sync
+from megatron_slm.io.files import sync, sync_tree
+from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.prepare.contamination import REPORT_SUFFIX, ContaminationReport
 from megatron_slm.prepare.documents import Fields
 from megatron_slm.prepare.encoding import Encoded
+
+logger = logging.getLogger(__name__)
+
+PARTS = (".bin", ".idx", MASK, ".tokenizer")
+DESCRIPTION = ".json"  # published last: it makes the other parts a corpus
+MAX_GROUPS = 1000
+_COMMIT_SHARE = 0.05  # of the time
+_NAME_CHARACTERS = 50  # of a value in a file name, whose limit is 255 bytes
+
+
+def refuse_existing(output: Path, parts: tuple[str, ...] = (DESCRIPTION, *PARTS)) -> None:
+    """Raise an error if a file of the corpus to make exists.
+
+    Raises:
+        UserError: a corpus, or a file with one of its names, exists.
+    """
+    for part in (f"{output}{suffix}" for suffix in parts):
+        if os.path.lexists(part):
+            raise UserError("--output", output, f"{part} already exists", "Remove it, or choose another prefix")
+
+
+def write_description(corpus: Corpus) -> None:
+    """Write PREFIX.json beside the staged parts of a corpus."""
+    Path(f"{corpus.prefix}{DESCRIPTION}").write_text(describe(corpus) + "\n", encoding="utf-8")
+
+
+def make_at_once(
+    staging: Staging, settings: dict[str, Any], refuse: Callable[[], None], make: Callable[[Path], None]
+) -> None:
+    """Make and publish corpora whose unfinished work is not worth keeping; after a kill only the publishing is resumed.
+
+    Args:
+        staging: not open yet.
+        settings: those that decide the result, by option.
+        refuse: raises an error if something exists in the place of the output.
+        make: writes what is to be published to the folder that it receives.
+
+    Raises:
+        UserError: something is in the way, or cannot be written.
+    """
+    with staging.open():
+        if not staging.journal.exists():
+            refuse()
+        journal = Journal(staging, settings)
+        if journal.read() is None:
+            refuse()
+            staging.clear()
+            make(staging.ready)
+            sync_tree(staging.ready)
+            journal.write({"complete": True})
+        staging.publish_beside(last=DESCRIPTION)
 
 
 class StagedCorpus:
@@ -109,59 +153,61 @@ class StagedCorpus:
         os.truncate(path, size)
 
 
-logger = logging.getLogger(__name__)
+@dataclass
+class Progress:
+    """The progress of a preparation. The staged files may be longer; they are cut back to it.
 
-MAX_GROUPS = 1000
-_COMMIT_SHARE = 0.05  # of the time
-_NAME_CHARACTERS = 50  # of a value in a file name, whose limit is 255 bytes
-
-
-@dataclass(frozen=True)
-class Options:
-    """How inputs become corpora.
-
-    tokenizer    what ``load_tokenizer`` takes; or None
-    end_token    the piece that ends documents; None: the tokenizer's own
-    train_size   the vocabulary size of a tokenizer to train on the inputs first; or None
-    fields       where a record holds its text, and what it is sorted by
-    skip_bad     documents that may be left out because they cannot be read
-    evaluation   evaluation files whose 13-grams are looked for; a report is written
-    workers      processes that encode; the result is the same with any number
+    finished  of each input that is encoded: its name, then its stamp
+    corpora   by value of --by: name and counts
+    skipped   documents that could not be read
+    complete  everything is made, and some of it may already be published
     """
 
-    tokenizer: str | None = None
-    train_size: int | None = None
-    fields: Fields = field(default_factory=Fields)
-    skip_bad: int = 0
-    evaluation: tuple[str, ...] = ()
-    workers: int = 1
-    end_token: str | None = None
+    finished: list[list[Any]] = field(default_factory=list)
+    corpora: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: int = 0
+    complete: bool = False
 
 
-class Attempt:
-    """The corpora being made.
+def read_progress(journal: Journal) -> Progress | None:
+    """Return the progress in a journal; None if there is none.
+
+    Raises:
+        UserError: the journal cannot be read, or holds finished work of other settings.
+    """
+    found = journal.read()
+    try:
+        return None if found is None else Progress(**found)
+    except TypeError as error:
+        raise journal.unusable(f"its journal cannot be read ({error})") from error
+
+
+class StagedCorpora:
+    """The corpora of one preparation, one for each value of --by.
 
     Args:
-        folder: the staging folder.
-        output: the prefix given.
-        progress: how far an earlier attempt was.
+        staging: open.
+        journal: in it.
+        progress: of an earlier attempt.
         dtype: of the tokens.
-        options: what was asked for.
-        report: where the evaluation n-grams that occur are noted; or None
+        fields: of the records.
+        skip_bad: documents that may be left out.
+        report: collects the evaluation n-grams that occur; None if there are none to look for.
     """
 
     def __init__(
         self,
-        folder: Path,
-        output: Path,
+        staging: Staging,
+        journal: Journal,
         progress: Progress,
         dtype: str,
-        options: Options,
+        fields: Fields,
+        skip_bad: int,
         report: ContaminationReport | None = None,
     ) -> None:
         self.progress = progress
-        self._folder, self._output, self._dtype, self._report = folder, output, dtype, report
-        self._fields, self._skip_bad = options.fields, options.skip_bad
+        self._staging, self._journal, self._dtype, self._report = staging, journal, dtype, report
+        self._fields, self._skip_bad = fields, skip_bad
         self._corpora: dict[str, StagedCorpus] = {}
         for group, state in progress.corpora.items():
             self._open(group, state["name"], state["counts"])
@@ -199,7 +245,7 @@ class Attempt:
         """Note it whatever it costs."""
         for value in self._dirty:
             self._corpora[value].sync()
-        sync(self._folder / READY)  # the names of new files too
+        sync(self._staging.ready)  # the names of new files too
         self._dirty.clear()
         if self._report:
             self._report.save()
@@ -207,22 +253,18 @@ class Attempt:
         self.progress.corpora = {
             value: {"name": corpus.prefix.name, "counts": corpus.counts} for value, corpus in self._corpora.items()
         }
-        save_progress(self._folder, self.progress)
-
-    def forget(self) -> None:
-        """Leave nothing to go on with."""
-        (self._folder / JOURNAL).unlink(missing_ok=True)
+        self._journal.write(asdict(self.progress))
 
     def finish(self, tokenizer: Path, described: dict[str, Any]) -> None:
         """Complete all that will be published, and note that it is; the arguments are those of ``StagedCorpus``."""
-        ready = self._folder / READY
+        ready = self._staging.ready
         for staged in self._corpora.values():
             write_description(staged.finish(tokenizer, described, self.progress.skipped))
         if self._report:
-            self._report.write(ready / f"{self._output.name}{REPORT_SUFFIX}")
-        sync_all(ready)
+            self._report.write(ready / f"{self._staging.output.name}{REPORT_SUFFIX}")
+        sync_tree(ready)
         self.progress.complete = True
-        save_progress(self._folder, self.progress)
+        self._journal.write(asdict(self.progress))
 
     @property
     def corpora(self) -> list[StagedCorpus]:
@@ -230,17 +272,16 @@ class Attempt:
         return list(self._corpora.values())
 
     def _open(self, value: str, name: str, counts: dict[str, Any] | None = None) -> StagedCorpus:
-        refuse_existing(self._output.with_name(name))
-        ready, masked = self._folder / READY, self._fields.masked
-        self._corpora[value] = StagedCorpus(ready, name, self._dtype, masked, counts)
+        refuse_existing(self._staging.output.with_name(name))
+        self._corpora[value] = StagedCorpus(self._staging.ready, name, self._dtype, self._fields.masked, counts)
         return self._corpora[value]
 
     def _new_name(self, value: str) -> str:
         if self._fields.by is None:
-            return self._output.name
+            return self._staging.output.name
         if len(self._corpora) == MAX_GROUPS:
             raise UserError(f"--by {self._fields.by} has more than {MAX_GROUPS:,} values: choose a field with fewer")
-        return safe_name(self._output.name, value, [c.prefix.name for c in self._corpora.values()])
+        return safe_name(self._staging.output.name, value, [c.prefix.name for c in self._corpora.values()])
 
     def _skip(self, sentence: str) -> None:
         if self.progress.skipped == self._skip_bad:
@@ -252,7 +293,7 @@ class Attempt:
     def _remove_unknown(self) -> None:
         """Remove what an earlier attempt began after it last wrote its journal."""
         known = {corpus.prefix.name for corpus in self._corpora.values()}
-        for path in (self._folder / READY).iterdir():
+        for path in self._staging.ready.iterdir():
             if path.suffix in (".bin", MASK) and path.stem not in known:
                 path.unlink()
 
