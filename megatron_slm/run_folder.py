@@ -60,11 +60,11 @@ class RunFolder:
         """Whether export needs nothing but this folder. Runs of earlier versions did not write these."""
         return self.model.is_dir() and self.tokenizer.is_dir()
 
-    def settle(self, config: Config) -> Config:
-        """Make the folder and hold it; the configuration to run, as `compare` gives it.
+    def hold(self) -> None:
+        """Make the directory, and hold it against other runs until `close`.
 
         Raises:
-            UserError: the folder cannot be made, is in use, or belongs to something else.
+            UserError: the directory cannot be made, or another process trains in it.
         """
         self._refuse_dangling_link()
         try:
@@ -72,8 +72,9 @@ class RunFolder:
             if self._world.is_main:
                 self._hold()
         except OSError as error:
-            raise UserError(f"run_dir is {self.path}, which cannot be used ({error.strerror}): use another.") from error
-        return self.compare(config)
+            raise UserError(
+                "run_dir", str(self.path), f"it cannot be used ({error.strerror})", "Use another"
+            ) from error
 
     def compare(self, config: Config) -> Config:
         """The configuration to run: of a new run as it is, of a known one with the defaults that it resolved.
@@ -146,37 +147,51 @@ class RunFolder:
             )
         return config
 
+    def refuse_other_inputs(self, order_fingerprint: str, stores: list[str]) -> None:
+        """Raise an error if the run that stands here read other data, though its settings are the same.
+
+        Args:
+            order_fingerprint: of the order of samples.
+            stores: fingerprints of the stores that the run reads.
+
+        Raises:
+            UserError: resuming would change the order of samples or a score.
+        """
+        known = self._known_environment()
+        if not self.has_begun:
+            return
+        if known.get("stores", stores) != stores:
+            raise UserError(
+                "run_dir",
+                str(self.path),
+                "its run began with other scores than reference.store holds now, so that resuming would change the "
+                "reference",
+                "Put the scores back, or use another run_dir",
+            )
+        if known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
+            raise UserError(
+                "run_dir",
+                str(self.path),
+                "its run began with other corpora in data.train, or other documents in data.keep, so that resuming "
+                "would change the order of samples",
+                "Put them back, or use another run_dir",
+            )
+
     def begin(self, config: Config, order_fingerprint: str, stores: list[str]) -> None:
         """Write `config.yaml`, add this start to `environment.json` on rank 0, and log to files from here on.
 
         Args:
-            config: of the run, every default resolved.
+            config: of the run, every default as a value.
             order_fingerprint: of the order of samples.
-            stores: fingerprints of the stores that it reads.
-
-        Raises:
-            UserError: resuming would change the order of samples, or a score, though the settings are the same.
+            stores: fingerprints of the stores that the run reads.
         """
-        known = self._known_environment()
-        if self.has_begun and known.get("stores", stores) != stores:
-            raise UserError(
-                f"Resuming {self.path} would change the reference: the scores in reference.store are not those that it "
-                "began with. Put them back, or use another run_dir."
-            )
-        if self.has_begun and known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
-            raise UserError(
-                f"Resuming {self.path} would change the order of samples: the corpora of data.train, or the "
-                "documents that data.keep leaves of them, are not those that it began with. Put them back, or use "
-                "another run_dir."
-            )
         if self._world.is_main:
             write_durably(self.config, HEADER + dump_config(config))
-            starts = [*known["starts"], _environment(self._world)]
             described = {
                 "format_version": FORMAT_VERSION,
                 "order_fingerprint": order_fingerprint,
                 "stores": stores,
-                "starts": starts,
+                "starts": [*self._known_environment()["starts"], _environment(self._world)],
             }
             write_durably(self.environment, json.dumps(described, indent=2) + "\n")
         self._log_to_files()

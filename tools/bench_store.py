@@ -8,7 +8,6 @@ that were never read before; and the selections from each store are compared wit
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -22,10 +21,9 @@ from typing import Any
 import torch
 
 from megatron_slm.build.corpora import open_corpora
-from megatron_slm.build.models import make_reference
+from megatron_slm.build.references import Order, open_matching_store, stored_reference
 from megatron_slm.build.run import build_run
 from megatron_slm.build.scoring import score_corpora
-from megatron_slm.build.stores import Order
 from megatron_slm.config import Config, parse_config, parse_quantity
 from megatron_slm.config_file import read_tree
 from megatron_slm.dist import World, all_reduce_sum, connect, disconnect
@@ -122,12 +120,10 @@ def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world:
     start = time.perf_counter()
     score_corpora(config, settings, world)
     seconds = time.perf_counter() - start
-    assert config.reference is not None
-    reading = dataclasses.replace(config, reference=dataclasses.replace(config.reference, path=None, store=str(output)))
-    manifest = json.loads((output / "manifest.json").read_text())
-    order = Order(manifest["order_fingerprint"], 0)
-    reference, _ = make_reference(reading, open_corpora(config), None, order, (), world)  # type: ignore[arg-type]
-    return reference, seconds
+    corpora = open_corpora(config.data)
+    store = open_matching_store(str(output), corpora)
+    order = Order(store.manifest.order_fingerprint, 0)
+    return stored_reference(store, config.data, corpora, order, ()), seconds
 
 
 def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> dict[str, float]:

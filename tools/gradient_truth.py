@@ -26,9 +26,9 @@ from transformers import PreTrainedModel
 
 from megatron_slm.backend.plain import PlainBackend, PlainEngine
 from megatron_slm.build.corpora import Corpora, make_samples, open_run_corpora
-from megatron_slm.build.models import make_learner, make_reference
-from megatron_slm.build.plan import resolve
-from megatron_slm.build.stores import Order
+from megatron_slm.build.models import make_learner
+from megatron_slm.build.plan import settle
+from megatron_slm.build.references import check_reference, make_reference
 from megatron_slm.config import Config, load_config
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World, connect, disconnect
@@ -65,12 +65,13 @@ def part_of(name: str) -> str:
 
 def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -> list[Scored]:
     """The last micro-batches of the run's order, one a step."""
-    config, plan = resolve(config, corpora, world)
-    samples = make_samples(config, corpora, plan, Path(config.run_dir) / "cache", world)
+    config, plan = settle(config, corpora, world.device.type, reads_document_store=False)
+    samples = make_samples(config.data, config.seed, corpora, plan, Path(config.run_dir) / "cache", world)
     settings = config.training
     loader = StepLoader(samples, settings.micro_batch_size, plan.global_batch_size, config.data.reset_attention, world)
-    order = Order(samples.fingerprint, loader.end(0, plan.total_steps))
-    reference, _ = make_reference(config, corpora, PlainBackend(world), order, ("reference.loss",), world)
+    assert config.reference is not None
+    references = [check_reference(part, corpora, plan.seq_length) for part in config.reference.parts]
+    reference, _ = make_reference(config, references, PlainBackend(world))
     starts = [loader.end(0, step) for step in range(plan.total_steps - count, plan.total_steps)]
     batches = [loader.take(start)[0] for start in starts]
     return [Scored(batch, reference.signals([batch], ())[0]) for batch in batches]
@@ -197,7 +198,7 @@ def main() -> None:
     like = options.models[0].split("=", 1)[1]
     world = connect()
     try:
-        corpora = open_run_corpora(config)
+        corpora = open_run_corpora(config.data)
         scored = scored_batches(config, corpora, world, options.batches)
         found: dict[str, Any] = {}
         with Meter(len(paths) * len(options.ratios) * len(scored), "micro-batches") as meter:

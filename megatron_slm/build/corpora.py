@@ -1,26 +1,29 @@
-"""The corpora of a run, their one tokenizer, and the order of samples."""
+"""The corpora of a run, their common tokenizer, and the order of samples."""
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, load_corpus_tokenizer, open_corpus
 from megatron_slm.data.samples import Kept, Samples, build_samples, kept_documents
-from megatron_slm.data.settings import blend
+from megatron_slm.data.settings import DataSettings, blend
 from megatron_slm.data.tokenizer import TokenizerIdentity, load_tokenizer, tokenizer_identity
 from megatron_slm.dist import World, agree
-from megatron_slm.errors import UserError
+from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.training.state import Plan
 
 
 @dataclass(frozen=True)
 class Corpora:
-    """The training corpora in the order of the blend, the evaluation sets by name, and their one tokenizer.
+    """The opened corpora of a run.
 
-    `kept` is what a keep-list leaves of each training corpus; None: there is no list, or it is not asked for.
-    `end_token` was chosen to end the documents; None: it is the tokenizer's own.
+    Attributes:
+        train: training corpora in the order of the blend.
+        valid: evaluation corpora by name.
+        identity, tokenizer: the tokenizer that all of them share.
+        end_token: the token that was chosen to end documents; None for the tokenizer's own.
+        kept: the documents of each training corpus that the keep-list leaves; None without a keep-list.
     """
 
     train: list[Corpus]
@@ -31,37 +34,43 @@ class Corpora:
     kept: list[Kept] | None = None
 
 
-def open_corpora(config: Config) -> Corpora:
-    """Open all corpora of the run, which must share a tokenizer.
+def open_corpora(data: DataSettings) -> Corpora:
+    """Open all corpora, which must share a tokenizer, without applying a keep-list.
 
     Raises:
-        UserError: a corpus is missing or damaged, or they do not share one.
+        UserError: a corpus is missing or damaged, or their tokenizers differ.
     """
-    prefixes, _ = blend(config.data.train)
+    prefixes, _ = blend(data.train)
     train = [open_corpus(prefix) for prefix in prefixes]
-    valid = {name: open_corpus(prefix) for name, prefix in config.data.valid.items()}
+    valid = {name: open_corpus(prefix) for name, prefix in data.valid.items()}
     tokenizer = load_corpus_tokenizer(train[0])
     identity = tokenizer_identity(tokenizer)
     everything = [*train, *valid.values()]
-    for (setting, prefix), corpus in zip(config.data.corpora(), everything, strict=True):
+    for (setting, prefix), corpus in zip(data.corpora(), everything, strict=True):
         difference = corpus.tokenizer.difference(identity)
         if difference:
             raise UserError(
-                f"{setting} names {prefix}, and data.train {train[0].prefix}, which were prepared with different "
-                f"tokenizers ({difference}): prepare one of them again with the other's PREFIX.tokenizer."
+                setting,
+                prefix,
+                f"it was prepared with a different tokenizer than data.train {train[0].prefix} ({difference})",
+                "Prepare one of the two again with the PREFIX.tokenizer of the other",
             )
     end_token = next((corpus.end_token for corpus in everything if corpus.end_token is not None), None)
     return Corpora(train, valid, identity, tokenizer, end_token)
 
 
-def open_run_corpora(config: Config) -> Corpora:
-    """The same, and what `data.keep` leaves of them."""
-    corpora = open_corpora(config)
-    return dataclasses.replace(corpora, kept=kept_documents(config.data, corpora.train))
+def open_run_corpora(data: DataSettings) -> Corpora:
+    """Open all corpora and apply the keep-list `data.keep`, if there is one.
+
+    Raises:
+        UserError: as `open_corpora`, or the keep-list does not fit the corpora.
+    """
+    corpora = open_corpora(data)
+    return dataclasses.replace(corpora, kept=kept_documents(data, corpora.train))
 
 
-def kept_in_words(corpora: Corpora) -> str:
-    """What a keep-list leaves of each corpus, in one line."""
+def describe_kept(corpora: Corpora) -> str:
+    """Return one line with the documents and tokens of each corpus that the keep-list leaves."""
     return "; ".join(
         f"{part.documents.sum():,} of {corpus.num_documents:,} documents of {corpus.name}, {part.num_tokens:,} of "
         f"{corpus.num_tokens:,} tokens"
@@ -76,43 +85,65 @@ def require_tokenizer(path: str, setting: str, corpora: Corpora) -> None:
     the corpora, the model may have another one.
 
     Args:
-        path: of the model.
-        setting: that named it, `model` or `reference`.
+        path: Hugging Face folder or hub name of the model.
+        setting: the group that names it, `model` or `reference`.
         corpora: of the run.
 
     Raises:
-        UserError: it has another one, or none that can be read.
+        UserError: the model has another tokenizer, or none that can be read.
     """
+    refuse_missing_folder(f"{setting}.path", path)
     try:
         found = tokenizer_identity(load_tokenizer(path, corpora.end_token))
     except UserError as error:
-        raise UserError(f"{setting}.path is '{path}', which has no tokenizer that can be read: {error}") from error
+        raise UserError(
+            f"{setting}.path",
+            path,
+            f"its tokenizer cannot be read ({error.reason or error})",
+            error.remedy or "Save the tokenizer beside the model",
+        ) from error
     difference = found.difference(corpora.identity)
     if difference:
         raise UserError(
-            f"{setting}.path is '{path}', whose tokenizer is not that of data.train ({difference}): "
-            "prepare the corpora with this tokenizer, or use a model that has the corpora's."
+            f"{setting}.path",
+            path,
+            f"its tokenizer differs from that of data.train ({difference})",
+            "Prepare the corpora with this tokenizer, or use a model that has the tokenizer of the corpora",
         )
 
 
-def make_samples(config: Config, corpora: Corpora, plan: Plan, cache: Path, world: World) -> Samples:
-    """The order of samples; every rank calls it. Its indices are kept in `cache` unless `data.cache` is set."""
+def make_samples(data: DataSettings, seed: int, corpora: Corpora, plan: Plan, cache: Path, world: World) -> Samples:
+    """Build the order of samples; every rank calls it.
+
+    Args:
+        data: settings of the run, with `order_tokens` resolved.
+        seed: of the run.
+        corpora: of the run.
+        plan: length of the run.
+        cache: folder for the indices, unless `data.cache` names one.
+        world: this process among all.
+    """
     return build_samples(
-        config.data,
+        data,
         corpora.train,
-        seed=config.seed,
-        order_tokens=config.data.order_tokens or 0,
+        seed=seed,
+        order_tokens=data.order_tokens or 0,
         total_samples=plan.total_steps * plan.samples_per_step,
-        cache=agree(lambda: _cache_folder(config, cache)),
+        cache=agree(lambda: _make_cache_folder(data.cache, cache)),
         world=world,
         kept=corpora.kept,
     )
 
 
-def _cache_folder(config: Config, default: Path) -> Path:
-    path = Path(config.data.cache) if config.data.cache else default
+def _make_cache_folder(setting: str | None, default: Path) -> Path:
+    path = Path(setting) if setting else default
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.cache is {path}, which is no folder that can be written: name another.") from error
+        raise UserError(
+            "data.cache" if setting else "run_dir",
+            str(path),
+            f"no index of samples can be written there ({error.strerror})",
+            "Set data.cache to a folder that can be written",
+        ) from error
     return path

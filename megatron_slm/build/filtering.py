@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_slm.build.corpora import Corpora, open_corpora
-from megatron_slm.build.stores import document_files, open_matching_store
+from megatron_slm.build.references import document_files, open_matching_store
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, count_tokens
 from megatron_slm.data.keep_list import write_keep_list
@@ -39,7 +39,7 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
     refuse_taken("filter.output", output)
     staging = Staging(output, "filter.output", "filtering")
     with staging.open():
-        corpora = open_corpora(config)
+        corpora = open_corpora(config.data)
         paths = {"filter.base": settings.base, "filter.reference": settings.reference}
         stores = [_open_store(setting, path, corpora) for setting, path in paths.items()]
         _refuse_same(*stores)

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from megatron_slm.build.corpora import Corpora, make_samples, open_corpora, open_run_corpora
 from megatron_slm.build.models import frozen_model, make_backend
-from megatron_slm.build.plan import resolve
+from megatron_slm.build.plan import settle
+from megatron_slm.build.references import check_reference
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, file_sha256, unique_names
 from megatron_slm.data.loader import position_after
@@ -60,10 +61,11 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
     with ExitStack() as stack:
         agree(lambda: _open(staging, stack) if world.is_main else None)
         packed = settings.kind == "packed"
-        corpora = agree(lambda: open_run_corpora(config) if packed else open_corpora(config))
-        config, plan = agree(lambda: resolve(config, corpora, world))
+        corpora = agree(lambda: open_run_corpora(config.data) if packed else open_corpora(config.data))
+        config, plan = agree(lambda: settle(config, corpora, world.device.type, reads_document_store=False))
         imported = agree(lambda: _imported(corpora, imports, settings) if imports else [])
-        order = make_samples(config, corpora, plan, staging.folder / "cache", world) if packed else None
+        cache = staging.folder / "cache"
+        order = make_samples(config.data, config.seed, corpora, plan, cache, world) if packed else None
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
         end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
@@ -193,7 +195,8 @@ def _modelled(
             (name, corpus, DocumentWork(corpus, eod, length, batch, settings.shard_tokens))
             for name, corpus in _named(corpora)
         ]
-    engine, _ = frozen_model(config, part, corpora, make_backend(config, world))
+    agree(lambda: check_reference(part, corpora, length))
+    engine, _ = frozen_model(config, part, make_backend(config, world))
     columns = stored_columns(settings)
     return [Job(name, corpus, ModelSource(engine, work, columns, world)) for name, corpus, work in works]
 

@@ -87,7 +87,7 @@ def _starting_files(folder: "RunFolder", config: Config, scratch: Path) -> Path:
     from megatron_slm.build.models import student_config
     from megatron_slm.build.run import write_starting_files
 
-    corpora = open_corpora(config)
+    corpora = open_corpora(config.data)
     write_starting_files(scratch, config, corpora, student_config(config, corpora))
     return scratch
 

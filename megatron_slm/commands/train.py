@@ -152,7 +152,7 @@ def _open(setting: str, prefix: str) -> None:
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:
-    from megatron_slm.build.dry_run import dry_run
+    from megatron_slm.build.report import dry_run
 
     report = dry_run(config, ranks or int(ranks_started(os.environ)), rollback)
     if is_main_process(os.environ):

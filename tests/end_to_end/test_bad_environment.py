@@ -110,10 +110,10 @@ def another_format(folder: Path) -> None:
 
 
 DAMAGES = {
-    "a reference without its tokenizer": (no_tokenizer, "which has no tokenizer that can be read"),
+    "a reference without its tokenizer": (no_tokenizer, "its tokenizer cannot be read"),
     "a tokenizer that is no JSON": (garbled_tokenizer, "web.tokenizer"),
     "a model whose configuration is no JSON": (garbled_model_configuration, "reference.path is"),
-    "weights in a pickle": (pickled_weights, "which cannot be loaded"),
+    "weights in a pickle": (pickled_weights, "it holds no *.safetensors"),
     "a file in place of a model": (file_for_a_model, "reference.path is"),
     "a corpus of another format": (another_format, "has format version 9"),
 }
@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_is_named_and_what_was_saved_stays(
 @pytest.mark.parametrize("place", ["/proc/nowhere/run", "/dev/null/run"])
 def test_a_place_that_cannot_be_written_is_named(corpora: Path, tmp_path: Path, place: str) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, Path(place)))
-    assert f"run_dir is {place}, which cannot be used" in refused("train", str(config))
+    assert f"run_dir is {place}, but it cannot be used" in refused("train", str(config))
 
 
 def test_a_cache_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> None:

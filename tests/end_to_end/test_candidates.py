@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from megatron_slm.config import parse_config
@@ -105,7 +104,7 @@ def test_a_run_that_stopped_goes_on_bitwise_and_refuses_another_number(
     with pytest.raises(RankError, match=r"selection\.candidates was 3 and is now 2"):
         run_ranks(train_in_process, 2, other)
     run_ranks(train_in_process, 2, tree)
-    assert "going on from the checkpoint of step 5" in (tmp_path / "run" / "log-rank0000.txt").read_text()
+    assert "resuming from the checkpoint of step 5" in (tmp_path / "run" / "log-rank0000.txt").read_text()
     assert_bitwise_equal(run, tmp_path / "run", 10)
 
 
@@ -156,11 +155,12 @@ def test_scores_of_samples_are_those_of_the_candidates(corpora: Path, tmp_path: 
 @pytest.mark.parametrize(("objective", "steps"), [("slm", 4), ("clm", 12)])
 def test_a_pass_reads_every_sample_once(objective: str, steps: int) -> None:
     from megatron_slm.build.corpora import Corpora
-    from megatron_slm.build.plan import resolve
+    from megatron_slm.build.plan import settle
 
     tree = candidates_tree(Path("corpora"), Path("run"), train_tokens=None, train_epochs=1.0) | {"objective": objective}
     corpus = Corpus("web", "web", 100, 12 * TOKENS, 1, "t", {})
-    config, plan = resolve(parse_config(tree), Corpora([corpus], {}, "t", None), World(0, 1, 0, torch.device("cpu")))
+    corpora = Corpora([corpus], {}, "t", None)
+    config, plan = settle(parse_config(tree), corpora, "cpu", reads_document_store=False)
     assert plan.total_steps == steps and config.data.order_tokens == 12 * TOKENS
     with pytest.raises(UserError, match=r"data\.order_tokens is 767, less than the 768 tokens of one step"):
         parse_config(tree | {"objective": "slm", "data": tree["data"] | {"order_tokens": 3 * TOKENS - 1}})

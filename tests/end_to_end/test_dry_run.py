@@ -34,7 +34,7 @@ def test_a_dry_run_tells_the_plan_for_any_number_of_ranks_and_writes_nothing(cor
     assert lines["step"] == "8 samples = 4 ranks x 2 x 1 micro-steps, 32 tokens each"
     assert lines["selection"] == "excess, the highest 60%; scope global, pool micro_step"
     assert "split over the ranks" in lines["reference"] and "weights" in lines["memory"]
-    assert lines["cost"].endswith(" of a plain one; " + f"{4 * float(lines['cost'].split()[0]):.2g} in all")
+    assert lines["cost"].endswith(" of a plain step; " + f"{4 * float(lines['cost'].split()[0]):.2g} in all")
     assert lines["run"].endswith("run, new")
     assert "WARNING" not in said
     assert {path.name for path in tmp_path.iterdir()} == {"run.yaml"}
@@ -44,7 +44,8 @@ def test_weights_that_are_pickles_are_seen_before_they_are_loaded(corpora: Path,
     shutil.copytree(corpora / "reference", tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     answer = dry_run(corpora, tmp_path / "run", f"reference.path={tmp_path / 'pickled'}")
-    assert "which holds no *.safetensors" in sentence_of("train", *answer[:2])
+    said = sentence_of("train", *answer[:2])
+    assert "reference.path" in said and "safetensors" in said
 
 
 def test_attention_that_rows_cannot_reach_is_seen_before_a_model_is_loaded(corpora: Path, tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ ORDER = ("--rollback is 5", "data.skip_samples leaves out 9000 samples")
 def test_a_mixture_that_has_no_entropy_is_seen_before_a_model_is_loaded(corpora: Path, tmp_path: Path) -> None:
     mixed = f"reference={{mix: minimum, of: [{{path: {corpora / 'reference'}}}]}}"
     answer = dry_run(corpora, tmp_path / "run", mixed, "selection.score=reference_entropy")
-    assert "reference.mix is minimum, which mixes losses" in sentence_of("train", *answer[:2])
+    assert "reference.mix is minimum, but" in sentence_of("train", *answer[:2])
 
 
 def test_a_dry_run_finds_every_mistake_at_once(corpora: Path, tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_a_model_whose_code_needs_real_memory_is_no_mistake(corpora: Path, tmp_p
     mamba = ("model.config={model_type: mamba, hidden_size: 32, num_hidden_layers: 2}", "objective=clm")
     status, heard, said = dry_run(corpora, tmp_path / "run", *mamba)
     assert status == 0, heard
-    assert "neither it nor cost nor disk can be estimated" in said and "plan" in said
+    assert "cannot be estimated for this model" in said and "plan" in said
 
 
 def test_a_dry_run_sees_what_a_resume_would_refuse(corpora: Path, tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_a_dry_run_sees_what_a_resume_would_refuse(corpora: Path, tmp_path: Path
     run_ranks(train_in_process, 1, tree)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     config = str(write_config(tmp_path / "run.yaml", tree))
-    assert "goes on where it stands" in run_ranks(shown, 1, "train", config, "--dry-run")[0][2]
+    assert "run, resumes" in run_ranks(shown, 1, "train", config, "--dry-run")[0][2]
     status, heard, _ = run_ranks(shown, 1, "train", config, "--dry-run", "seed=5")[0]
     assert "seed was 1234 and is now 5" in sentence_of("train", status, heard)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before

@@ -213,7 +213,6 @@ def plain_losses(world: World, folder: str, text: list[list[int]]) -> float:
 
 
 def reference_losses(world: World, corpora: str, folder: str, text: list[list[int]], shard: bool) -> float:
-    from megatron_slm.build.corpora import open_corpora
     from megatron_slm.build.models import frozen_model, make_backend
     from megatron_slm.config import parse_config
 
@@ -222,7 +221,7 @@ def reference_losses(world: World, corpora: str, folder: str, text: list[list[in
     config = parse_config(tree)
     assert config.reference is not None
     backend = make_backend(config, world)
-    engine, _ = frozen_model(config, config.reference.parts[0], open_corpora(config), backend)
+    engine, _ = frozen_model(config, config.reference.parts[0], backend)
     tokens = torch.tensor(text)
     positions = torch.arange(tokens.shape[1] - 1).expand(len(tokens), -1)
     with torch.no_grad():

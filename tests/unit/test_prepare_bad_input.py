@@ -134,9 +134,15 @@ T = "--tokenizer MODEL --output out/web"
         (f"--input good.jsonl --contamination cut.jsonl.gz {T}", "--contamination cut.jsonl.gz cannot be read"),
         (f"--input good.jsonl --contamination bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
         (f"--input good.jsonl --contamination empty.jsonl {T}", "--contamination empty.jsonl holds no text"),
-        ("--input good.jsonl --tokenizer gone/to/it --output out/web", "the tokenizer is gone/to/it, but the path does not exist"),
+        (
+            "--input good.jsonl --tokenizer gone/to/it --output out/web",
+            "the tokenizer is gone/to/it, but the path does not exist",
+        ),
         ("--input good.jsonl --train-tokenizer 9999999 --output out/web", "--train-tokenizer 9999999 does not fit"),
-        ("--input good.jsonl --tokenizer MODEL --output good.jsonl/web", "--output is good.jsonl/web, but it cannot be written"),
+        (
+            "--input good.jsonl --tokenizer MODEL --output good.jsonl/web",
+            "--output is good.jsonl/web, but it cannot be written",
+        ),
         ("--input good.jsonl --tokenizer MODEL --output .", "--output is ., but"),
         ("--input good.jsonl --tokenizer MODEL", "--output is missing"),
         ("--adopt out/old --tokenizer MODEL", "--adopt out/old needs out/old.idx, which is missing"),

@@ -1,0 +1,274 @@
+"""The references of a run: checked against its corpora first, then built."""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+from megatron_slm.backend import Backend
+from megatron_slm.build.corpora import Corpora, require_tokenizer
+from megatron_slm.build.models import frozen_model
+from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.settings import DataSettings
+from megatron_slm.data.tokenizer import TokenizerIdentity
+from megatron_slm.dist import agree, gather_objects
+from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.models.checks import check_length
+from megatron_slm.models.configuration import pretrained_config
+from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.reference.references import LiveReference, MixedReference, NoReference, Reference, StoredReference
+from megatron_slm.reference.settings import PartSettings, ReferenceSettings
+from megatron_slm.reference.store import ORDER, ScoreFile, Store, open_store
+
+logger = logging.getLogger(__name__)
+
+
+class Order(NamedTuple):
+    """The order of samples of a run: its fingerprint, and the position in it where the run will end."""
+
+    fingerprint: str
+    end: int
+
+
+@dataclass(frozen=True)
+class CheckedReference:
+    """One reference of a run, checked.
+
+    Attributes:
+        settings: of this reference.
+        model: Hugging Face configuration of the model to run; None for a store.
+        store: opened; None for a model.
+        signals: the store as a reference, once its samples are known to be those of the run.
+    """
+
+    settings: PartSettings
+    model: PretrainedConfig | None = None
+    store: Store | None = None
+    signals: StoredReference | None = None
+
+    @property
+    def scorer(self) -> str:
+        """The path of the model whose losses these are."""
+        return self.store.manifest.scorer if self.store is not None else str(self.settings.path)
+
+    @property
+    def is_document_store(self) -> bool:
+        return self.store is not None and self.store.manifest.kind == "document"
+
+
+def check_reference(settings: PartSettings, corpora: Corpora, seq_length: int) -> CheckedReference:
+    """Read the configuration of a reference model, or open a store; nothing is loaded.
+
+    Raises:
+        UserError: it cannot be read, has another tokenizer than the corpora, or cannot score samples of this length.
+    """
+    if settings.store is not None:
+        return CheckedReference(settings, store=open_matching_store(settings.store, corpora))
+    path = str(settings.path)
+    require_tokenizer(path, "reference", corpora)
+    refuse_pickles("reference", path)
+    model = pretrained_config(path, "reference", settings.trust_remote_code)
+    check_length(model, "reference", seq_length)
+    return CheckedReference(settings, model=model)
+
+
+def refuse_pickles(setting: str, path: str | None) -> None:
+    """Raise an error if a model's folder has no weights in safetensors; loading would refuse it, but later.
+
+    Raises:
+        UserError: the folder exists and holds no `*.safetensors`.
+    """
+    if path and Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise UserError(f"{setting}.path", path, "it holds no *.safetensors", "Save the model as safetensors")
+
+
+def self_reference_warning(references: Sequence[CheckedReference], config: Config) -> str | None:
+    """Return a warning if the only reference is the student's own starting point, under the score `excess`."""
+    student = config.model.path
+    scores = [part.score for part in config.selection.of] or [config.selection.score]
+    if not references or student is None or "excess" not in scores:
+        return None
+    if any(os.path.realpath(one.scorer) != os.path.realpath(student) for one in references):
+        return None
+    return (
+        f"the reference is {references[0].scorer}, which is also model.path: the excess loss of every token is 0 at "
+        "the start, and noise after that. Train the reference on text that you trust first, or use another "
+        "selection.score."
+    )
+
+
+def open_matching_store(path: str, corpora: Corpora, setting: str = "reference.store") -> Store:
+    """Open a store whose tokens are of the tokenizer of these corpora.
+
+    Args:
+        path: folder of the store.
+        corpora: of the run.
+        setting: the setting that names it.
+
+    Raises:
+        UserError: the store is incomplete, or was scored with another tokenizer.
+    """
+    store = open_store(path, setting)
+    manifest = store.manifest
+    scored = TokenizerIdentity(manifest.tokenizer_fingerprint, manifest.tokenizer_probe)
+    difference = scored.difference(corpora.identity)
+    if difference:
+        raise UserError(
+            setting,
+            path,
+            f"its tokens are of a different tokenizer than those of data.train ({difference})",
+            "Score these corpora",
+        )
+    return store
+
+
+def document_files(store: Store, corpora: Sequence[Corpus]) -> list[ScoreFile]:
+    """Return the file of each corpus in a store of kind `document`.
+
+    Raises:
+        UserError: the store holds no scores of one of them, or a file is not whole.
+    """
+    return [store.file_of(store.name_for(corpus.prefix, corpus.sha256)) for corpus in corpora]
+
+
+def stored_reference(
+    store: Store, data: DataSettings, corpora: Corpora, order: Order, needs: tuple[str, ...]
+) -> StoredReference:
+    """Return a store as a reference, if it holds the signals of the samples that this run trains on.
+
+    Args:
+        store: opened by `check_reference`.
+        data: settings of the run.
+        corpora: of the run.
+        order: of its samples.
+        needs: signals that the objective reads.
+
+    Raises:
+        UserError: the store is corrupted, lacks a signal, or holds other tokens or another order.
+    """
+    manifest = store.manifest
+    if "reference.entropy" in needs and "entropy" not in manifest.columns:
+        raise UserError(
+            store.setting,
+            str(store.path),
+            "it holds no entropy, and selection.score needs reference.entropy",
+            "Score the corpora again with score.entropy=true",
+        )
+    if manifest.kind == "packed":
+        _refuse_other_order(store, data, order)
+        files = [store.file_of(ORDER)]
+    else:
+        files = document_files(store, corpora.train)
+    return StoredReference(files, manifest.columns, manifest.kind == "packed")
+
+
+def refuse_other_model(store: Store, path: str) -> None:
+    """Raise an error if a store holds the scores of another model than `reference.path` names beside it.
+
+    Raises:
+        UserError: the weights differ from those that the store was scored with.
+    """
+    origin = store.manifest.reference
+    if path == origin.get("path") and not Path(path).is_dir():
+        return  # one name on the hub: its weights are not fetched to be compared
+    if weights_fingerprint(path) != origin["fingerprint"]:
+        raise UserError(
+            store.setting,
+            str(store.path),
+            f"it holds scores of {origin.get('path', 'no model, but imported')}, and the weights of reference.path "
+            f"{path} differ from these",
+            "Score with this model, or leave reference.path out",
+        )
+
+
+def make_reference(
+    config: Config,
+    references: Sequence[CheckedReference],
+    backend: Backend,
+) -> tuple[Reference, float]:
+    """Build the source of the reference signals; every rank calls it.
+
+    Args:
+        config: of the run.
+        references: of the run, checked; empty for a run without a reference.
+        backend: where models run.
+
+    Returns:
+        The reference, and the forward FLOPs per token of the models in it.
+    """
+    if not references or config.reference is None:
+        return NoReference(), 0.0
+    sources: list[Reference] = []
+    flops = 0.0
+    for reference in references:
+        if reference.signals is not None:
+            sources.append(reference.signals)
+        else:
+            engine, forward_flops = frozen_model(config, reference.settings, backend)
+            sources.append(LiveReference(engine, reference.settings.micro_batch_size))
+            flops += forward_flops
+    settings: ReferenceSettings = config.reference
+    if not settings.of:
+        return sources[0], flops
+    return MixedReference(sources, [part.weight for part in settings.of], settings.mix), flops
+
+
+@contextmanager
+def open_scorer(
+    config: Config, references: Sequence[CheckedReference], corpora: Corpora, backend: Backend
+) -> Iterator[Reference | None]:
+    """Yield the model that scored the only store of a run, or None if it cannot be run; every rank calls it.
+
+    The model is freed at the end.
+    """
+    path = None
+    if len(references) == 1 and references[0].store is not None:
+        path = references[0].store.manifest.reference.get("path")
+    if not gather_objects(path is not None and Path(path).is_dir())[0]:
+        yield None
+        return
+    part = replace(references[0].settings, path=path, store=None)
+    try:
+        agree(lambda: check_reference(part, corpora, config.data.seq_length))
+        engine, _ = frozen_model(config, part, backend)
+    except AgreedError as error:
+        logger.info("the model that wrote the store cannot be compared with it: %s", error)
+        yield None
+        return
+    try:
+        yield LiveReference(engine, part.micro_batch_size)
+    finally:
+        backend.release(engine)
+
+
+def _refuse_other_order(store: Store, data: DataSettings, order: Order) -> None:
+    manifest, path = store.manifest, str(store.path)
+    if (manifest.order_fingerprint, manifest.seq_length) != (order.fingerprint, data.seq_length):
+        raise UserError(
+            store.setting,
+            path,
+            "it is of kind packed and of another order of samples (data.train, data.split, data.keep, data.seq_length, "
+            "data.order_tokens or seed differ)",
+            "Score this order, or use a store of kind document, which serves any order",
+        )
+    if manifest.reset_attention != data.reset_attention:
+        raise UserError(
+            store.setting,
+            path,
+            f"it was scored with data.reset_attention={str(manifest.reset_attention).lower()}",
+            "Train with the same setting, or score again",
+        )
+    samples = manifest.files[0].rows // data.seq_length
+    if samples < order.end:
+        raise UserError(
+            store.setting,
+            path,
+            f"it ends after {samples} samples, and the run reads {order.end}",
+            "Lower training.train_tokens, or score the whole run",
+        )
