@@ -535,7 +535,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a model without its configuration": (["reference.path=BARE"], "whose config.json cannot be read"),
     "a precision that backend plain has not": (
         ["training={precision: bf16, backend: plain}"],
-        "training.precision is bf16, which training.backend plain has not",
+        "training.precision is bf16, but",
     ),
     "a length in words": (["training.train_epochs=many"], "training.train_epochs is 'many'"),
 }
