@@ -90,7 +90,7 @@ def readme_blocks() -> list[str]:
 @pytest.mark.slow
 def test_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     """From jsonl to an exported selective model, every command in its order."""
-    for seed, name in enumerate(("notes", "curated")):
+    for seed, name in enumerate(("notes", "curated", "held_out")):
         write_text(tmp_path / f"{name}.jsonl", 3000, seed)
     script = ["set -ex"]
     for block in readme_blocks():
