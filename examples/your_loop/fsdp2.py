@@ -1,4 +1,4 @@
-"""The same under PyTorch's FSDP2, on any number of ranks: `torchrun --nproc-per-node 2 fsdp2.py`."""
+"""Selective Language Modeling under PyTorch's FSDP2, on any number of ranks: `torchrun --nproc-per-node 2 fsdp2.py`."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from megatron_slm.selection import Rule, SelectionSettings, selected_loss
 
 
 def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """float32 `[B, T]`: what each token but the first costs. `model` turns tokens into logits."""
+    """Return the loss of each token except the first, float32 `[B, T]`. `model` maps tokens to logits."""
     logits = model(tokens[:, :-1]).float()
     return cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
@@ -18,8 +18,12 @@ def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
 def train_step(
     student: FSDPModule, reference: nn.Module, rule: Rule, micro_batches: list[tuple[Tensor, Tensor]]
 ) -> Tensor:
-    """Add up the gradient of one optimizer step, over the micro-batches `(tokens, valid)` of all ranks; the loss."""
-    # One all-reduce for the divisor, of all ranks and micro-batches. FSDP averages over the ranks: undo that.
+    """Accumulate the gradient of one optimizer step, and return its loss over all ranks.
+
+    The micro-batches `(tokens [B, T + 1], valid [B, T])` are those of this rank. `valid` is False for padding.
+    """
+    # One all-reduce counts the tokens that will be selected on all ranks and in all micro-batches: the divisor.
+    # FSDP averages gradients over the ranks, so the loss is multiplied by their number.
     planned = rule.plan([valid for _, valid in micro_batches]).sum().clamp(min=1)
     scale = dist.get_world_size() / planned
     total = torch.zeros(())
@@ -28,7 +32,7 @@ def train_step(
         loss = token_losses(student, tokens)
         with torch.no_grad():
             signals = {"student.loss": loss.detach(), "reference.loss": token_losses(reference, tokens)}
-        # Ranked over all ranks. Every rank goes backward, also where nothing of it was kept.
+        # Tokens are ranked over all ranks. Every rank runs the backward, even if none of its tokens is selected.
         part = selected_loss(loss, rule.choose(signals, valid))
         (part * scale).backward()
         total += part.detach() / planned
@@ -37,14 +41,14 @@ def train_step(
 
 
 def shard(model: nn.Sequential) -> FSDPModule:
-    """Each layer on its own, then what is left."""
+    """Shard each layer, then the remaining parameters."""
     for layer in model:
         fully_shard(layer)
     return fully_shard(model)
 
 
 def main() -> None:
-    """Toy models on toy text; each rank reads its own part."""
+    """Train a toy model on toy text. Each rank reads its own part."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     student, reference = (shard(nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64))) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The same in Hugging Face's Trainer, with its gradient accumulation and on several ranks."""
+"""Selective Language Modeling in Hugging Face's Trainer, with gradient accumulation and on several ranks."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,19 +12,19 @@ from megatron_slm.selection import Rule, selected_loss
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """float32 `[B, T - 1]`: what each token but the first costs; 0 where the label is ignored."""
+    """Return the loss of each token except the first, float32 `[B, T - 1]`; 0 where the label is ignored."""
     return cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
 
 
 class SelectiveTrainer(Trainer):
-    """A Trainer that learns from the selected tokens; it evaluates on all of them. One process a device.
+    """A Trainer that trains on the selected tokens and evaluates on all tokens. It needs one process per device.
 
     Args:
         reference: a frozen model with the student's tokenizer.
-        rule: which tokens count.
+        rule: selects the tokens that count toward the loss.
     """
 
-    # compute_loss divides by the count of the whole accumulated batch: nothing is left to be divided.
+    # compute_loss divides by the count of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
     def __init__(self, *args: Any, reference: nn.Module, rule: Rule, **options: Any) -> None:
@@ -33,9 +33,9 @@ class SelectiveTrainer(Trainer):
         self.rule = rule
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple:
-        """The batches of an optimizer step, and the tokens of them that will be kept on all ranks."""
+        """Return the batches of an optimizer step, and how many of their tokens will be selected on all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:  # an iterable dataset has come to its end
+        if not batches:  # the end of an iterable dataset
             return batches, None
         return batches, self.rule.plan([batch["labels"][:, 1:].to(device) != -100 for batch in batches]).sum()
 
@@ -46,7 +46,10 @@ class SelectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Summed loss of the selected tokens over the planned count; DDP averages over the ranks, which is undone."""
+        """Return the summed loss of the selected tokens, divided by the planned count.
+
+        DDP averages gradients over the ranks, so the loss is multiplied by their number.
+        """
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels, read = inputs["labels"], {name: column for name, column in inputs.items() if name != "labels"}

@@ -1,4 +1,4 @@
-"""Selective Language Modeling in a plain PyTorch loop that accumulates gradients: `python plain.py`."""
+"""Selective Language Modeling in a plain PyTorch loop with gradient accumulation: `python plain.py`."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from megatron_slm.selection import Rule, SelectionSettings, selected_loss
 
 
 def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """float32 `[B, T]`: what each token but the first costs. `model` turns tokens into logits."""
+    """Return the loss of each token except the first, float32 `[B, T]`. `model` maps tokens to logits."""
     logits = model(tokens[:, :-1]).float()
     return cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
@@ -16,8 +16,11 @@ def token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
 def train_step(
     student: nn.Module, reference: nn.Module, rule: Rule, micro_batches: list[tuple[Tensor, Tensor]]
 ) -> float:
-    """Add up the gradient of one optimizer step. A micro-batch is `tokens [B, T + 1]` and `valid [B, T]`."""
-    # What will be kept is known from the labels: the one divisor of all micro-batches.
+    """Accumulate the gradient of one optimizer step, and return its loss.
+
+    A micro-batch is `tokens [B, T + 1]` and `valid [B, T]`, which is False for padding.
+    """
+    # The labels alone determine how many tokens will be selected, so all micro-batches share one divisor.
     planned = rule.plan([valid for _, valid in micro_batches]).sum().clamp(min=1)
     total = 0.0
     for tokens, valid in micro_batches:
@@ -31,7 +34,7 @@ def train_step(
 
 
 def main() -> None:
-    """Two toy models on toy text; put yours in their place."""
+    """Train a toy model on toy text. Replace both with yours."""
     torch.manual_seed(0)
     student, reference = (nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 64)) for _ in range(2))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
