@@ -394,7 +394,7 @@ def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, di
     run = str(finished[0] / "run")
     assert "--checkpoint is 7" in refused("export", run, str(tmp_path / "out"), "--checkpoint", "7")
     (tmp_path / "mine").mkdir()
-    assert "which exists" in refused("export", run, str(tmp_path / "mine"))
+    assert "already exists" in refused("export", run, str(tmp_path / "mine"))
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     assert "a link to" in refused("export", run, str(tmp_path / "link"))
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}

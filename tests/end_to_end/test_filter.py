@@ -194,8 +194,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a store of samples": (["filter.reference=PACKED"], "filter.reference is PACKED, of kind packed, which scores"),
     "too few to keep": (["filter.keep=0.001"], "filter.keep is 0.001, which keeps none of the"),
     "one store twice": (["filter.base=STORES/reference"], "filter.base is STORES/reference and filter.reference is"),
-    "a file that exists": (["filter.output=STORES/keep"], "filter.output is STORES/keep, which exists"),
-    "a link to nothing": (["filter.output=STORES/link"], "filter.output is STORES/link, a link to"),
+    "a file that exists": (["filter.output=STORES/keep"], "filter.output is STORES/keep, but it already exists"),
+    "a link to nothing": (["filter.output=STORES/link"], "filter.output is STORES/link, but it is a link to"),
 }
 TRAINING: dict[str, tuple[list[str], str]] = {
     "a list that is not there": (["data.keep=/nowhere/keep"], "data.keep is /nowhere/keep, which is no file"),

@@ -471,14 +471,14 @@ def test_imported_log_probabilities_train_like_those_of_the_model(corpora: Path,
 
 def test_what_exists_is_not_overwritten(corpora: Path, stored: Path) -> None:
     before = files_of(stored / "documents")
-    with pytest.raises(RankError, match=r"score\.output is .*, which exists"):
+    with pytest.raises(RankError, match=r"score\.output is .*, but it already exists"):
         run_ranks(score_in_process, 1, scoring_tree(corpora, stored / "documents"))
     assert files_of(stored / "documents") == before
 
 
 def test_a_link_to_nothing_is_not_written_through(corpora: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(RankError, match=r"score\.output is .*link, a link to .*gone, which does not exist"):
+    with pytest.raises(RankError, match=r"score\.output is .*link, but it is a link to .*gone, which does not exist"):
         run_ranks(score_in_process, 1, scoring_tree(corpora, tmp_path / "link"))
     assert {path.name for path in tmp_path.iterdir()} == {"link"}
 
