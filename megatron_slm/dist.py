@@ -1,4 +1,4 @@
-"""Where this process stands among all processes, and the few small collectives that the package needs."""
+"""The place of this process among all ranks, and the few small collectives that the package needs."""
 
 import datetime
 import os
@@ -17,16 +17,42 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all: `rank` of `size`, `local_rank` on its host, and its device.
+class DataParallel:
+    """The ranks among which each token of a step appears exactly once, and the place of this rank among them.
 
-    All ranks hold different samples (data parallelism), so `size` is the data-parallel size.
+    Samples are dealt to these ranks, and sums over tokens run over them. Where several ranks hold the same tokens, each
+    of these belongs to another group, at the same place.
+
+    rank, size  of this rank in the group, and of the group
+    group       process group; None for all ranks
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all: `rank` of `size`, `local_rank` on its host, and its device.
+
+    `data_parallel` is the group of ranks that hold different tokens; by default, all ranks do.
     """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    data_parallel: DataParallel | None = None
+
+    @property
+    def data(self) -> DataParallel:
+        return self.data_parallel or DataParallel(self.rank, self.size)
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same tokens."""
+        return self.size // self.data.size
 
     @property
     def is_main(self) -> bool:
@@ -107,12 +133,17 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """Sum over all ranks, of a copy; the value itself where there is no process group."""
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the sum over the ranks of a group, as a new tensor; the value itself if there is no process group.
+
+    Args:
+        value: of this rank.
+        group: process group, such as `World.data.group` for sums over tokens; None for all ranks.
+    """
     if not dist.is_initialized():
         return value
     value = value.clone()
-    dist.all_reduce(value)
+    dist.all_reduce(value, group=group)
     return value
 
 

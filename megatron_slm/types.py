@@ -11,6 +11,9 @@ TokenSignals = dict[str, Tensor]
 A plain dict, because DeepSpeed's hooks look into tuples, lists and dicts only.
 """
 
+TokenWeights = dict[str, Tensor]
+"""Weight of each token in the training loss, float32 `[B, T]`, by the student's loss column: `loss`."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -48,7 +51,9 @@ class Batch:
 
     @staticmethod
     def concatenate(batches: list["Batch"]) -> "Batch":
-        """The sequences of all batches, in order, as one batch."""
+        """Return the sequences of all batches, in order, as one batch."""
+        if len(batches) == 1:
+            return batches[0]
         return Batch(*(torch.cat([getattr(b, field.name) for b in batches]) for field in fields(Batch)))
 
     def lacks_context_BT(self, min_context: int) -> Tensor:

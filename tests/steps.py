@@ -21,10 +21,11 @@ from megatron_slm.models.settings import ModelSettings
 from megatron_slm.reference.references import LiveReference, NoReference
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
+from megatron_slm.training.candidates import Candidates
 from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings
-from megatron_slm.training.step import Candidates, TrainingStep
+from megatron_slm.training.step import TrainingStep
 from megatron_slm.types import Batch, TokenSignals
 
 LENGTH, VOCABULARY = 16, 97
@@ -129,7 +130,7 @@ class Recorder:
         for row, sample in enumerate(pool.sample_index_B.tolist()):
             self.chosen[sample] = {
                 "mask": choice.mask_BT[row].numpy().copy(),
-                "weights": choice.weights_BT[row].numpy().copy(),
+                "weights": choice.weights["loss"][row].numpy().copy(),
                 "threshold": float(choice.threshold) if choice.threshold.ndim == 0 else None,
                 **{name: column[row].numpy().copy() for name, column in signals.items()},
             }
@@ -142,10 +143,10 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     module, hf_config = make_student(backend, case)
     write_weights(backend, module, case.initial or {})
     training = TrainingSettings(global_batch_size=case.global_batch_size, train_tokens=1, lr=case.lr)
-    accumulation = accumulation_steps(case.global_batch_size, case.micro_batch_size, world.size)
+    accumulation = accumulation_steps(case.global_batch_size, case.micro_batch_size, world.data.size)
     settings = EngineSettings(case.micro_batch_size, accumulation, 1.0, case.precision)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
-    objective = Recorder(make_objective(case))
+    objective = Recorder(make_objective(case, world))
     result: dict[str, Any] = {"updates": [], "planned": objective.planned, "selected": [], "losses": [], "sums": []}
     reference = make_reference(world, backend, case, hf_config)
     candidates, ranked = make_candidates(engine, case)
@@ -164,8 +165,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
         result["losses"].append(outcome.loss)
         result["sums"].append(outcome.statistics.reduce())
         result["tokens"].append(outcome.tokens)
-        if outcome.statistics.has_router:
-            result["router"].append(outcome.statistics.router_loss())
+        result["router"] += outcome.statistics.mean_terms().values()
     result["after"] = weights(backend, module)
     merged: dict[int, dict[str, Any]] = {}
     for chosen in gather_objects(objective.chosen):
@@ -199,12 +199,13 @@ def make_student(backend: Backend, case: Case) -> tuple[CausalLM, PretrainedConf
     return CausalLM(lm, head_chunk=5, router=find_router_loss(lm)), hf_config
 
 
-def make_objective(case: Case) -> Any:
+def make_objective(case: Case, world: World | None = None) -> Any:
+    group = None if world is None else world.data.group
     if case.objective == "clm":
-        return CausalLanguageModeling()
+        return CausalLanguageModeling(group)
     rule = case.rule | {"of": [RankedScore(**part) for part in case.rule.get("of", [])]}
     settings = SelectionSettings(score=case.score, ratio=case.ratio, scope=case.scope, **rule)
-    return SelectiveLanguageModeling(Rule(settings), case.ratio, case.pool == "step", case.min_context)
+    return SelectiveLanguageModeling(Rule(settings), case.ratio, case.pool == "step", case.min_context, group)
 
 
 def make_reference(world: World, backend: Backend, case: Case, hf_config: PretrainedConfig) -> Any:

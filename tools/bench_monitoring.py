@@ -21,7 +21,6 @@ from megatron_slm.build.run import Run, build_run
 from megatron_slm.config import parse_config
 from megatron_slm.demo.chain import MODEL, SEQ_LENGTH
 from megatron_slm.dist import World, connect, disconnect
-from megatron_slm.training.callbacks import Checkpoints
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.trainer import Callback
@@ -131,12 +130,16 @@ class Timed(Callback):
         self.inner.on_step_end(state, result)
         self.seconds.append(time.perf_counter() - start)
 
+    def on_record(self, state: RunState, record: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        self.inner.on_record(state, record)
+        self.seconds[-1] += time.perf_counter() - start
+
 
 def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
     """Seconds of each step by way, and of each callback's step ends by way and callback, on this rank."""
     trainer, state = run.trainer, run.state
-    monitoring = [callback for callback in trainer._callbacks if not isinstance(callback, Checkpoints)]
-    watching = [Timed(callback, meets=index == 0) for index, callback in enumerate(monitoring)]
+    watching = [Timed(callback, meets=index == 0) for index, callback in enumerate(trainer._callbacks)]
     for callback in watching:
         callback.on_train_start(state)
     steps: dict[str, list[float]] = defaultdict(list)

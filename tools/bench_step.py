@@ -135,7 +135,7 @@ class Bench:
         weights_BT = valid_BT.float()
         if way.ratio is not None:
             weights_BT = select_tokens(signals["loss"] - self._reference_BT, valid_BT, way.ratio).weights
-        student.backward(tape, weights_BT, 1 / valid_BT.numel(), last=True)
+        student.backward(tape, {"loss": weights_BT}, 1 / valid_BT.numel(), last=True)
 
     def update(self) -> None:
         """The optimizer's part of a step; its rate is 0, so that all steps see the same weights."""

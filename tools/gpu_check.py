@@ -165,7 +165,7 @@ def gradient_of(way: str, device: torch.device, dtype: torch.dtype, mask_BT: tor
     engine = PlainBackend(world).training_engine(module, adamw(module, training, device), settings)
     student = make_learner(way, module, engine, SMALL.seq_length)
     _, tape = student.score(make_batch(SMALL, device), (), keep=True)
-    student.backward(tape, mask_BT.float().to(device), 1 / int(mask_BT.sum()), last=True)
+    student.backward(tape, {"loss": mask_BT.float().to(device)}, 1 / int(mask_BT.sum()), last=True)
     return torch.cat([p.grad.flatten().float().cpu() for _, p in sorted(module.named_parameters())])
 
 

@@ -87,7 +87,7 @@ def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor
     """Of the mean loss of the tokens of weight 1, flat and concatenated for each part of the model, and whole."""
     lm.zero_grad()
     _, tape = student.score(batch, (), keep=True)
-    student.backward(tape, weights_BT, 1 / float(weights_BT.sum()), last=True)
+    student.backward(tape, {"loss": weights_BT}, 1 / float(weights_BT.sum()), last=True)
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in lm.named_parameters():
         parts[part_of(name)].append(parameter.grad.flatten().clone())

@@ -60,7 +60,7 @@ class TrainingEngine(Protocol):
     module: nn.Module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's `loss`, to be averaged over all ranks; `last` of the optimizer step."""
+        """Add the gradient of this rank's `loss`, to be averaged over the data-parallel ranks; `last` of the step."""
 
     def step(self, learning_rate: float) -> Update:
         """Clip and update once, after the last backward; an update with a non-finite gradient is skipped."""

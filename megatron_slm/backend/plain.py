@@ -14,7 +14,7 @@ from megatron_slm.dist import World
 
 
 class PlainBackend:
-    """float32 weights and gradients, averaged over the ranks parameter by parameter."""
+    """float32 weights and gradients, averaged over the data-parallel ranks parameter by parameter."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -54,12 +54,13 @@ class PlainEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
-        if last and self._world.size > 1:
+        data = self._world.data
+        if last and data.size > 1:
             for parameter in self.module.parameters():
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self._world.size
+                dist.all_reduce(parameter.grad, group=data.group)
+                parameter.grad /= data.size
 
     def step(self, learning_rate: float) -> Update:
         for group in self._optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What is told of every step, in the order in which it is told."""
+"""The callbacks of a run."""
 
 import logging
 from collections.abc import Sequence
@@ -13,11 +13,12 @@ from megatron_slm.data.loader import EvaluationStream
 from megatron_slm.dist import World, agree
 from megatron_slm.reference.references import LiveReference, NoReference, Reference
 from megatron_slm.run_folder import RunFolder
-from megatron_slm.training.callbacks import Checkpoints, Console, Profiler, Spikes
-from megatron_slm.training.checkpoints import CheckpointStore, cut_back
+from megatron_slm.training.callbacks import Console, JsonLines, Profiler
+from megatron_slm.training.checkpoints import cut_back
 from megatron_slm.training.cost import ModelFlops
-from megatron_slm.training.evaluation import Evaluation, Evaluator, ReferenceCheck
-from megatron_slm.training.metrics import Accounting, JsonLines, StepMetrics, Throughput
+from megatron_slm.training.evaluation import Evaluation, Evaluator
+from megatron_slm.training.metrics import Accounting, Spikes, StepMetrics, Throughput
+from megatron_slm.training.reference_check import ReferenceCheck
 from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, TokenTable, open_event_files
 from megatron_slm.training.trainer import Callback
 
@@ -37,7 +38,6 @@ class Parts:
     folder: RunFolder
     engine: TrainingEngine
     reference: Reference
-    store: CheckpointStore
     models: ModelFlops
     speed: Throughput
     store_check: Callback | None
@@ -46,7 +46,7 @@ class Parts:
 
 
 def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Callback]:
-    """In the order in which they fill, read and save a step's record; the user's own fill it last.
+    """Return the callbacks of a run; their order makes no difference to the records.
 
     Args:
         parts: of the run.
@@ -71,7 +71,6 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
         ExcessHistogram(config.training.histogram_interval, events),
         *own,
         *([] if events is None else _writers(parts, events, sources)),
-        Checkpoints(parts.store, parts.engine),
     ]
 
 

@@ -97,7 +97,7 @@ def make_student(
     if training.activation_checkpointing == "full":
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     module = CausalLM(lm, router=find_router_loss(lm))
-    accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.size)
+    accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.data.size)
     settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     _check_losses(engine.module, lm, config.data.reset_attention)
@@ -117,7 +117,7 @@ def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_le
         UserError: this model does not allow `rows` or `replay`.
     """
     if backward == "exact":
-        return ExactStudent(engine, module.router.coefficient if module.router else 0.0)
+        return ExactStudent(engine, {"router": module.router.coefficient} if module.router else {})
     if module.router is not None:
         raise UserError(
             "selection.backward",

@@ -10,9 +10,9 @@ from megatron_slm.reference.settings import ReferenceSettings
 from megatron_slm.selection.rule import Rule, ratio_at
 from megatron_slm.selection.scores import find_score
 from megatron_slm.signals import SIGNALS
+from megatron_slm.training.candidates import Candidates
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.state import Plan
-from megatron_slm.training.step import Candidates
 
 
 def make_rule(config: Config, world: World) -> Rule | None:
@@ -22,7 +22,7 @@ def make_rule(config: Config, world: World) -> Rule | None:
         UserError: the batch cannot be dealt to the ranks, a score does not exist, or a score needs a signal that this
             run does not have.
     """
-    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.size)
+    accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.data.size)
     if config.objective == "clm":
         return None
     settings = config.selection
@@ -42,12 +42,14 @@ def make_candidates(config: Config, rule: Rule | None, engine: TrainingEngine, m
     return Candidates(LiveReference(engine.module, samples), rule, samples, config.seed, min_context)
 
 
-def objective_at(config: Config, plan: Plan, rule: Rule | None, min_context: int, tokens: int) -> Objective:
+def objective_at(
+    config: Config, plan: Plan, rule: Rule | None, min_context: int, world: World, tokens: int
+) -> Objective:
     """Return the objective of the step that begins after `tokens`: a function of them, so that all ranks agree."""
     ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_steps * plan.tokens_per_step)
     if rule is None or ratio is None:
-        return CausalLanguageModeling()
-    return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step", min_context)
+        return CausalLanguageModeling(world.data.group)
+    return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step", min_context, world.data.group)
 
 
 def _check_mix(settings: ReferenceSettings | None, rule: Rule) -> None:

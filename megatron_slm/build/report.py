@@ -105,7 +105,7 @@ def _cost_line(config: Config, plan: Plan, models: ModelFlops, world: World) -> 
     flops = plain
     if config.objective == "slm":
         rule = config.selection
-        micro_steps = accumulation_steps(plan.global_batch_size, config.training.micro_batch_size, world.size)
+        micro_steps = accumulation_steps(plan.global_batch_size, config.training.micro_batch_size, world.data.size)
         tokens = StepTokens(
             candidates=read if plan.candidates > 1 else 0,
             trained=trained,
@@ -138,7 +138,7 @@ def _data_lines(config: Config, corpora: Corpora) -> list[str]:
 
 def _plan_lines(config: Config, plan: Plan, corpora: Corpora, world: World) -> list[str]:
     training = config.training
-    micro_steps = accumulation_steps(plan.global_batch_size, training.micro_batch_size, world.size)
+    micro_steps = accumulation_steps(plan.global_batch_size, training.micro_batch_size, world.data.size)
     read = plan.total_steps * plan.samples_per_step * plan.seq_length
     passes = read / tokens_per_epoch(config.data, corpora.train, corpora.kept)
     candidates = f", the best of {plan.samples_per_step} candidates" if plan.candidates > 1 else ""

@@ -27,13 +27,13 @@ from megatron_slm.io.files import whole_folder
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
 from megatron_slm.reference.references import LiveReference, Reference
 from megatron_slm.run_folder import RunFolder
-from megatron_slm.training.checkpoints import CheckpointStore, roll_back
+from megatron_slm.training.checkpoints import CheckpointStore, roll_back, save_checkpoint
 from megatron_slm.training.cost import ModelFlops, peak_flops, token_flops
 from megatron_slm.training.metrics import Throughput
 from megatron_slm.training.objective import SelectiveLanguageModeling
+from megatron_slm.training.reference_check import StoreCheck
 from megatron_slm.training.state import Requests, RunState
 from megatron_slm.training.step import TrainingStep
-from megatron_slm.training.store_check import StoreCheck
 from megatron_slm.training.trainer import Callback, Trainer
 from megatron_slm.types import Batch
 
@@ -117,13 +117,14 @@ def _build(
     peak = peak_flops(world.device)
     speed = Throughput(models, peak and peak * world.size)
     check = _make_store_check(resolved, loader, engine, reference, backend, world)
-    parts = Parts(config, corpora, folder, engine, reference, store, models, speed, check, resolved.min_context, world)
+    parts = Parts(config, corpora, folder, engine, reference, models, speed, check, resolved.min_context, world)
     trainer = Trainer(
         loader,
         step,
         partial(learning_rate_at, config.training, plan),
-        partial(objective_at, config, plan, rule, resolved.min_context),
+        partial(objective_at, config, plan, rule, resolved.min_context, world),
         make_callbacks(parts, [*callbacks, *resolved.callbacks], state.step),
+        partial(save_checkpoint, store, engine),
         config.training.max_skipped_updates,
         Requests(),
     )
@@ -177,9 +178,10 @@ def _make_store_check(
         partial(_first_batches, loader, world),
         LiveReference(engine.module, config.training.micro_batch_size),
         reference,
-        SelectiveLanguageModeling(rule, config.selection.ratio, False, resolved.min_context),
+        SelectiveLanguageModeling(rule, config.selection.ratio, False, resolved.min_context, world.data.group),
         partial(open_scorer, config, resolved.references, resolved.corpora, backend),
         config.seed,
+        world,
     )
 
 

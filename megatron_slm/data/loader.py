@@ -53,7 +53,8 @@ class StepLoader:
     """The micro-batches of one optimizer step for this rank, the next step read ahead in a thread.
 
     Of the samples from a position of the order on, without those to skip, micro-step m takes the next b*W for
-    micro-batch b and W ranks, and rank r the r-th run of b. Seeking is arithmetic: the state is the position.
+    micro-batch b and W data-parallel ranks, and rank r the r-th run of b. Seeking is arithmetic: the state is the
+    position.
 
     Args:
         samples: the run's order.
@@ -79,7 +80,7 @@ class StepLoader:
         self._reset_attention = reset_attention
         self._world = world
         self._skip = skip
-        accumulation_steps(global_batch_size, micro_batch_size, world.size)
+        accumulation_steps(global_batch_size, micro_batch_size, world.data.size)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -99,8 +100,9 @@ class StepLoader:
     def read(self, position: int) -> list[Batch]:
         """Return this rank's micro-batches of the step that begins at this position, in host memory."""
         ordinals = list(chain(*runs_beside(self._skip, position, self._global_batch_size)))
-        stride = self._micro_batch_size * self._world.size
-        mine = range(self._world.rank * self._micro_batch_size, len(ordinals), stride)
+        data = self._world.data
+        stride = self._micro_batch_size * data.size
+        mine = range(data.rank * self._micro_batch_size, len(ordinals), stride)
         return [self._batch(ordinals[first : first + self._micro_batch_size]) for first in mine]
 
     def _batch(self, ordinals: list[int]) -> Batch:

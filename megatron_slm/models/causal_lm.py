@@ -49,8 +49,8 @@ class CausalLM(nn.Module):
                 models/sparse_backward/attention.py.
 
         Returns:
-            float32 `[B, T]` columns: `loss` in nats, and those wanted. Where gradients are recorded and the model has a
-            router loss, also `router`: that loss, a number, without its coefficient.
+            float32 columns `[B, T]`: `loss` in nats, and those wanted. Where gradients are recorded and the model has a
+            router loss, also the 0-dim term `router`: that loss, without its coefficient.
         """
         options = dict(brought or {})
         if self.router is not None:

@@ -1,8 +1,12 @@
-"""The model that learns, behind two verbs: score a batch, and backward what was scored.
+"""The student model, behind two verbs: score a batch, and run the backward of what was scored.
 
-`exact.py`, `rows.py` and `replay.py` are the ways to do that; the step knows none of them.
+A forward returns named entries. An entry `[B, T]` is a *column* with one number per token: a loss column, such as
+`loss`, which the objective may weigh, or a signal, such as `entropy`. A 0-dim entry is a *term*: a loss of the model's
+own, such as the router loss, which counts with a fixed coefficient. The step and the engines pass columns on by name,
+so that a further loss column changes only the model's forward and the objective.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -12,7 +16,7 @@ from torch import Tensor
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.models.causal_lm import score_batch
 from megatron_slm.selection.select import weighted_loss
-from megatron_slm.types import Batch, TokenSignals
+from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class Tape(Protocol):
@@ -29,68 +33,87 @@ class Student(Protocol[T]):
     """Scores batches, and adds the gradient of what was selected."""
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, T]:
-        """Columns of each token (detached), and the tape that `backward` takes.
+        """Return all columns, detached, and the tape that `backward` takes.
 
         Args:
             batch: a micro-batch of this rank.
-            want: columns beside the loss, such as `entropy`.
-            keep: what `backward` needs of this forward; otherwise it runs the batch again.
+            want: columns beside the loss, such as `entropy`, including each loss column that `backward` weighs.
+            keep: keep what `backward` needs of this forward; otherwise `backward` runs the batch again.
         """
 
-    def backward(self, tape: T, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0) -> Tensor | None:
-        """Add the gradient of `scale * sum(weights * loss)`; every rank calls it, also with all weights zero.
+    def backward(
+        self, tape: T, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add the gradient of `scale` times the sum of `weights * column` over all tokens and loss columns.
+
+        Every rank calls it, also with all weights zero.
 
         Args:
             tape: of the same batch, used once.
-            weights_BT: float32; tokens of weight 0 do not count.
-            scale: one over the planned count of the optimizer step, times the number of ranks.
+            weights: float32 `[B, T]` by loss column; tokens of weight 0 do not count.
+            scale: one over the planned count of the optimizer step, times the number of data-parallel ranks.
             last: of the optimizer step.
-            share: one over the micro-batches of the step on this rank. The model's own loss counts by it, because the
-                engine averages over ranks and adds up micro-batches.
+            share: one over the micro-batches of the step on this rank. Terms count by it, because the engine averages
+                over ranks and adds up micro-batches.
 
         Returns:
-            The model's own loss of this batch, detached and without its coefficient (models/router.py). None if it has
-            none.
+            The model's terms for this batch by name, detached and without their coefficients.
         """
+
+
+def detached_columns(output: TokenSignals) -> TokenSignals:
+    """Return the columns of a forward, detached."""
+    return {name: value.detach() for name, value in output.items() if value.ndim > 0}
+
+
+def weighted_sum(output: TokenSignals, weights: TokenWeights) -> Tensor:
+    """Return the sum of `weights * column` over all tokens and loss columns: 0-dim float32, this rank only."""
+    return torch.stack([weighted_loss(output[name], weight) for name, weight in weights.items()]).sum()
+
+
+def selected_tokens(weights: TokenWeights) -> Tensor:
+    """Return the tokens with a weight in any loss column, bool `[B, T]`."""
+    return torch.stack(list(weights.values())).ne(0).any(0)
+
+
+def weighed_columns(weights: TokenWeights) -> tuple[str, ...]:
+    """Return the loss columns beside `loss` that a forward must compute for these weights."""
+    return tuple(name for name in weights if name != "loss")
 
 
 @dataclass(frozen=True)
 class ExactTape:
-    """The batch; if they were kept, the loss with its graph, and the model's own loss with its graph if it has one."""
+    """The batch, and the output of its forward with the graph if that was kept."""
 
     batch: Batch
-    loss_BT: Tensor | None
-    router: Tensor | None = None
+    output: TokenSignals | None
 
 
 class ExactStudent:
-    """See `Student`.
+    """See `Student`; the backward runs through all tokens.
 
     Args:
         engine: the module (a `CausalLM`) with its optimizer.
-        router_coefficient: of the model's router loss, if it has one.
+        coefficients: of the model's own terms, by name, such as `router` (models/router.py).
     """
 
-    def __init__(self, engine: TrainingEngine, router_coefficient: float = 0.0) -> None:
+    def __init__(self, engine: TrainingEngine, coefficients: Mapping[str, float] | None = None) -> None:
         self._engine = engine
-        self._router_coefficient = router_coefficient
+        self._coefficients = dict(coefficients or {})
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, ExactTape]:
         with torch.set_grad_enabled(keep):
-            signals = score_batch(self._engine.module, batch, want)
-        router = signals.pop("router", None)
-        tape = ExactTape(batch, signals["loss"] if keep else None, router)
-        return {name: column.detach() for name, column in signals.items()}, tape
+            output = score_batch(self._engine.module, batch, want)
+        return detached_columns(output), ExactTape(batch, output if keep else None)
 
     def backward(
-        self, tape: ExactTape, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0
-    ) -> Tensor | None:
-        loss_BT, router = tape.loss_BT, tape.router
-        if loss_BT is None:
-            signals = score_batch(self._engine.module, tape.batch)
-            loss_BT, router = signals["loss"], signals.get("router")
-        objective = weighted_loss(loss_BT, weights_BT) * scale
-        if router is not None:
-            objective = objective + self._router_coefficient * share * router
-        self._engine.backward(objective, last=last)
-        return None if router is None else router.detach()
+        self, tape: ExactTape, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        output = tape.output
+        if output is None:
+            output = score_batch(self._engine.module, tape.batch, weighed_columns(weights))
+        total = weighted_sum(output, weights) * scale
+        for name, coefficient in self._coefficients.items():
+            total = total + coefficient * share * output[name]
+        self._engine.backward(total, last=last)
+        return {name: output[name].detach() for name in self._coefficients}

@@ -38,7 +38,7 @@ class Source(Protocol):
 
 
 class ModelSource:
-    """Runs a model over the work; batch i of a shard belongs to rank i mod W.
+    """Runs a model over the work; batch i of a shard belongs to data-parallel rank i mod W.
 
     Args:
         module: a `CausalLM` as its engine runs it, whole or sharded.
@@ -57,14 +57,14 @@ class ModelSource:
     @torch.no_grad()
     def shard(self, number: int, told: Callable[[int], None]) -> Values:
         shard = self._work.shard(number)
-        size, world = shard.stop - shard.start, self._world
+        size, data = shard.stop - shard.start, self._world.data
         # One more row takes what is not to be kept, so that nothing waits for the device.
-        value_RC = torch.zeros(size + 1, len(self._columns), device=world.device)
-        for first in range(0, len(shard.batches), world.size):
-            self._run(shard, first + world.rank, value_RC)
-            told(min(size, size * (first + world.size) // len(shard.batches)))
+        value_RC = torch.zeros(size + 1, len(self._columns), device=self._world.device)
+        for first in range(0, len(shard.batches), data.size):
+            self._run(shard, first + data.rank, value_RC)
+            told(min(size, size * (first + data.size) // len(shard.batches)))
         # Each row has one writer, and zero from all others: the sum is exact.
-        return Values(shard.start, all_reduce_sum(value_RC[:size]).cpu().numpy())
+        return Values(shard.start, all_reduce_sum(value_RC[:size], data.group).cpu().numpy())
 
     def _run(self, shard: Shard, index: int, value_RC: Tensor) -> None:
         """A batch of this rank; beyond the last one it runs for company, since a sharded model needs all ranks."""

@@ -21,6 +21,7 @@ from megatron_slm.backend import TrainingEngine
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.io.files import publish, sync, write_durably
+from megatron_slm.training.state import RunState
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -165,6 +166,21 @@ class CheckpointStore:
                 shutil.rmtree(old)
             except OSError as error:
                 logging.getLogger(__name__).warning("checkpoint %s cannot be removed: %s", old.name, error)
+
+
+def save_checkpoint(store: CheckpointStore, engine: TrainingEngine, state: RunState) -> None:
+    """Save the run; if that fails, warn and count it, because a later checkpoint may succeed. Every rank calls it.
+
+    Raises:
+        AgreedError: the last checkpoint of the run cannot be written.
+    """
+    try:
+        store.save(engine, state.progress())
+    except AgreedError as error:
+        if state.is_over:
+            raise
+        state.failed_saves += 1
+        logging.getLogger(__name__).warning("%s Training continues, and the next checkpoint is due as planned.", error)
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:

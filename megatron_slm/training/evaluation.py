@@ -1,6 +1,5 @@
-"""Held-out loss of whole corpora, the same at any number of ranks."""
+"""The held-out loss of whole corpora, the same on any number of ranks."""
 
-import logging
 import math
 
 import torch
@@ -15,12 +14,13 @@ from megatron_slm.training.trainer import Callback
 
 
 class Evaluator:
-    """Runs a model over every evaluation set.
+    """Runs a model over all evaluation sets.
 
     Args:
         module: the student, or the reference, as its engine runs it.
         streams: evaluation sets by name.
-        micro_batch_size: windows at a time; on all ranks the same shape, so that the numbers are too.
+        micro_batch_size: windows per forward. All forwards have this shape, because the last bits of a matrix product
+            depend on it.
         world: this process among all.
         limit: windows of each set, from its beginning, over all ranks; None for all of them.
     """
@@ -40,7 +40,7 @@ class Evaluator:
         self._limit = limit
 
     def evaluate(self) -> dict[str, float | int | None]:
-        """`eval/NAME/loss` in nats a scored token and `eval/NAME/bits_per_byte`; every rank calls it."""
+        """Return `eval/NAME/loss` in nats per scored token and `eval/NAME/bits_per_byte`; every rank calls it."""
         record: dict[str, float | int | None] = {}
         for name, (loss, count) in self._all_sums().items():
             record[f"eval/{name}/loss"] = loss / count if count else None
@@ -48,7 +48,7 @@ class Evaluator:
         return record
 
     def losses(self) -> dict[str, float]:
-        """Loss by set, in nats a scored token; without the sets in which nothing is scored. Every rank calls it."""
+        """Return the loss of each set in nats per scored token, without sets that have none; every rank calls it."""
         return {name: loss / count for name, (loss, count) in self._all_sums().items() if count}
 
     def _all_sums(self) -> dict[str, tuple[float, float]]:
@@ -60,24 +60,27 @@ class Evaluator:
 
     @torch.no_grad()
     def _sums(self, stream: EvaluationStream) -> tuple[float, float]:
-        """Summed loss and scored tokens over all ranks. Window w belongs to batch w // b, batch i to rank i mod W."""
-        b, world = self._micro_batch_size, self._world
+        """Return the summed loss and the number of scored tokens over all ranks.
+
+        Window w belongs to batch w // b, and batch i to data-parallel rank i mod W.
+        """
+        b, data, device = self._micro_batch_size, self._world.data, self._world.device
         windows = min(len(stream), self._limit or len(stream))
-        rounds = math.ceil(windows / (b * world.size))
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        rounds = math.ceil(windows / (b * data.size))
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
         for turn in range(rounds):
-            first = (turn * world.size + world.rank) * b
-            # One beyond the limit is as one beyond the end: padding, so that all ranks run equally often.
+            first = (turn * data.size + data.rank) * b
+            # Windows beyond the limit are read as padding, so that all ranks run equally often.
             mine = [window if window < windows else len(stream) for window in range(first, first + b)]
-            batch = stream.batch(mine).to(world.device)
+            batch = stream.batch(mine).to(device)
             loss_BT = score_batch(self._module, batch)["loss"]
             sums += torch.stack([loss_BT[batch.valid_BT].sum(dtype=torch.float64), batch.valid_BT.sum().double()])
-        loss, count = all_reduce_sum(sums).tolist()
+        loss, count = all_reduce_sum(sums, data.group).tolist()
         return loss, count
 
 
 class Evaluation(Callback):
-    """Runs every evaluation set every `eval_interval` steps and after the last one."""
+    """Adds the loss of all evaluation sets, every `eval_interval` steps and after the last one."""
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
@@ -85,33 +88,3 @@ class Evaluation(Callback):
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         if state.is_evaluated and state.record is not None:
             state.record |= self._evaluator.evaluate()
-
-
-class ReferenceCheck(Callback):
-    """Compares the reference with the student before the first step of a fresh run. It warns, and changes nothing.
-
-    Args:
-        student, reference: evaluators over the beginning of the same sets.
-        path: of the reference, for the warning.
-    """
-
-    def __init__(self, student: Evaluator, reference: Evaluator, path: str) -> None:
-        self._student = student
-        self._reference = reference
-        self._path = path
-
-    def on_train_start(self, state: RunState) -> None:
-        if state.step > 0:
-            return
-        log = logging.getLogger(__name__)
-        students, references = self._student.losses(), self._reference.losses()
-        for name, reference in references.items():
-            log.info(
-                "reference check: %s: loss of the reference %.4f, of the student %.4f", name, reference, students[name]
-            )
-        if references and not any(reference < students[name] for name, reference in references.items()):
-            log.warning(
-                "The reference is no better than the student on any evaluation set: was %s (reference.path) trained on "
-                "the curated text?",
-                self._path,
-            )

@@ -1,11 +1,10 @@
-"""Losses and selection of a logged step, over all ranks."""
+"""The callbacks that fill the record of a step."""
 
 import json
 import logging
 import math
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
 
 from megatron_slm.training.cost import ModelFlops, step_flops, student_tokens
 from megatron_slm.training.state import RunState
@@ -14,12 +13,12 @@ from megatron_slm.training.trainer import Callback
 
 
 class StepMetrics(Callback):
-    """Fills the record with what the step's sums say.
+    """Adds the step's losses, selection and update to the record, over all ranks.
 
     Args:
         sources: names of the blend's entries.
-        selective: report what exists only where tokens are selected.
-        quantiles: of the excess loss; none where there never is a reference.
+        selective: also report what exists only if tokens are selected.
+        quantiles: of the excess loss; empty if the run has no reference.
         min_context: see `competing_tokens`; above 0, the share of tokens that do not compete is reported.
     """
 
@@ -44,8 +43,7 @@ class StepMetrics(Callback):
             "skipped_updates": state.skipped_updates,
             "failed_saves": state.failed_saves,
         }
-        if result.statistics.has_router:
-            state.record["loss/router"] = result.statistics.router_loss()
+        state.record |= {f"loss/{name}": mean for name, mean in result.statistics.mean_terms().items()}
         if self._selective:
             state.record |= self._selection(state, result, sums)
             self._warn(result.statistics.num_nan)
@@ -56,7 +54,7 @@ class StepMetrics(Callback):
         quantiles: list[float] | list[None] = [None] * len(self._quantiles)
         if statistics.has_reference:
             quantiles = statistics.excess_quantiles(self._quantiles, round(sums["competing"]))
-        return {
+        record = {
             "consumed_selected_tokens": state.consumed_selected_tokens,
             "loss/selected": ratio(sums["selected_loss"], sums["selected"]),
             "loss/unselected": ratio(sums["loss"] - sums["selected_loss"], unselected),
@@ -64,48 +62,45 @@ class StepMetrics(Callback):
             "selection/threshold": ratio(sums["threshold"], sums["thresholds"]),
             "selection/ratio": ratio(sums["selected"], sums["valid"]),
             "selection/nan": statistics.num_nan,
-            **self._excluded(sums),
-            **{
-                f"selection/ratio/{name}": ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
-                for source, name in enumerate(self._sources)
-            },
-            **{f"excess/q{q * 100:02.0f}": v for q, v in zip(self._quantiles, quantiles, strict=True)},
         }
-
-    def _excluded(self, sums: dict[str, float]) -> dict[str, float | None]:
-        if not self._min_context:
-            return {}
-        return {"selection/short_context": ratio(sums["valid"] - sums["competing"], sums["valid"])}
+        if self._min_context:
+            record["selection/short_context"] = ratio(sums["valid"] - sums["competing"], sums["valid"])
+        for source, name in enumerate(self._sources):
+            record[f"selection/ratio/{name}"] = ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
+        for q, quantile in zip(self._quantiles, quantiles, strict=True):
+            record[f"excess/q{q * 100:02.0f}"] = quantile
+        return record
 
     def _warn(self, without_score: int) -> None:
-        """Once: such tokens are kept last, so a run goes on with a few of them."""
+        """Warn once about tokens without a score; they are selected last, so that a run survives a few of them."""
         if without_score and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(
-                "selection.score is NaN for %d tokens of this step, which are kept last: look at the score, and at "
-                "selection/nan in the records.",
+                "selection.score is NaN for %d tokens of this step, which are selected last. Check the score, and "
+                "watch selection/nan in the records.",
                 without_score,
             )
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """None where it is not defined."""
+    """Return `part / whole`; None if that is not defined."""
     return part / whole if whole else None
 
 
 class Throughput(Callback):
-    """Mean over the steps since the last record; evaluation and checkpoints are not counted.
+    """Adds the speed and utilization, as means over the steps since the last record.
+
+    Callbacks, such as evaluation, and checkpoints are not counted.
 
     Args:
-        models: FLOPs a token; forwards of the reference, and of the student to score alone, are in the hardware's
-            share, not in the MFU.
-        peak_flops: of all devices together, FLOP/s; None if not known, then the shares are null.
+        models: FLOPs per token. The hardware utilization counts forwards of the reference, and those of the student
+            that only score; the MFU does not.
+        peak_flops: of all devices together, FLOP/s; None if unknown, then both shares are null.
     """
 
     def __init__(self, models: ModelFlops, peak_flops: float | None) -> None:
         self._models = models
         self._peak_flops = peak_flops
-        self._started = 0.0
         self._seconds = self._flops = 0.0
         self._steps = 0
 
@@ -113,17 +108,14 @@ class Throughput(Callback):
         if self._peak_flops is None:
             return
         logging.getLogger(__name__).info(
-            "FLOPs a token: student %.3g, reference %.3g; peak of all devices: %.0f TFLOP/s (dense)",
+            "FLOPs per token: student %.3g, reference %.3g; peak of all devices: %.0f TFLOP/s (dense)",
             self._models.student.training,
             self._models.reference,
             self._peak_flops / 1e12,
         )
 
-    def on_step_start(self, state: RunState) -> None:
-        self._started = time.perf_counter()
-
     def on_step_end(self, state: RunState, result: StepResult) -> None:
-        self._seconds += time.perf_counter() - self._started
+        self._seconds += state.step_seconds
         self._steps += 1
         self._flops += step_flops(self._models, result.tokens)
         if state.record is None:
@@ -141,21 +133,21 @@ class Throughput(Callback):
 
 
 NAME = "accounting"
-"""Of what is carried through checkpoints."""
+"""Name of the totals in `RunState.carried`."""
 
 
 class Accounting(Callback):
-    """Adds up every step, over all ranks and all models, on every rank alike.
+    """Adds the totals of the run, over all ranks and all models; every rank computes the same.
 
     Args:
-        models: FLOPs a token of each.
+        models: FLOPs per token of each.
     """
 
     def __init__(self, models: ModelFlops) -> None:
         self._models = models
 
     def on_train_start(self, state: RunState) -> None:
-        # What a run from before this was counted has cost, nobody knows.
+        # Unknown if the run began with an earlier version, which did not count.
         before = math.nan if state.step else 0
         state.carried.setdefault(NAME, {"scored_tokens": before, "flops": before})
 
@@ -167,26 +159,78 @@ class Accounting(Callback):
             state.record |= {"trained_tokens": state.trained_tokens, **spent}
 
 
-class JsonLines(Callback):
-    """Appends on rank 0; a record has left this process before the next step begins."""
+WARM_UP = 50
+"""First steps, which are never reported as spikes: the average is not reliable yet."""
+WINDOW = 100
+"""Steps that the averages span: each new one has a weight of a hundredth."""
 
-    def __init__(self, path: Path) -> None:
+
+@dataclass
+class LossAverage:
+    """The exponentially weighted mean and variance of the loss so far, and the number of spikes."""
+
+    steps: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    spikes: int = 0
+
+    def deviation(self, loss: float) -> float:
+        """Return how many standard deviations a loss lies above the mean."""
+        return (loss - self.mean) / max(math.sqrt(self.variance), 1e-12)
+
+    def add(self, loss: float) -> None:
+        """Add one step: with equal weights at first, and with exponential weights once a window is full."""
+        self.steps += 1
+        weight = max(1 / self.steps, 1 / WINDOW)
+        difference = loss - self.mean
+        self.mean += weight * difference
+        self.variance = (1 - weight) * (self.variance + weight * difference**2)
+
+
+class Spikes(Callback):
+    """Warns of loss spikes and adds their number; writes `spikes.jsonl` on rank 0.
+
+    Every rank computes the same. A spike moves the averages no more than a loss at the limit would, so that the next
+    one is still detected, and a level that stays higher is accepted in time.
+
+    Args:
+        path: file for the spikes; None on ranks that do not write.
+        sigma: standard deviations above the mean from which a loss is a spike.
+    """
+
+    def __init__(self, path: Path | None, sigma: float) -> None:
         self._path = path
-        self._file: IO[str] | None = None
+        self._sigma = sigma
+        self._average = LossAverage()
 
     def on_train_start(self, state: RunState) -> None:
-        self._file = self._path.open("a", encoding="utf-8")
+        self._average = LossAverage(**state.carried.get("spikes", {}))
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
-        if state.record is not None and self._file is not None:
-            self._file.write(json.dumps(finite(state.record)) + "\n")
-            self._file.flush()
+        average, loss = self._average, result.loss
+        if math.isfinite(loss):
+            if average.steps >= WARM_UP and average.deviation(loss) > self._sigma:
+                average.spikes += 1
+                self._report(state, loss)
+                loss = average.mean + self._sigma * math.sqrt(average.variance)
+            average.add(loss)
+        state.carried["spikes"] = asdict(average)
+        if state.record is not None:
+            state.record["loss/spikes"] = average.spikes
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def finite(record: dict[str, float | int | None]) -> dict[str, float | int | None]:
-    """JSON knows no NaN and no infinity: null."""
-    return {key: value if value is None or abs(value) < float("inf") else None for key, value in record.items()}
+    def _report(self, state: RunState, loss: float) -> None:
+        expected, sigma = self._average.mean, self._average.deviation(loss)
+        samples = [state.first_sample, state.next_sample]
+        logging.getLogger(__name__).warning(
+            "loss spike at step %d: %.4f, expected %.4f, %.1f standard deviations above. To skip its samples, "
+            "roll back and set data.skip_samples=[%s]",
+            state.step,
+            loss,
+            expected,
+            sigma,
+            samples,
+        )
+        if self._path is not None:
+            spike = {"step": state.step, "loss": loss, "expected": expected, "sigma": sigma, "samples": samples}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(spike) + "\n")

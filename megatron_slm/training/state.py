@@ -1,4 +1,4 @@
-"""What callbacks see of a run."""
+"""The state of a run, as callbacks see it, and the requests that signals make of a run."""
 
 import logging
 import os
@@ -29,41 +29,42 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        """That are trained on."""
+        """Tokens that a step trains on, over all ranks."""
         return self.global_batch_size * self.seq_length
 
     @property
     def samples_per_step(self) -> int:
-        """That are read: candidates, of which some are trained on."""
+        """Samples that a step reads, over all ranks: candidates, of which some are trained on."""
         return self.global_batch_size * self.candidates
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What was asked of the run from outside, on any rank: to save, and to save and stop, when the step ends."""
+class Requested:
+    """Requests made of the run from outside: to save, or to save and stop, at the end of the step."""
 
     save: bool = False
     stop: bool = False
 
 
-NOTHING = Asked()
+NO_REQUEST = Requested()
 
 
 @dataclass
 class RunState:
-    """Where the run stands. All of it, but what belongs to this step, is in every checkpoint.
+    """The progress of a run. Checkpoints hold all of it, except what belongs to this step alone.
 
     step                      updates so far, the first is 1
-    consumed_samples          read, over all ranks: trained on, or candidates for it
-    next_sample               position in the order of samples: what was left out counts too
-    consumed_selected_tokens  tokens that were kept, over all ranks
+    consumed_samples          samples read, over all ranks: trained on, or candidates
+    next_sample               position in the order of samples, including samples that were skipped
+    consumed_selected_tokens  tokens that were selected, over all ranks
     skipped_updates           updates that were not applied; in_a_row: the latest ones
     failed_saves              checkpoints that could not be written
     order_fingerprint         of the order of samples; a checkpoint of another order is not resumed
-    carried                   what callbacks need to go on, by their names; whatever JSON can hold
+    carried                   what callbacks need to resume, by their names; anything that JSON can hold
     first_sample              position at which this step began
-    asked                     of the run, while this step ran; the same on all ranks
-    record                    this step's metrics, filled by the callbacks in their order; None if it is not logged
+    step_seconds              seconds that this step took, without its callbacks
+    requested                 requests made while this step ran; the same on all ranks
+    record                    this step's metrics, filled by the callbacks in any order; None if it is not logged
     """
 
     plan: Plan
@@ -77,7 +78,8 @@ class RunState:
     failed_saves: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
     first_sample: int = field(default=0, compare=False)
-    asked: Asked = field(default=NOTHING, compare=False)
+    step_seconds: float = field(default=0.0, compare=False)
+    requested: Requested = field(default=NO_REQUEST, compare=False)
     record: dict[str, float | int | None] | None = field(default=None, repr=False)
 
     @property
@@ -86,7 +88,7 @@ class RunState:
 
     @property
     def trained_tokens(self) -> int:
-        """In batches with a backward, over all ranks: what schedules and the length of the run go by."""
+        """Tokens in batches with a backward, over all ranks; schedules and the length of the run depend on it."""
         return self.step * self.plan.tokens_per_step
 
     @property
@@ -94,13 +96,13 @@ class RunState:
         return self.step >= self.plan.total_steps
 
     def is_due(self, interval: int) -> bool:
-        """What happens every `interval` steps, and after the last one, happens now."""
+        """Return whether something that happens every `interval` steps, and after the last one, is due now."""
         return self.is_last or self.step % interval == 0
 
     @property
     def is_over(self) -> bool:
-        """Nothing more is to be done: the plan is fulfilled, or the run was asked to stop."""
-        return self.is_last or self.asked.stop
+        """Whether the plan is fulfilled, or the run was requested to stop."""
+        return self.is_last or self.requested.stop
 
     @property
     def is_evaluated(self) -> bool:
@@ -112,9 +114,9 @@ class RunState:
 
     @property
     def is_saved(self) -> bool:
-        return self.asked.stop or self.asked.save or self.is_due(self.plan.save_interval)
+        return self.requested.stop or self.requested.save or self.is_due(self.plan.save_interval)
 
-    def advance(self, next_sample: int, selected_tokens: int, applied: bool, asked: Asked = NOTHING) -> None:
+    def advance(self, next_sample: int, selected_tokens: int, applied: bool, requested: Requested = NO_REQUEST) -> None:
         """Count one optimizer step, which read the order of samples up to `next_sample`."""
         self.step += 1
         self.consumed_samples += self.plan.samples_per_step
@@ -122,24 +124,26 @@ class RunState:
         self.consumed_selected_tokens += selected_tokens
         self.skipped_updates += not applied
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
-        self.asked = asked
+        self.requested = requested
 
     def progress(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint holds."""
         return {name: getattr(self, name) for name in PROGRESS}
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Go on from a checkpoint's progress.
+        """Resume from a checkpoint's progress.
 
         Raises:
-            UserError: it was trained on another order of samples.
+            UserError: the checkpoint was trained on another order of samples.
         """
         if progress["order_fingerprint"] != self.order_fingerprint:
             raise UserError(
-                "The checkpoint was trained on another order of samples than data.train and seed give now: "
-                "put them back, or use another run_dir."
+                "checkpoint",
+                "of another order of samples",
+                "data.train, seed and the other settings of the order must not change during a run",
+                "Restore them, or use another run_dir",
             )
-        # Runs from before these were counted had left out nothing.
+        # Checkpoints of earlier versions lack these entries; their runs skipped nothing.
         progress = {"next_sample": progress["consumed_samples"], "failed_saves": 0, "carried": {}} | progress
         for name in PROGRESS:
             setattr(self, name, progress[name])
@@ -161,38 +165,38 @@ PROGRESS = (
 SAVE = signal.SIGUSR1
 STOP = (signal.SIGUSR2, signal.SIGTERM)
 ECHO_SECONDS = 5.0
-"""A launcher may pass on the SIGTERM that a scheduler has sent to this process too: the two are one request."""
+"""Seconds within which two SIGTERM are one request: the scheduler sends one, and the launcher may pass on another."""
 
 
 class Requests:
-    """Listens for signals on this rank. A handler only takes a note: the ranks agree on it within a step."""
+    """The signals that this rank received. A handler only records them; the ranks agree on them within a step."""
 
     def __init__(self) -> None:
         self._save = False
         self._stop = False
         self._terminated_at: float | None = None
 
-    def take(self) -> Asked:
-        """What was asked since the last call, of this rank alone."""
-        asked = Asked(self._save, self._stop)
-        if asked.save:
+    def collect(self) -> Requested:
+        """Return the requests of this rank: to save, since the last call, and to stop, since the start."""
+        requested = Requested(self._save, self._stop)
+        if requested.save:
             self._save = False
-        return asked
+        return requested
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside, and put back what handled them before."""
+        """Handle the signals inside, and restore the former handlers."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread alone.
+            yield  # Python delivers signals to the main thread only.
             return
-        before = {number: signal.signal(number, self._note) for number in (SAVE, *STOP)}
+        former = {number: signal.signal(number, self._note) for number in (SAVE, *STOP)}
         logging.getLogger(__name__).info(
             "process %d on %s: SIGUSR1 saves, SIGUSR2 or SIGTERM saves and stops", os.getpid(), socket.gethostname()
         )
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in former.items():
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

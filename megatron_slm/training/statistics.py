@@ -1,11 +1,11 @@
-"""Sums over a step, kept on the device and reduced over all ranks when a step is logged."""
+"""Sums over the tokens of a step, kept on the device and reduced over the ranks when a step is logged."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_slm.dist import all_reduce_sum
+from megatron_slm.dist import World, all_reduce_sum
 from megatron_slm.selection.select import score_quantiles
 from megatron_slm.training.objective import Choice
 from megatron_slm.types import Batch, TokenSignals
@@ -15,10 +15,10 @@ HISTOGRAM_LIMIT, BINS_PER_NAT = 16, 4
 
 
 class Histogram(NamedTuple):
-    """Excess loss over all ranks, from the first bin that is not empty to the last; all of it empty without a token.
+    """The histogram of the excess loss over all ranks, from the first bin that is not empty to the last.
 
-    counts          tokens a bin, of which each includes its lower edge
-    edges           in nats, one more than bins
+    counts          tokens per bin, of which each includes its lower edge; empty without a token
+    edges           in nats, one more than bins; empty without a token
     total, squares  sum of the values, and of their squares
     """
 
@@ -28,61 +28,62 @@ class Histogram(NamedTuple):
     squares: float
 
 
-class Pool(NamedTuple):
-    """This rank's part of what was ranked together, as the step saw it."""
+class ScoredPool(NamedTuple):
+    """This rank's part of what was ranked together: its tokens, their signals, and the selection."""
 
     batch: Batch
     signals: TokenSignals
     choice: Choice
 
 
+SUMS = ("valid", "competing", "selected", "loss", "selected_loss", "reference_loss", "thresholds", "threshold")
+
+
 class StepStatistics:
-    """What a step's tokens sum up to on this rank.
+    """The sums over a step's tokens on this rank, and their reduction over the data-parallel ranks.
 
     Args:
         num_sources: entries of the blend.
-        device: of the batches.
+        world: this process among all.
 
-    `first_pool` is kept as it is, for who wants to look at tokens; None before the first.
+    Attributes:
+        first_pool: the first pool as it was scored, for callbacks that show tokens; None before the first.
     """
 
-    def __init__(self, num_sources: int, device: torch.device) -> None:
-        self._sums = {
-            name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in (
-                "valid",
-                "competing",
-                "selected",
-                "loss",
-                "selected_loss",
-                "reference_loss",
-                "thresholds",
-                "threshold",
-            )
-        }
+    def __init__(self, num_sources: int, world: World) -> None:
+        device = world.device
+        self._group = world.data.group
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
-        self._excess: list[tuple[Tensor, Tensor]] = []
+        self._excess: list[Tensor] = []
+        self._competing: list[Tensor] = []
+        self._samples: list[Tensor] = []
+        self._not_finite: list[Tensor] = []
         self._nan = torch.zeros((), dtype=torch.int64, device=device)
-        self._routers: list[Tensor] = []
-        self.first_pool: Pool | None = None
+        self._terms: dict[str, list[Tensor]] = {}
+        self.first_pool: ScoredPool | None = None
 
     @property
     def has_reference(self) -> bool:
         return bool(self._excess)
 
     @property
-    def has_router(self) -> bool:
-        """Whether the student has a router loss; the same on every rank."""
-        return bool(self._routers)
-
-    @property
     def num_nan(self) -> int:
         """Tokens of all ranks whose score is NaN; the same on every rank."""
         return int(self._nan)
 
+    @property
+    def not_finite(self) -> Tensor:
+        """Sequences of this rank with a loss, of either model, that is infinite or NaN: bool `[B]`."""
+        return torch.cat(self._not_finite)
+
+    def bad_samples(self) -> list[int]:
+        """Return the ordinals of the samples of this rank with a loss that is not finite."""
+        return torch.cat(self._samples)[self.not_finite].tolist()
+
     def add(self, pool: Batch, signals: TokenSignals, choice: Choice) -> None:
-        """One pool of this rank."""
-        self.first_pool = self.first_pool or Pool(pool, signals, choice)
+        """Add one pool of this rank."""
+        self.first_pool = self.first_pool or ScoredPool(pool, signals, choice)
         valid_BT, loss_BT = pool.valid_BT, signals["student.loss"]
         self._nan += choice.num_nan
         self._add("valid", valid_BT)
@@ -94,34 +95,43 @@ class StepStatistics:
         self._add("threshold", choice.threshold.nan_to_num(0.0, 0.0, 0.0))
         if "reference.loss" in signals:
             self._add("reference_loss", signals["reference.loss"] * valid_BT)
+            self._excess.append((loss_BT - signals["reference.loss"]).flatten())
             # Only tokens that compete: their quantile 1 - ratio is the threshold.
-            self._excess.append((loss_BT - signals["reference.loss"], choice.competing_BT))
+            self._competing.append(choice.competing_BT.flatten())
+        self._samples.append(pool.sample_index_B)
+        self._not_finite.append(_not_finite(pool, signals, choice))
         for row, mask_BT in enumerate((valid_BT, choice.mask_BT)):
             self._by_source_2S[row].index_add_(0, pool.source_B, mask_BT.sum(-1).double())
 
-    def add_router(self, loss: Tensor) -> None:
-        """Add the router loss of one micro-batch of this rank."""
-        self._routers.append(loss.double())
+    def add_terms(self, terms: list[dict[str, Tensor]]) -> None:
+        """Add the student's own terms, such as the router loss, of some micro-batches of this rank."""
+        for of_one in terms:
+            for name, term in of_one.items():
+                self._terms.setdefault(name, []).append(term.double())
 
-    def router_loss(self) -> float:
-        """Return the mean router loss over all micro-batches and ranks; every rank calls it, if there is one."""
-        losses = torch.stack(self._routers)
-        total, count = all_reduce_sum(torch.stack([losses.sum(), losses.new_tensor(len(losses))])).tolist()
-        return total / count
+    def mean_terms(self) -> dict[str, float]:
+        """Return the mean of each term of the student over all micro-batches and ranks; every rank calls it."""
+        means = {}
+        for name, terms in self._terms.items():
+            values = torch.stack(terms)
+            own = torch.stack([values.sum(), values.new_tensor(len(values))])
+            total, count = all_reduce_sum(own, self._group).tolist()
+            means[name] = total / count
+        return means
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum(dtype=torch.float64)
 
     def loss_and_counts(self) -> Tensor:
-        """float64 `[3]`: this rank's summed loss, its valid tokens, and those that were kept."""
+        """Return this rank's summed loss, valid tokens and selected tokens: float64 `[3]`."""
         return torch.stack([self._sums["loss"], self._sums["valid"], self._sums["selected"]])
 
     def reduce(self) -> dict[str, float]:
-        """The sums over all ranks, those of source s as `valid/s` and `selected/s`; every rank calls it."""
+        """Return the sums over all ranks, those of source s as `valid/s` and `selected/s`; every rank calls it."""
         sources = range(self._by_source_2S.shape[1])
-        names = [*self._sums, *(f"{kind}/{source}" for kind in ("valid", "selected") for source in sources)]
+        names = [*self._sums, *(f"valid/{source}" for source in sources), *(f"selected/{source}" for source in sources)]
         sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
-        return dict(zip(names, all_reduce_sum(sums).tolist(), strict=True))
+        return dict(zip(names, all_reduce_sum(sums, self._group).tolist(), strict=True))
 
     def excess_quantiles(self, quantiles: tuple[float, ...], num_competing: int) -> list[float]:
         """Return exact quantiles of the competing tokens' excess loss over all ranks; empty without a reference.
@@ -132,27 +142,26 @@ class StepStatistics:
         """
         if not self.has_reference or not quantiles:
             return []
-        excess_N, competing_N = self._all_excess()
+        excess_N, competing_N = torch.cat(self._excess), torch.cat(self._competing)
         count = torch.tensor(num_competing, device=competing_N.device)
-        return score_quantiles(excess_N, competing_N, quantiles, num_valid=count).tolist()
+        return score_quantiles(excess_N, competing_N, quantiles, group=self._group, num_valid=count).tolist()
 
     def excess_histogram(self) -> Histogram:
         """Count the competing tokens of all ranks by one all-reduce; every rank calls it. Needs a reference."""
         bins = 2 * HISTOGRAM_LIMIT * BINS_PER_NAT
-        excess_N, competing_N = self._all_excess()
-        excess_N = excess_N[competing_N].double()
+        excess_N = torch.cat(self._excess)[torch.cat(self._competing)].double()
         bin_N = ((excess_N + HISTOGRAM_LIMIT) * BINS_PER_NAT).floor().clamp(0, bins - 1).long()
         sums = torch.stack([excess_N.sum(), excess_N.square().sum()])
-        everywhere = all_reduce_sum(torch.cat([torch.bincount(bin_N, minlength=bins), sums])).tolist()
-        *counts, total, squares = everywhere
+        own = torch.cat([torch.bincount(bin_N, minlength=bins), sums])
+        *counts, total, squares = all_reduce_sum(own, self._group).tolist()
         filled = [index for index, count in enumerate(counts) if count]
         first, last = (filled[0], filled[-1] + 1) if filled else (0, 0)
         edges = [index / BINS_PER_NAT - HISTOGRAM_LIMIT for index in range(first, last + 1)]
         return Histogram([int(count) for count in counts[first:last]], edges, total, squares)
 
-    def _all_excess(self) -> tuple[Tensor, Tensor]:
-        """Return the excess loss `[N]` of this rank's tokens in the step, and which of them compete."""
-        excess_N, competing_N = (
-            torch.cat([part.flatten() for part in parts]) for parts in zip(*self._excess, strict=True)
-        )
-        return excess_N, competing_N
+
+def _not_finite(pool: Batch, signals: TokenSignals, choice: Choice) -> Tensor:
+    names = {"student.loss", "reference.loss", *(f"student.{column}" for column in choice.weights)}
+    losses = [signals[name] for name in sorted(names) if name in signals]
+    finite_BT = torch.stack([loss_BT.isfinite() for loss_BT in losses]).all(0)
+    return (pool.valid_BT & ~finite_BT).any(-1)

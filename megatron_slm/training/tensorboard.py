@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 from megatron_slm.reporting.tokens import Token, escape_html, token_texts, tokens_table
-from megatron_slm.training.statistics import Pool
+from megatron_slm.training.statistics import ScoredPool
 
 AXES = (
     "step",
@@ -68,15 +68,13 @@ class TensorBoard(Callback):
             "curves: tensorboard --logdir %s --host 127.0.0.1, then http://127.0.0.1:6006/#custom_scalars", run_dir
         )
 
-    def on_step_end(self, state: RunState, result: StepResult) -> None:
-        if state.record is None:
-            return
-        shown = {name: v for name, v in state.record.items() if name not in AXES and v is not None}
+    def on_record(self, state: RunState, record: dict[str, float | int | None]) -> None:
+        shown = {name: v for name, v in record.items() if name not in AXES and v is not None}
         for name, value in shown.items():
             self._writer.add_scalar(name, value, state.step)
         if not self._has_layout:
             # Null for now, where all tokens count at first.
-            quantiles = [name for name in state.record if name.startswith("excess/")]
+            quantiles = [name for name in record if name.startswith("excess/")]
             self._writer.add_custom_scalars(layout([*shown, *quantiles, *self._later]))
             self._has_layout = True
 
@@ -180,7 +178,7 @@ class TokenTable(Callback):
         self._writer.add_text("tokens", f"<p>{title}</p>\n\n{table}", state.step)
 
 
-def first_tokens(pool: Pool, tokenizer: Any, limit: int) -> list[Token]:
+def first_tokens(pool: ScoredPool, tokenizer: Any, limit: int) -> list[Token]:
     """The beginning of the pool's first sequence. Its very first token is context alone, and has no loss."""
     labels, valid, selected, student = (
         column_BT[0, : limit - 1].tolist()

@@ -1,7 +1,10 @@
-"""The moments of a run. A callback is one concern in one file, here or anywhere of yours."""
+"""The training loop, and the callbacks that it calls."""
 
+import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
+
+import torch
 
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.errors import AgreedError, UserError
@@ -11,22 +14,33 @@ from megatron_slm.training.step import StepResult, TrainingStep
 
 
 class Callback:
-    """Does nothing at any moment; override what is needed. Called on every rank."""
+    """Base class of callbacks: does nothing at any moment. Override what is needed.
+
+    Every rank calls every moment, and all callbacks together: first all fill the record of a step, then all read it.
+    So the order of callbacks makes no difference to the records.
+    """
 
     def on_train_start(self, state: RunState) -> None:
-        """After a resume, before the first step."""
+        """Called after a resume, before the first step."""
 
     def on_step_start(self, state: RunState) -> None:
-        """Before the samples are fetched."""
+        """Called before the samples of a step are read."""
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
-        """After the update; `state` counts it already, and `state.record` is a dict if the step is logged."""
+        """Called after the update, which `state` counts already.
+
+        Add metrics to `state.record` here; it is a dict if the step is logged, and None otherwise. Other callbacks may
+        not have filled it yet.
+        """
+
+    def on_record(self, state: RunState, record: dict[str, float | int | None]) -> None:
+        """Called on logged steps after all callbacks have filled the record. Read or write it here."""
 
     def on_train_end(self, state: RunState) -> None:
-        """After the last step, or the one at which the run was asked to stop."""
+        """Called after the last step, or after the one at which the run was requested to stop."""
 
     def close(self) -> None:
-        """Always, also after an error."""
+        """Called at the end of every run, also after an error."""
 
 
 def make_callback(name: str) -> Callback:
@@ -49,16 +63,17 @@ def make_callback(name: str) -> Callback:
 
 
 class Trainer:
-    """Runs step after step and tells the callbacks.
+    """The training loop.
 
     Args:
         loader: the micro-batches of each step.
         step: the optimizer step.
-        learning_rate: of the step that ends at so many tokens that were trained on.
-        objective: of the step that begins after so many.
-        callbacks: told of each moment, in this order.
+        learning_rate: returns the rate of the step that ends after so many trained tokens.
+        objective: returns the objective of the step that begins after so many trained tokens.
+        callbacks: called at each moment; their order makes no difference.
+        save: writes a checkpoint of the state.
         max_skipped_updates: stop after so many in a row.
-        requests: what is asked of this rank while the run is under way.
+        requests: the requests made of this rank while it trains.
     """
 
     def __init__(
@@ -68,6 +83,7 @@ class Trainer:
         learning_rate: Callable[[int], float],
         objective: Callable[[int], Objective],
         callbacks: Sequence[Callback],
+        save: Callable[[RunState], None],
         max_skipped_updates: int,
         requests: Requests,
     ) -> None:
@@ -76,14 +92,16 @@ class Trainer:
         self._learning_rate = learning_rate
         self._objective = objective
         self._callbacks = callbacks
+        self._save = save
         self._max_skipped_updates = max_skipped_updates
         self._requests = requests
 
     def fit(self, state: RunState) -> None:
-        """Train from where the state stands to the end of the plan, or until the run is asked to stop.
+        """Train from the given state to the end of the plan, or until the run is requested to stop.
 
         Raises:
-            AgreedError: a loss that is not finite, or too many skipped updates.
+            AgreedError: a loss is not finite, too many updates in a row were skipped, or the last checkpoint cannot be
+                written.
         """
         with self._requests.listening():
             try:
@@ -100,18 +118,36 @@ class Trainer:
     def _run_step(self, state: RunState) -> None:
         for callback in self._callbacks:
             callback.on_step_start(state)
-        batches = self._loader.take(state.next_sample)
-        rate = self._learning_rate(state.trained_tokens + state.plan.tokens_per_step)
-        objective = self._objective(state.trained_tokens)
-        result = self._step(batches, objective, rate, state.step + 1, self._requests.take)
-        end = self._loader.end(state.next_sample)
-        state.advance(end, result.selected_tokens, result.update.applied, result.asked)
+        result = self._train(state)
         state.record = {} if state.is_logged else None
         for callback in self._callbacks:
             callback.on_step_end(state, result)
+        if state.record is not None:
+            for callback in self._callbacks:
+                callback.on_record(state, state.record)
+        # Last, because a resumed run drops the records after its checkpoint: a checkpoint without the record of its
+        # step would leave a gap.
+        if state.is_saved:
+            self._save(state)
         if state.skipped_in_a_row >= self._max_skipped_updates:
             raise AgreedError(
-                f"{state.skipped_in_a_row} updates in a row up to step {state.step} had gradients that are not finite "
-                "(training.max_skipped_updates): export the last good checkpoint and go on in another run_dir with a "
-                "lower training.lr."
+                "training.max_skipped_updates",
+                self._max_skipped_updates,
+                f"the gradients of as many updates in a row, up to step {state.step}, were not finite",
+                "Export the last good checkpoint and continue in another run_dir with a lower training.lr",
             )
+
+    def _train(self, state: RunState) -> StepResult:
+        """Run one optimizer step, and count it in the state."""
+        start = time.perf_counter()
+        batches = self._loader.take(state.next_sample)
+        rate = self._learning_rate(state.trained_tokens + state.plan.tokens_per_step)
+        objective = self._objective(state.trained_tokens)
+        result = self._step(batches, objective, rate, state.step + 1, self._requests.collect)
+        end = self._loader.end(state.next_sample)
+        state.advance(end, result.selected_tokens, result.update.applied, result.requested)
+        if state.is_logged and torch.accelerator.is_available():
+            # The update may still be running, and the callbacks would wait for it outside the measured time.
+            torch.accelerator.synchronize()
+        state.step_seconds = time.perf_counter() - start
+        return result

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_slm import score
 from megatron_slm.dist import World
+from megatron_slm.training.candidates import best_rows
 from megatron_slm.training.cost import StepTokens
-from megatron_slm.training.step import best_rows
 from tests.gloo import run_ranks
 from tests.steps import LENGTH, Case, assert_same_run, flat, flipped, run_steps, valid_length
 

@@ -30,10 +30,10 @@ def pool_of(world: World, number: int, empty: bool) -> tuple[Batch, dict[str, to
 
 
 def histogram_of_pools(world: World, empty: bool) -> dict[str, Any]:
-    statistics, mine = StepStatistics(1, world.device), []
+    statistics, mine = StepStatistics(1, world), []
     for number in range(2):
         batch, signals = pool_of(world, number, empty)
-        choice = Choice(batch.valid_BT, batch.valid_BT.float(), torch.tensor(0.0), batch.valid_BT)
+        choice = Choice(batch.valid_BT, {"loss": batch.valid_BT.float()}, torch.tensor(0.0), batch.valid_BT)
         statistics.add(batch, signals, choice)
         mine.append((signals["student.loss"] - signals["reference.loss"])[batch.valid_BT].double().numpy())
     histogram = statistics.excess_histogram()

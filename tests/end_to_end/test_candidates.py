@@ -181,7 +181,7 @@ def test_the_samples_of_a_spike_are_all_candidates_of_its_step(corpora: Path, tm
 
 
 def train_and_note_samples(world: World, tree: dict[str, Any], path: Path) -> None:
-    from megatron_slm.training.callbacks import Spikes
+    from megatron_slm.training.metrics import Spikes
 
     original = Spikes.on_step_end
 

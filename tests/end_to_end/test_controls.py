@@ -69,11 +69,11 @@ def ask_twice(_: World, echo_seconds: float) -> str:
     with asking.listening():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-    return str(asking.take())
+    return str(asking.collect())
 
 
 def test_a_second_sigterm_ends_the_process_unless_it_is_an_echo_of_the_first() -> None:
-    assert run_ranks(ask_twice, 1, 60.0) == ["Asked(save=False, stop=True)"]
+    assert run_ranks(ask_twice, 1, 60.0) == ["Requested(save=False, stop=True)"]
     with pytest.raises(RankError, match="died with exit code -15"):
         run_ranks(ask_twice, 1, 0.0)
 
@@ -177,7 +177,7 @@ class Losses:
 
 
 def test_a_reference_that_is_better_somewhere_is_not_doubted(caplog: pytest.LogCaptureFixture) -> None:
-    from megatron_slm.training.evaluation import ReferenceCheck
+    from megatron_slm.training.reference_check import ReferenceCheck
     from megatron_slm.training.state import Plan, RunState
 
     student, state = Losses(math=3.0, web=2.0), RunState(Plan(10, 4, 32, 1, 1, 1))

@@ -34,6 +34,10 @@ class Remembering(megatron_slm.Callback):  # type: ignore[name-defined]
     def on_step_end(self, state: Any, result: Any) -> None:
         self.moments.append(f"step {state.step}")
 
+    def on_record(self, state: Any, record: Any) -> None:
+        assert record is state.record
+        self.moments.append(f"record with mine: {'mine/selected' in record}")
+
     def close(self) -> None:
         self.moments.append("closed")
 
@@ -50,7 +54,8 @@ def test_a_program_trains_and_hears_of_every_step(corpora: Path, tmp_path: Path)
     tree = config_tree(corpora, tmp_path / "run", train_tokens=2 * 8 * 32)
     tree["callbacks"] = ["tests.end_to_end.test_from_python:CountedTokens"]
     step, record, moments = run_ranks(train_from_python, 1, tree)[0]
-    assert step == 2 and moments == ["start", "step 1", "step 2", "closed"]
+    wrote = "record with mine: True"
+    assert step == 2 and moments == ["start", *("step 1", wrote, "step 2", wrote), "closed"]
     assert record["mine/selected"] == records(tmp_path / "run")[-1]["mine/selected"] == 4 * 38  # of 64 in each pool
     # The path of a file is as good, and a finished run is over at once.
     config = str(write_config(tmp_path / "run.yaml", tree))

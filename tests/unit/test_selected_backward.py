@@ -108,7 +108,7 @@ def gradient(module: CausalLM, way: str, batch: Batch, weights: Tensor, *, keep:
     module.zero_grad()
     student = student_of(way, module)
     _, tape = student.score(batch, (), keep=keep)
-    student.backward(tape, weights, 0.5, last=True)
+    student.backward(tape, {"loss": weights}, 0.5, last=True)
     return {name: p.grad.clone() if p.grad is not None else p.detach() * 0 for name, p in module.named_parameters()}
 
 
@@ -318,7 +318,7 @@ def test_replay_keeps_the_selected_share_of_the_activations() -> None:
         alive: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
             _, tape = student.score(batch, (), keep=True)
-            student.backward(tape, weights, 1.0, last=True)
+            student.backward(tape, {"loss": weights}, 1.0, last=True)
         return sum(sizes.values())
 
     assert kept("replay", 0.25) < 0.5 * kept("replay", 1.1)
@@ -459,7 +459,7 @@ def test_the_backward_of_rows_costs_the_selected_share(family: str) -> None:
         student = student_of(way, module)
         _, tape = student.score(batch, (), keep=True)
         with FlopCounterMode(display=False) as counted:
-            student.backward(tape, some_weights(batch, 0.25), 1.0, last=True)
+            student.backward(tape, {"loss": some_weights(batch, 0.25)}, 1.0, last=True)
         return counted.get_total_flops()
 
     assert cost("rows") < 0.4 * cost("exact")

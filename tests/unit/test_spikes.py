@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_slm.training.callbacks import WARM_UP, WINDOW, LossAverage, Spikes
 from megatron_slm.training.checkpoints import cut_back
+from megatron_slm.training.metrics import WARM_UP, WINDOW, LossAverage, Spikes
 from megatron_slm.training.state import Plan, RunState
 
 NOISE = np.random.default_rng(0).normal(0, 0.1, 400)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_slm.training.store_check import report
+from megatron_slm.training.reference_check import report
 
 TRUSTED = {
     **{"samples": 8.0, "valid": 1000.0, "student": 2500.0, "stored": 2000.0, "live": 2100.0},

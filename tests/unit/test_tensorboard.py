@@ -11,11 +11,12 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from megatron_slm.backend import Update
+from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.training.cost import StepTokens
 from megatron_slm.training.metrics import StepMetrics
 from megatron_slm.training.objective import Choice
-from megatron_slm.training.state import Asked, Plan, RunState
+from megatron_slm.training.state import Plan, Requested, RunState
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, layout, open_event_files, preformatted
@@ -34,13 +35,15 @@ def result_of_step(step: int) -> StepResult:
     batch = Batch(
         ids, ids + 1, torch.ones(2, 8, dtype=torch.bool), ids, ids[:, 0] // 8, ids[:, 0] // 8, ids, ids[:, 0] * 0
     )
-    statistics = StepStatistics(2, torch.device("cpu"))
+    statistics = StepStatistics(2, World(0, 1, 0, torch.device("cpu")))
     signals = {"student.loss": excess + 1, "reference.loss": torch.ones(2, 8)}
     statistics.add(
-        batch, signals, Choice(excess > step + 3, (excess > step + 3).float(), torch.tensor(3.0), batch.valid_BT)
+        batch,
+        signals,
+        Choice(excess > step + 3, {"loss": (excess > step + 3).float()}, torch.tensor(3.0), batch.valid_BT),
     )
     tokens = StepTokens(candidates=0, trained=16, selected=8, reference=16)
-    return StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics, tokens)
+    return StepResult(8, 1e-3, 1.0, Requested(), Update(True, 1.0), statistics, tokens)
 
 
 def train(folder: Path, first: int, last: int) -> None:
@@ -55,6 +58,7 @@ def train(folder: Path, first: int, last: int) -> None:
         state.record = {"step": step, "mfu": None} | {name: float(first) for name in SLM if "eval" not in name}
         for callback in callbacks:
             callback.on_step_end(state, result_of_step(step))
+            callback.on_record(state, state.record)
     writer.flush()
 
 
@@ -111,7 +115,7 @@ def test_quantiles_that_are_not_defined_yet_have_their_chart(tmp_path: Path) -> 
     writer = open_event_files(tmp_path, 0)
     record = {"loss/all": 1.0, "excess/q50": None, "mfu": None}
     callback = TensorBoard(writer, CONFIGURATION, [])
-    callback.on_step_end(RunState(Plan(1, 1, 8, 1, 1, 1), step=1, record=record), result_of_step(1))
+    callback.on_record(RunState(Plan(1, 1, 8, 1, 1, 1), step=1), record)
     callback.close()
     content = read(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     titles = [chart.title for category in layout_pb2.Layout.FromString(content).category for chart in category.chart]

@@ -10,11 +10,12 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugin_util import markdown_to_safe_html
 
 from megatron_slm.backend import Update
+from megatron_slm.dist import World
 from megatron_slm.reporting.tokens import Token, tokens_table
 from megatron_slm.training.cost import StepTokens
 from megatron_slm.training.objective import Choice
-from megatron_slm.training.state import Asked, Plan, RunState
-from megatron_slm.training.statistics import Pool, StepStatistics
+from megatron_slm.training.state import Plan, Requested, RunState
+from megatron_slm.training.statistics import ScoredPool, StepStatistics
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.tensorboard import TokenTable, first_tokens, open_event_files
 from megatron_slm.types import Batch
@@ -130,7 +131,7 @@ def byte_level() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def pool_of(ids: list[int], valid: int, reference: bool = True) -> Pool:
+def pool_of(ids: list[int], valid: int, reference: bool = True) -> ScoredPool:
     """One sequence among others; the loss of label t is t, of the reference 1, every third is selected."""
     length = len(ids) - 1
     text = torch.tensor([ids, [0] * len(ids)])
@@ -141,7 +142,7 @@ def pool_of(ids: list[int], valid: int, reference: bool = True) -> Pool:
     if reference:
         signals["reference.loss"] = torch.ones(2, length)
     mask_BT = valid_BT & (torch.arange(length) % 3 == 0)
-    return Pool(batch, signals, Choice(mask_BT, mask_BT.float(), torch.tensor(0.5), mask_BT))
+    return ScoredPool(batch, signals, Choice(mask_BT, {"loss": mask_BT.float()}, torch.tensor(0.5), mask_BT))
 
 
 @pytest.mark.parametrize("family", ["sentencepiece", "byte level"])
@@ -173,11 +174,11 @@ def test_the_table_comes_at_its_interval_and_once_a_step(tmp_path: Path, ticking
         table = TokenTable(2, writer, byte_level(), ["web", "<b>books</b>"])
         for step in range(first, 6):
             state.step = step
-            statistics = StepStatistics(2, torch.device("cpu"))
+            statistics = StepStatistics(2, World(0, 1, 0, torch.device("cpu")))
             for other in (0, 1):
                 statistics.add(*pool_of([65 + first + other] * 9, 8))
             tokens = StepTokens(candidates=0, trained=8, selected=8, reference=8)
-            table.on_step_end(state, StepResult(8, 1e-3, 1.0, Asked(), Update(True, 1.0), statistics, tokens))
+            table.on_step_end(state, StepResult(8, 1e-3, 1.0, Requested(), Update(True, 1.0), statistics, tokens))
         writer.close()
     # The one behind TensorBoard's pages; the other, for scripts, keeps texts that a resumed run has written again.
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})

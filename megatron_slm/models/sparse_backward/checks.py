@@ -156,7 +156,7 @@ def check_replay(student: ReplayStudent, model: PreTrainedModel) -> None:
     chosen_BT = (position_BT % 3 != 1).float()
     with torch.no_grad(), evaluating(model):
         signals, tape = student.score(batch, (), keep=True)
-        again_1R, _ = student.replay(tape, chosen_BT)
+        again_1R = student.replay(tape, {"loss": chosen_BT})[0]["loss"]
     expected_R = signals["loss"][chosen_BT != 0]
     if not (again_1R[0] - expected_R).norm() <= TOLERANCE * (expected_R - expected_R.mean()).norm():
         _refuse(model, "tokens that run alone have other losses than among all, though given the same position_ids")

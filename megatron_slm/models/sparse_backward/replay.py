@@ -19,8 +19,8 @@ from megatron_slm.models.sparse_backward.attention import (
     PackedQueries,
     refuse_compiled,
 )
-from megatron_slm.selection.select import weighted_loss
-from megatron_slm.types import Batch, TokenSignals
+from megatron_slm.models.student import selected_tokens, weighed_columns, weighted_sum
+from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class KeyValues:
@@ -91,26 +91,35 @@ class ReplayStudent:
         signals, known = self._first_pass(batch, want)
         return signals, ReplayTape(batch, known if keep else None)
 
-    def backward(self, tape: ReplayTape, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0) -> None:
-        loss_1R, weights_1R = self.replay(tape, weights_BT)
-        self._engine.backward(weighted_loss(loss_1R, weights_1R) * scale, last=last)
+    def backward(
+        self, tape: ReplayTape, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        output, weights_1R = self.replay(tape, weights)
+        self._engine.backward(weighted_sum(output, weights_1R) * scale, last=last)
+        return {}
 
-    def replay(self, tape: ReplayTape, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and weights `[1, R]` of the selected tokens; of one of weight 0 where none is: no rank may skip it."""
+    def replay(self, tape: ReplayTape, weights: TokenWeights) -> tuple[TokenSignals, TokenWeights]:
+        """Run the selected tokens again; where none is selected, one of weight 0, because no rank may skip a forward.
+
+        Returns:
+            Columns and weights `[1, R]` of the R tokens.
+        """
         batch = tape.batch
         known = tape.known or self._first_pass(batch)[1]
-        index_R = weights_BT.flatten().nonzero().squeeze(-1)
+        index_R = selected_tokens(weights).flatten().nonzero().squeeze(-1)
         if len(index_R) == 0:
             index_R = index_R.new_zeros(1)
         queries = PackedQueries(index_R, batch.position_ids_BT)
-        columns = (batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, weights_BT)
-        tokens_1R, labels_1R, position_ids_1R, weights_1R = (column.flatten()[index_R][None] for column in columns)
+        columns = (batch.tokens_BT, masked_labels(batch), batch.position_ids_BT)
+        tokens_1R, labels_1R, position_ids_1R = (column.flatten()[index_R][None] for column in columns)
+        weights_1R = {name: weight_BT.flatten()[index_R][None] for name, weight_BT in weights.items()}
         # A mask that is there already: Hugging Face would make one of R x R for what looks like packed documents.
         brought = {
             "selective": Replayed(known, queries, self._packed),
-            "attention_mask": weights_1R.new_zeros(1, 1, 1, 1),
+            "attention_mask": torch.zeros(1, 1, 1, 1, device=index_R.device),
         }
-        return self._engine.module(tokens_1R, labels_1R, position_ids_1R, (), brought)["loss"], weights_1R
+        want = weighed_columns(weights)
+        return self._engine.module(tokens_1R, labels_1R, position_ids_1R, want, brought), weights_1R
 
     @torch.no_grad()
     def _first_pass(self, batch: Batch, want: tuple[str, ...] = ()) -> tuple[TokenSignals, KeyValues]:

@@ -26,8 +26,8 @@ from megatron_slm.models.sparse_backward.attention import (
     by_group,
     refuse_compiled,
 )
-from megatron_slm.selection.select import weighted_loss
-from megatron_slm.types import Batch, TokenSignals
+from megatron_slm.models.student import detached_columns, selected_tokens, weighed_columns, weighted_sum
+from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class Rows:
@@ -179,11 +179,11 @@ def _forward(linear: nn.Module, rows: Rows, input: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowTape:
-    """The batch, and the loss with its graph and the slot for its rows if they were kept."""
+    """The batch and the slot for its rows, and the output of its forward with the graph if that was kept."""
 
     batch: Batch
     rows: Rows
-    loss_BT: Tensor | None
+    output: TokenSignals | None
 
 
 class RowStudent:
@@ -204,17 +204,19 @@ class RowStudent:
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, RowTape]:
         rows = Rows(batch.position_ids_BT, self._packed)
         with torch.set_grad_enabled(keep):
-            signals = self._run(batch, rows, want)
-        tape = RowTape(batch, rows, signals["loss"] if keep else None)
-        return {name: column.detach() for name, column in signals.items()}, tape
+            output = self._run(batch, rows, want)
+        return detached_columns(output), RowTape(batch, rows, output if keep else None)
 
-    def backward(self, tape: RowTape, weights_BT: Tensor, scale: float, *, last: bool, share: float = 1.0) -> None:
-        tape.rows.choose(weights_BT != 0)
-        loss_BT = tape.loss_BT
-        if loss_BT is None:
-            loss_BT = self._run(tape.batch, tape.rows)["loss"]
+    def backward(
+        self, tape: RowTape, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
+    ) -> dict[str, Tensor]:
+        tape.rows.choose(selected_tokens(weights))
+        output = tape.output
+        if output is None:
+            output = self._run(tape.batch, tape.rows, weighed_columns(weights))
         with bound(self._linears, tape.rows):
-            self._engine.backward(weighted_loss(loss_BT, weights_BT) * scale, last=last)
+            self._engine.backward(weighted_sum(output, weights) * scale, last=last)
+        return {}
 
     def _run(self, batch: Batch, rows: Rows, want: tuple[str, ...] = ()) -> TokenSignals:
         with bound(self._linears, rows):

@@ -1,4 +1,4 @@
-"""Can the store be trusted? It is compared with the student, and with the model that wrote it, on the first samples."""
+"""The checks of the reference before the first step: is it better than the student, and can its store be trusted?"""
 
 import gc
 import logging
@@ -8,34 +8,68 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from megatron_slm.dist import all_reduce_sum
+from megatron_slm.dist import World, all_reduce_sum
 from megatron_slm.reference.references import Reference
 from megatron_slm.signals import columns_of, named_signals
+from megatron_slm.training.evaluation import Evaluator
 from megatron_slm.training.objective import Choice, SelectiveLanguageModeling
 from megatron_slm.training.state import RunState
 from megatron_slm.training.trainer import Callback
 from megatron_slm.types import Batch, TokenSignals
 
 FIRST_TOKENS = 128
-"""Tokens at the beginning of a sample that are looked at; a quarter of the sample if that is less."""
+"""Tokens at the beginning of a sample that are compared; a quarter of the sample if that is less."""
 HIGH_RATE = 0.12
-"""How much more of these tokens than of all may be selected, as a share, where the sample begins in mid-document. With
-a pretrained model of 135M parameters, a document store selected 0.13 to 0.16 more at `min_context` 0, up to 0.10 more
-at 64, and the live reference 0.02 less."""
+"""How much higher the selected share of these tokens may be than that of all, where a sample begins in mid-document.
+With a pretrained model of 135M parameters, it was 0.13 to 0.16 higher from a document store at `min_context` 0, up to
+0.10 higher at 64, and 0.02 lower from the live reference."""
 LOW_AGREEMENT = 0.5
 """How much of the way from chance to the live reference's selection a store must reach."""
 
 
+class ReferenceCheck(Callback):
+    """Compares the reference with the student before the first step of a new run. It only warns.
+
+    Args:
+        student, reference: evaluators over the beginning of the same sets.
+        path: of the reference, for the warning.
+    """
+
+    def __init__(self, student: Evaluator, reference: Evaluator, path: str) -> None:
+        self._student = student
+        self._reference = reference
+        self._path = path
+
+    def on_train_start(self, state: RunState) -> None:
+        if state.step > 0:
+            return
+        log = logging.getLogger(__name__)
+        students, references = self._student.losses(), self._reference.losses()
+        for name, reference in references.items():
+            log.info(
+                "reference check: %s: loss of the reference %.4f, of the student %.4f", name, reference, students[name]
+            )
+        if references and not any(reference < students[name] for name, reference in references.items()):
+            log.warning(
+                "The reference is no better than the student on any evaluation set. Check that %s (reference.path) was "
+                "trained on the curated text.",
+                self._path,
+            )
+
+
 class StoreCheck(Callback):
-    """Compares stored losses with the student's before the first step of a fresh run. It warns, and changes nothing.
+    """Compares a store with the student, and with the model that wrote it, before the first step of a new run.
+
+    It only warns.
 
     Args:
         batches: reads this rank's first micro-batches.
         student: scores them without gradients.
         stored: the run's reference.
         objective: the selection to compare by.
-        open_live: yields the model that wrote the store, or None if it is not at hand. Every rank calls it.
+        open_live: yields the model that wrote the store, or None if it is not available. Every rank calls it.
         seed: of the column `uniform`.
+        world: this process among all.
     """
 
     def __init__(
@@ -46,6 +80,7 @@ class StoreCheck(Callback):
         objective: SelectiveLanguageModeling,
         open_live: Callable[[], AbstractContextManager[Reference | None]],
         seed: int,
+        world: World,
     ) -> None:
         self._batches = batches
         self._student = student
@@ -53,6 +88,7 @@ class StoreCheck(Callback):
         self._objective = objective
         self._open_live = open_live
         self._seed = seed
+        self._world = world
 
     def on_train_start(self, state: RunState) -> None:
         if state.step > 0:
@@ -62,14 +98,15 @@ class StoreCheck(Callback):
         student = self._student.signals(batches, columns_of("student", needs))
         stored = self._stored.signals(batches, columns_of("reference", needs))
         with self._open_live() as live:
-            lived = None if live is None else live.signals(batches, columns_of("reference", needs))
-        del live  # It is in a cycle with its hooks, so only a collection frees it.
+            live_columns = None if live is None else live.signals(batches, columns_of("reference", needs))
+        # The model and its hooks refer to each other, so that only a garbage collection frees it.
+        del live
         gc.collect()
         chosen = self._choose(batches, student, stored)
         sums = _sums(batches, student, stored, chosen)
-        if lived is not None:
-            sums |= _live_sums(batches, lived, chosen, self._choose(batches, student, lived))
-        totals = all_reduce_sum(torch.stack(list(sums.values()))).tolist()
+        if live_columns is not None:
+            sums |= _live_sums(batches, live_columns, chosen, self._choose(batches, student, live_columns))
+        totals = all_reduce_sum(torch.stack(list(sums.values())), self._world.data.group).tolist()
         report(dict(zip(sums, totals, strict=True)))
 
     def _choose(self, batches: list[Batch], student: list[TokenSignals], reference: list[TokenSignals]) -> list[Choice]:
@@ -83,9 +120,9 @@ def _sums(
     batches: list[Batch], student: list[TokenSignals], stored: list[TokenSignals], chosen: list[Choice]
 ) -> dict[str, Tensor]:
     """Return this rank's sums, float64: tokens by kind, and losses."""
-    # These labels are the ones that would lack context if so much was asked for.
-    asked = min(FIRST_TOKENS, batches[0].tokens_BT.shape[1] // 4)
-    first = [batch.lacks_context_BT(asked) for batch in batches]
+    # The first tokens of samples that begin in mid-document: the labels that lack so much context.
+    length = min(FIRST_TOKENS, batches[0].tokens_BT.shape[1] // 4)
+    first = [batch.lacks_context_BT(length) for batch in batches]
     parts = {
         "samples": [torch.tensor(float(len(batch.tokens_BT))) for batch in batches],
         "valid": [batch.valid_BT for batch in batches],
@@ -115,12 +152,12 @@ def _total(values: list[Tensor]) -> Tensor:
 
 
 def report(sums: dict[str, float]) -> None:
-    """Log what the sums over all ranks say, and warn if the store cannot be trusted.
+    """Log the comparison of a store, and warn if it cannot be trusted.
 
     Args:
-        sums: `samples`, `valid`, `competing`, `selected`, `competing_first` and `selected_first` are counts; `student`,
-            `stored` and `live` are summed losses of valid tokens; `both` counts the tokens that the store and the live
-            reference select.
+        sums: over all ranks. `samples`, `valid`, `competing`, `selected`, `competing_first` and `selected_first` are
+            counts; `student`, `stored` and `live` are summed losses of valid tokens; `both` counts the tokens that the
+            store and the live reference both select.
     """
     log = logging.getLogger(__name__)
     if not sums["selected"]:
@@ -138,10 +175,12 @@ def report(sums: dict[str, float]) -> None:
     agreement = sums["both"] / sums["selected"] if "both" in sums else 1.0
     if "live" in sums:
         live = sums["live"] / sums["valid"]
-        line += f"; live, the model that wrote it has {live:.4f} and selects {agreement:.0%} of the same tokens"
+        line += f"; the model that wrote it has {live:.4f} here and selects {agreement:.0%} of the same tokens"
     log.info(line)
     if stored >= student:
-        log.warning("The stored losses are no lower than the student's: was the reference trained on curated text?")
+        log.warning(
+            "The stored losses are no lower than the student's. Check that the reference was trained on curated text."
+        )
     if first > ratio + HIGH_RATE:
         log.warning(
             "The store selects the beginnings of samples, where the student lacks the context that the reference had. "
@@ -149,6 +188,6 @@ def report(sums: dict[str, float]) -> None:
         )
     if agreement < ratio + LOW_AGREEMENT * (1 - ratio):
         log.warning(
-            "The store selects other tokens than the model that wrote it does here. Score the samples of this run with "
-            "score.kind=packed, unless the model in that folder has changed since."
+            "The store selects other tokens than the model that wrote it selects here. Score the samples of this run "
+            "with score.kind=packed, unless the model in that folder has changed since."
         )
