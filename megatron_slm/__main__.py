@@ -1,4 +1,4 @@
-"""The command line: finds the verb in `commands/`, one file each."""
+"""The command line: it runs the verb that a file in `commands/` defines."""
 
 import argparse
 import ast
@@ -16,7 +16,7 @@ from megatron_slm import __version__
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import is_main_process, tell_launcher
 
-MACHINES_OWN = (
+MACHINE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -26,17 +26,17 @@ MACHINES_OWN = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-"""Full, read-only, forbidden, or no possible name: whatever part of the program meets them, a person mends them."""
+"""Errors that a person must correct, wherever they occur: disks full or read-only, permissions, impossible names."""
 
 SECONDS_FOR_RANK_0 = 5.0
-"""How long the other ranks wait for rank 0 to say an error that all of them met."""
+"""Time for which the other ranks wait until rank 0 has printed an error that all ranks raise."""
 
 
 def program() -> None:
-    """One verb as a process of its own.
+    """Run one verb as a process of its own.
 
-    A command that has ended well leaves at once: native threads of the libraries have been seen to abort a
-    finished rank while its interpreter was taken down, which a launcher takes for a failed run.
+    A command that has ended well exits at once: native threads of the libraries have been seen to abort a finished
+    rank during the shutdown of its interpreter, which a launcher reports as a failed run.
     """
     main()
     logging.shutdown()
@@ -46,27 +46,28 @@ def program() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb. A user's error is one sentence on standard error and exit status 2."""
+    """Run one verb. A user error is printed on standard error, one line each, and exits with status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    verbs = {path.stem: _first_line(path) for path in sorted(_commands().glob("[!_]*.py"))}
+    verbs = {path.stem.replace("_", "-"): path for path in sorted(_commands().glob("[!_]*.py"))}
+    width = max(map(len, verbs))
     parser = argparse.ArgumentParser(
         "megatron-slm",
-        description="Selective Language Modeling: train on the tokens that a reference says are worth learning.",
-        epilog="\n".join(["verbs:", *(f"  {name:9} {text}" for name, text in verbs.items())]),
+        description="Selective Language Modeling: pretrain on the tokens that a reference model finds worth learning.",
+        epilog="\n".join(["verbs:", *(f"  {name:{width}}  {_first_line(path)}" for name, path in verbs.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("verb", choices=verbs, metavar="VERB", help="what to do; VERB --help says more")
+    parser.add_argument("verb", choices=verbs, metavar="VERB", help="what to do; VERB --help explains it")
     # The deepspeed launcher puts its own argument before ours.
     verb = parser.parse_args([a for a in arguments if not a.startswith("--local_rank")][:1]).verb
     _run(verb, arguments[arguments.index(verb) + 1 :])
 
 
 def _run(verb: str, arguments: list[str]) -> None:
-    """Only the verb that is called is imported, so that --help answers at once."""
-    # megatron-core warns that it is without kernels which this package never calls.
+    """Import and run one verb; the others are not imported, so that --help is fast."""
+    # megatron-core warns that kernels are missing which this package never calls.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    command = import_module(f"megatron_slm.commands.{verb}")
+    command = import_module(f"megatron_slm.commands.{verb.replace('-', '_')}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_slm").setLevel(logging.INFO)
     parser = argparse.ArgumentParser(f"megatron-slm {verb}", description=command.__doc__)
@@ -75,24 +76,26 @@ def _run(verb: str, arguments: list[str]) -> None:
         # Overrides may stand on both sides of an option.
         command.run(parser.parse_intermixed_args(arguments))
     except UserError as error:
-        # What all ranks agree on, rank 0 alone says; what one rank alone has met, that rank says.
-        _refuse(verb, str(error), aloud=is_main_process(os.environ) or not isinstance(error, AgreedError))
+        # Rank 0 alone prints an error that all ranks raise; a rank prints an error that it alone raises.
+        is_printed = is_main_process(os.environ) or not isinstance(error, AgreedError)
+        _refuse(verb, error.sentences(), is_printed)
     except KeyboardInterrupt:
-        sys.stderr.write(f"megatron-slm {verb}: stopped; what was saved before is untouched.\n")
+        sys.stderr.write(f"megatron-slm {verb}: interrupted; files that were saved before are unchanged.\n")
         sys.exit(128 + signal.SIGINT)
     except OSError as error:
-        if error.errno not in MACHINES_OWN:
+        if error.errno not in MACHINE_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""
-        _refuse(verb, f"{error.strerror}{where}: mend that and start again; what was saved before is untouched.")
+        advice = "Correct this and start again; files that were saved before are unchanged."
+        _refuse(verb, [f"{error.strerror}{where}. {advice}"])
 
 
-def _refuse(verb: str, sentence: str, aloud: bool = True) -> None:
-    tell_launcher(sentence)
-    if aloud:
-        sys.stderr.write(f"megatron-slm {verb}: error: {sentence}\n")
+def _refuse(verb: str, sentences: list[str], is_printed: bool = True) -> None:
+    tell_launcher("\n".join(sentences))
+    if is_printed:
+        sys.stderr.writelines(f"megatron-slm {verb}: error: {sentence}\n" for sentence in sentences)
     else:
-        # A launcher stops all ranks once one has failed: rank 0 must have spoken by then.
+        # A launcher stops all ranks once one has failed: rank 0 must have printed the error by then.
         time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(2)
 
@@ -102,6 +105,7 @@ def _commands() -> Path:
 
 
 def _first_line(path: Path) -> str:
+    """Return the first line of a module's docstring without importing the module."""
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 

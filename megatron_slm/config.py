@@ -1,25 +1,26 @@
-"""One YAML file a run. The parts own their settings; this file assembles, reads and compares them."""
+"""The configuration of a run: one YAML file, checked by the settings classes of the parts."""
 
 import dataclasses
 import difflib
 import math
 import re
-import types
 import typing
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from megatron_slm.config_file import read_tree
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.io.paths import PathText, expand_path
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.reference.settings import FilterSettings, ReferenceSettings, ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings
+from megatron_slm.settings import STRICT, Foreign, Group, PathText, Whole, expand_path, parse_foreign
 from megatron_slm.training.settings import TrainingSettings
 
 OWNED_DEEPSPEED_KEYS = {
@@ -43,7 +44,7 @@ OWNED_DEEPSPEED_KEYS = {
     "zero_allow_untested_optimizer": None,
     "zero_force_ds_cpu_optimizer": None,
 }
-"""Set by this system, and the settings to use instead, if there are any."""
+"""DeepSpeed's settings that this package sets, and the settings to use instead; None if there are none."""
 
 PASSED_DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -66,7 +67,7 @@ PASSED_DEEPSPEED_KEYS = (
     "weight_quantization",
     "zero_optimization",
 )
-"""What of DeepSpeed's works here; other kinds of parallelism and its own data pipeline do not."""
+"""DeepSpeed's settings that users may set. Its other kinds of parallelism and its data pipeline are not supported."""
 
 MAY_CHANGE_ON_RESUME = (
     "callbacks",
@@ -90,20 +91,33 @@ MAY_CHANGE_ON_RESUME = (
     "data.keep",
 )
 
-_QUANTITY = re.compile(r"([+-]?[\d_]*\.?[\d_]*(?:[eE][+-]?\d+)?)\s*([KMBTkmbt]?)", re.ASCII)
-_SURELY_QUANTITY = re.compile(r"[+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+|[KMBT])", re.ASCII)
-_SUFFIX = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+def _read_callback(entry: Any) -> Any:
+    """Return an entry of `callbacks`: `package.module:Class`, or a group of `class` and `args`."""
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, dict) and entry.keys() <= {"class", "args"} and isinstance(entry.get("class"), str):
+        arguments = entry.get("args") or {}
+        if isinstance(arguments, dict) and all(isinstance(name, str) for name in arguments):
+            return {"class": entry["class"], "args": parse_foreign(arguments)}
+    reason = "a callback is package.module:Class, or {class: package.module:Class, args: {name: value}}"
+    raise UserError("", entry, reason, "Write one of the two forms")
 
 
-@dataclass
+CallbackEntry = Annotated[str | dict[str, Any], PlainValidator(_read_callback)]
+
+
+@dataclass(config=STRICT)
 class Config:
-    """A run, whole.
+    """Settings of the run as a whole.
 
-    run_dir    folder of the run: configuration, metrics, checkpoints; a run resumes where it stands [path; ours]
-    objective  slm: selected tokens count; clm: all of them do [; the paper, section 2.2]
-    seed       of the order of samples, the weights from scratch, dropout, and the score `random` [; Megatron]
-    callbacks  classes of yours, told of every step: package.module:Class, made without arguments [; Hugging Face]
-    deepspeed  passed to DeepSpeed, except what this system owns [; DeepSpeed]
+    run_dir    directory of the run: its configuration, metrics and checkpoints. A run that was interrupted resumes from
+               its run directory [path; ours]
+    objective  slm: train on selected tokens; clm: train on all tokens [; the paper, section 2.2]
+    seed       seed of the order of samples, the weights of a new model, dropout, and the score `random` [; Megatron]
+    callbacks  your own callbacks, each as package.module:Class or {class: package.module:Class, args: {name: value}}
+               [; Hugging Face]
+    deepspeed  settings of DeepSpeed, except those that this package sets [; DeepSpeed]
     """
 
     run_dir: PathText
@@ -111,94 +125,105 @@ class Config:
     data: DataSettings
     training: TrainingSettings
     objective: Literal["clm", "slm"] = "slm"
-    seed: int = 1234
-    callbacks: list[str] = field(default_factory=list)
+    seed: Annotated[Whole, Field(ge=0, lt=2**31)] = 1234
+    callbacks: list[CallbackEntry] = field(default_factory=list)
     reference: ReferenceSettings | None = None
     score: ScoreSettings | None = None
     filter: FilterSettings | None = None
-    selection: SelectionSettings = field(default_factory=SelectionSettings)
-    deepspeed: dict[str, Any] = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
+    selection: Group[SelectionSettings] = field(default_factory=SelectionSettings)
+    deepspeed: Foreign = field(default_factory=lambda: {"zero_optimization": {"stage": 3}})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**31:
-            raise ValueError("seed must be 0 or more, and below 2147483648")
         step = self.training.global_batch_size * self.data.seq_length * self.candidates
         if self.data.order_tokens is not None and self.data.order_tokens < step:
-            raise ValueError(
-                f"data.order_tokens is {self.data.order_tokens}, less than the {step} tokens of one step "
-                "(training.global_batch_size * data.seq_length, and selection.candidates times that): raise it or "
-                "leave it out"
+            reason = (
+                f"one step reads {step} tokens (training.global_batch_size * data.seq_length, times "
+                "selection.candidates)"
             )
+            raise UserError("data.order_tokens", self.data.order_tokens, reason, f"Use {step} or more, or remove it")
         _check_deepspeed(self.deepspeed)
-        self.deepspeed = _expand_paths(self.deepspeed, "deepspeed")
+        self.deepspeed = _read_deepspeed(self.deepspeed, "deepspeed")
 
     @property
     def candidates(self) -> int:
-        """Samples that are read for each that is trained on."""
+        """Samples to read per sample to train on."""
         return self.selection.candidates if self.objective == "slm" else 1
 
 
 def _check_deepspeed(section: dict[str, Any]) -> None:
-    for key in section:
+    for key, value in section.items():
         if key in OWNED_DEEPSPEED_KEYS:
             ours = OWNED_DEEPSPEED_KEYS[key]
-            raise ValueError(
-                f"deepspeed.{key} is set by this system: {f'use {ours} instead' if ours else 'leave it out'}"
-            )
+            remedy = f"Use {ours} instead" if ours else "Remove it"
+            raise UserError(f"deepspeed.{key}", value, "this package sets it", remedy)
         if key not in PASSED_DEEPSPEED_KEYS:
-            raise ValueError(f"deepspeed.{key} is not passed to DeepSpeed: {_advice(key, PASSED_DEEPSPEED_KEYS, '')}")
+            remedy = _nearest(f"deepspeed.{key}", [f"deepspeed.{name}" for name in PASSED_DEEPSPEED_KEYS])
+            raise UserError(f"deepspeed.{key}", value, "this package does not pass it to DeepSpeed", remedy)
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ValueError(f"deepspeed.zero_optimization is {zero!r}: give a group such as {{stage: 3}}, or leave it out")
+        remedy = "Write a group such as {stage: 3}, or remove it"
+        raise UserError("deepspeed.zero_optimization", zero, "DeepSpeed needs a group of settings", remedy)
     stage = zero.get("stage", 3)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise ValueError(f"deepspeed.zero_optimization.stage is {stage!r}: use 0, 1, 2 or 3")
+        raise UserError("deepspeed.zero_optimization.stage", stage, "ZeRO has no such stage", "Use 0, 1, 2 or 3")
 
 
-def _expand_paths(value: Any, name: str) -> Any:
-    """Expand the paths in DeepSpeed's section, such as `nvme_path`, at any depth."""
+def _read_deepspeed(value: Any, name: str) -> Any:
+    """Return DeepSpeed's section with its paths expanded, such as `nvme_path`, at any depth."""
     if isinstance(value, dict):
-        return {key: _expand_paths(item, f"{name}.{key}") for key, item in value.items()}
+        return {key: _read_deepspeed(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_deepspeed(item, name) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(name, value, *_PROBLEMS["finite_number"])
     if isinstance(value, str) and name.endswith("path"):
         try:
             return expand_path(value)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from error
+        except UserError as error:
+            raise UserError(name, *error.args[1:]) from error
     return value
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """The configuration in a YAML file, with `a.b=c` overrides applied.
+    """Return the configuration in a YAML file, with `a.b=c` overrides applied.
 
     Raises:
-        UserError: the file, a key, a type or a value is wrong; a sentence each.
+        UserError: the file cannot be read, or settings are wrong; `others` holds all but the first.
     """
     return parse_config(read_tree(path, overrides))
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """A configuration from nested dicts.
+    """Return the configuration in nested dicts.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: settings are wrong; `others` holds all but the first.
     """
-    _refuse_unknown_keys(tree, Config, "")
-    tree = _parse_quantities(tree, Config)
     try:
-        config = TypeAdapter(Config).validate_python(tree)
+        return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
-        raise UserError(_sentence(error)) from error
-    _refuse_infinite(dataclasses.asdict(config), "")
-    return config
+        # An unknown setting comes first, because it may be the one that is missing, misspelt.
+        found = sorted(error.errors(include_url=False), key=lambda details: details["type"] not in _UNKNOWN)
+        first, *others = map(_user_error, found)
+        raise UserError(*first.args, *others) from error
 
 
 def dump_config(config: Config) -> str:
-    """The configuration as YAML, every setting resolved. Reading it back gives the same configuration."""
+    """Return the configuration as YAML with every setting. Reading it back gives the same configuration."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
+def setting_names(settings: type = Config, prefix: str = "") -> Iterator[str]:
+    """Yield the full names of all settings and groups, such as `selection.of.ratio`."""
+    for name, hint in typing.get_type_hints(settings).items():
+        yield prefix + name
+        for nested in (hint, *typing.get_args(hint)):
+            if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+                yield from setting_names(nested, f"{prefix}{name}.")
+
+
 def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
-    """What differs between a run folder's configuration and the one asked for, and may not."""
+    """Return the settings that differ from those of the run in a run directory and may not change, with both values."""
     before, after = (_flatten(dataclasses.asdict(config)) for config in (stored, wanted))
     return [
         f"{key} was {before.get(key)} and is now {after.get(key)}"
@@ -208,149 +233,8 @@ def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
 
 
 def _is_not_the_runs(key: str) -> bool:
-    """Where the run lies, and what another command reads."""
+    """Return whether a setting is the place of the run, or belongs to another command."""
     return key == "run_dir" or key.partition(".")[0] in ("score", "filter")
-
-
-def _settings_class(hint: Any) -> type | None:
-    """The dataclass in a type hint such as `ReferenceSettings | None`."""
-    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((c for c in candidates if dataclasses.is_dataclass(c)), None)  # type: ignore[return-value]
-
-
-def _entry_class(hint: Any) -> type | None:
-    """The dataclass in a type hint such as `list[PartSettings]`."""
-    return _settings_class(typing.get_args(hint)[0]) if typing.get_origin(hint) is list else None
-
-
-def _refuse_unknown_keys(tree: Any, settings: type, prefix: str) -> None:
-    if not isinstance(tree, dict):
-        raise UserError(f"{prefix.rstrip('.')} must be a group of settings, but is {tree!r}.")
-    hints = typing.get_type_hints(settings)
-    for key, value in tree.items():
-        if key not in hints:
-            raise UserError(f"{prefix}{key} is not a setting: {_advice(str(key), hints, prefix)}")
-        if bool not in _kinds(hints[key]) and _holds_truth(value):
-            raise UserError(f"{prefix}{key} is {value!r}: it takes no true or false.")
-        nested = _settings_class(hints[key])
-        if nested is not None and value is not None:
-            _refuse_unknown_keys(value, nested, f"{prefix}{key}.")
-        entry = _entry_class(hints[key])
-        if entry is not None and isinstance(value, list):
-            for index, group in enumerate(value):
-                _refuse_unknown_keys(group, entry, f"{prefix}{key}[{index}].")
-
-
-def _advice(key: str, known: Iterable[str], prefix: str) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(sorted(known))}."
-
-
-def _holds_truth(value: Any) -> bool:
-    return any(map(_holds_truth, value)) if isinstance(value, list) else isinstance(value, bool)
-
-
-def _kinds(hint: Any) -> set[Any]:
-    """All types that occur in a hint."""
-    return {hint}.union(*map(_kinds, typing.get_args(hint)))
-
-
-def _refuse_infinite(value: Any, name: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} is {value}: give a finite number.")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            # Some Hugging Face configurations hold infinite limits.
-            if name != "model" or key != "config":
-                _refuse_infinite(item, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _refuse_infinite(item, name)
-
-
-def _parse_quantities(tree: dict[str, Any], settings: type) -> dict[str, Any]:
-    """Numbers that YAML reads as text (80e9, 80B, 80_000) become numbers where a number is wanted.
-
-    Groups that are empty in YAML are left to their defaults.
-    """
-    hints = typing.get_type_hints(settings)
-    parsed = {}
-    for key, value in tree.items():
-        nested = _settings_class(hints[key])
-        entry = _entry_class(hints[key])
-        wanted = _kinds(hints[key])
-        if value is None and _is_group(hints[key]):
-            continue
-        if nested is not None and isinstance(value, dict):
-            value = _parse_quantities(value, nested)
-        elif entry is not None and isinstance(value, list):
-            value = [_parse_quantities(group, entry) for group in value]
-        elif hints[key] == dict[str, Any]:
-            value = _parse_foreign(value)
-        elif str not in wanted and wanted & {int, float}:
-            value = _parse_numbers(value, int in wanted)
-        parsed[key] = value
-    return parsed
-
-
-def _parse_numbers(value: Any, whole: bool) -> Any:
-    """Text as numbers, at any depth of a list; those without a fraction as int where one is wanted."""
-    if isinstance(value, list):
-        return [_parse_numbers(item, whole) for item in value]
-    if isinstance(value, str):
-        return parse_quantity(value)
-    return int(value) if whole and isinstance(value, float) and value.is_integer() else value
-
-
-def _is_group(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict
-
-
-def _parse_foreign(value: Any) -> Any:
-    """1e-5, 5e8 and 80B as numbers, at any depth of a group that others define; their names and paths stay text."""
-    if isinstance(value, dict):
-        return {k: item if re.search("name|path", str(k)) else _parse_foreign(item) for k, item in value.items()}
-    if isinstance(value, list):
-        return [_parse_foreign(item) for item in value]
-    return parse_quantity(value) if isinstance(value, str) and _SURELY_QUANTITY.fullmatch(value) else value
-
-
-def parse_quantity(text: str) -> int | float | str:
-    """80e9, 80B, 80_000_000_000 and 0.1B as numbers; any other text as it is."""
-    match = _QUANTITY.fullmatch(text.strip())
-    try:
-        number = float(match[1].replace("_", "")) * _SUFFIX[match[2].upper()] if match else None
-    except ValueError:
-        number = None
-    if number is None:
-        return text
-    return int(number) if number.is_integer() else number
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first thing that pydantic found, as a sentence."""
-    errors = error.errors(include_url=False)
-    # Of a setting that may be of several types, what a type's own check says names the mistake best.
-    first = next((found for found in errors if found["type"] == "value_error"), errors[0])
-    name = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]") and part not in ("str", "int"))
-    is_short = first["type"] == "missing" and isinstance(first["loc"][-1], int)
-    if is_short or (first["type"] in ("tuple_type", "too_long")):
-        name = name.rpartition(".")[0] if is_short else name
-        return f"{name} is {first['input']!r}: give a list of numbers such as [10, 12]."
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{name} is missing: add it to the configuration."
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        value = first["input"]
-        setting = message.split()[0]
-        if isinstance(value, dict) and setting in value:
-            return f"{name}{'.' if name else ''}{setting} is {value[setting]!r}: {message}."
-        end = "" if message.endswith((".", "?")) else "."
-        # A validator of one setting does not know its name.
-        colon = " " if message.startswith("is ") else ": "
-        return f"{name}{colon}{message}{end}" if name else f"{message}{end}"
-    message = message.replace("valid dictionary", "group such as {key: value}").replace("valid string", "text")
-    return f"{name} is {first['input']!r}: {message[0].lower()}{message[1:]}."
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -361,3 +245,59 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+_UNKNOWN = ("unexpected_keyword_argument", "invalid_key")
+
+_PROBLEMS = {
+    "missing": ("it is required", "Set it in the configuration"),
+    "int_type": ("it must be a whole number", "Write one such as 8, 80e9 or 80B"),
+    "float_type": ("it must be a number", "Write one such as 0.1, 1e-4 or 80B"),
+    "finite_number": ("it must be a finite number", "Write one such as 0.1, 1e-4 or 80B"),
+    "bool_type": ("it is a switch", "Use true or false"),
+    "string_type": ("it must be text", "Put it in quotes"),
+    "list_type": ("it must be a list", "Write it in brackets, such as [a, b]"),
+    "tuple_type": ("it must be a list of numbers", "Write it in brackets, such as [10, 12]"),
+    "too_long": ("it must be a list of {max_length} numbers", "Write it in brackets, such as [10, 12]"),
+    "too_short": ("it must be a list of two numbers", "Write it in brackets, such as [10, 12]"),
+    "dict_type": ("it must be a group of settings", "Write a group such as {{key: value}}"),
+    "dataclass_type": ("it must be a group of settings", "Write a group such as {{key: value}}"),
+    "literal_error": ("there is no such choice", "Use {expected}"),
+    "greater_than": ("it must be above {gt:.15g}", "Use a larger value"),
+    "greater_than_equal": ("it must be {ge:.15g} or more", "Use a larger value"),
+    "less_than": ("it must be below {lt:.15g}", "Use a smaller value"),
+    "less_than_equal": ("it must be {le:.15g} or less", "Use a smaller value"),
+}
+"""Reason and remedy of each type of pydantic's errors, with the values of its context in braces."""
+
+
+def _user_error(details: ErrorDetails) -> UserError:
+    """Return one error of pydantic with the full name of its setting."""
+    kind, location, value = details["type"], details["loc"], details["input"]
+    context = details.get("ctx", {})
+    if kind == "missing" and isinstance(location[-1], int):
+        kind, location = "too_short", location[:-1]
+    name = _name(location)
+    if isinstance(error := context.get("error"), UserError):
+        return UserError(".".join(filter(None, (name, error.setting))), *error.args[1:])
+    if kind in _UNKNOWN:
+        value = "null" if value is None else value
+        return UserError(name, value, "there is no such setting", _nearest(name, list(setting_names())))
+    reason, remedy = _PROBLEMS.get(kind, (f"it is not valid ({details['msg']})", "Correct it"))
+    return UserError(name, None if kind == "missing" else value, reason.format(**context), remedy.format(**context))
+
+
+def _name(location: Sequence[str | int]) -> str:
+    """Return the full name of a setting, such as `selection.of[0].ratio`, from its place in the configuration."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Return the remedy for an unknown setting: the nearest one of its group, or all of them."""
+    group, _, key = name.rpartition(".")
+    plain = re.sub(r"\[\d+\]", "", group)
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == plain]
+    prefix = f"{group}." if group else ""
+    if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.5):
+        return f"Did you mean {prefix}{near[0]}?"
+    return f"Use one of {', '.join(prefix + sibling for sibling in sorted(siblings))}"

@@ -1,6 +1,6 @@
-"""A configuration file and its overrides as nested dicts, before anything in them is checked.
+"""A configuration file and its overrides as nested dicts, before the settings are checked.
 
-Nothing is dropped without a word: a key that is given twice, and an override that would undo another, are errors.
+A key or an override that would silently replace another one is an error.
 """
 
 from pathlib import Path
@@ -27,38 +27,40 @@ def read_tree(path: str, overrides: list[str]) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        _refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), "", f"The configuration {path}")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), "", f"{path}")
         tree = yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"The configuration {path} cannot be read ({error.strerror}): check the path.") from error
+        raise UserError("configuration", path, f"it cannot be read ({error.strerror})", "Check the path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {path} is not YAML: {' '.join(str(error).split())}.") from error
+        reason = f"it is not YAML ({' '.join(str(error).split())})"
+        raise UserError("configuration", path, reason, "Correct the file") from error
     if not isinstance(tree, dict):
-        raise UserError(f"The configuration {path} must hold 'key: value' lines.")
+        raise UserError("configuration", path, "it has no settings", "Write 'name: value' lines")
     return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     if not equals or not name:
-        raise UserError(f"The override '{override}' must look like a.b=c, such as training.lr=1.0e-4.")
+        raise UserError("override", override, "it is not NAME=VALUE", "Write it as in training.lr=1.0e-4")
     try:
         value = _override_value(text)
-        _refuse_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader), f"{name}.", f"The override '{override}'")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader), f"{name}.", f"the override {override}")
     except yaml.YAMLError as error:
-        raise UserError(f"The override '{override}' has a value that is not YAML: quote it.") from error
+        raise UserError("override", override, "its value is not YAML", "Put the value in quotes") from error
     *parents, last = name.split(".")
     for parent in parents:
         if tree.get(parent) is None:
             tree[parent] = {}
         if not isinstance(tree[parent], dict):
-            raise UserError(f"The override '{override}' goes through {parent}, which is not a group of settings.")
+            reason = f"the configuration sets {parent} to a value, not to a group of settings"
+            raise UserError("override", override, reason, "Check the name")
         tree = tree[parent]
     tree[last] = value
 
 
 def _override_value(text: str) -> Any:
-    """Return the value of an override. YAML would take ` #` for the beginning of a comment, and drop what follows.
+    """Return the value of an override. A ` #` in it belongs to the value; YAML would begin a comment there.
 
     Raises:
         yaml.YAMLError: the text is not YAML, or something follows a quoted value, a list or a group.
@@ -72,41 +74,49 @@ def _override_value(text: str) -> Any:
     raise yaml.YAMLError(f"'{text[end:].strip()}' follows the value")
 
 
-def _refuse_duplicate_keys(node: yaml.Node | None, prefix: str, source: str) -> None:
-    """Refuse a key that occurs twice in a group: YAML keeps the last one, and drops the first without a word."""
+def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, source: str) -> None:
+    """Raise an error if a key occurs twice in a group, at any depth: YAML would silently keep the last one.
+
+    Raises:
+        UserError: naming the setting and its lines in the source.
+    """
     left, seen = [(node, prefix)], set()
     while left:
         node, prefix = left.pop()
-        if id(node) in seen:  # An alias; it may lie inside of what it stands for.
+        if id(node) in seen:  # An alias can lie inside its own anchor.
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             left += [(item, prefix) for item in node.value]
         elif isinstance(node, yaml.MappingNode):
-            _refuse_duplicates_in(node, prefix, source)
+            _refuse_repeated_keys_in(node, prefix, source)
             left += [(value, f"{prefix}{key.value}.") for key, value in node.value]
 
 
-def _refuse_duplicates_in(group: yaml.MappingNode, prefix: str, source: str) -> None:
+def _refuse_repeated_keys_in(group: yaml.MappingNode, prefix: str, source: str) -> None:
     lines: dict[str, int] = {}
-    for key, _ in group.value:
+    for key, value in group.value:
         name, line = str(key.value), key.start_mark.line + 1
         if name in lines:
-            where = f"in line {line}" if lines[name] == line else f"in lines {lines[name]} and {line}"
-            raise UserError(f"{source} sets {prefix}{name} twice, {where}. Keep one of the two.")
+            where = f"line {line}" if lines[name] == line else f"lines {lines[name]} and {line}"
+            shown = value.value if isinstance(value, yaml.ScalarNode) else "a group or list"
+            reason = f"{source} sets it twice ({where})"
+            raise UserError(f"{prefix}{name}", shown, reason, "Keep one of the two")
         lines[name] = line
 
 
 def _refuse_repeated_overrides(overrides: list[str]) -> None:
-    """Refuse an override that would drop an earlier one: of the same setting, or of a group around it."""
+    """Raise an error if an override would replace an earlier one: of the same setting, or of one in its group.
+
+    Raises:
+        UserError: naming both.
+    """
     names: list[str] = []
     for override in overrides:
         name = override.partition("=")[0]
         for index, earlier in enumerate(names):
             if f"{earlier}.".startswith(f"{name}."):
                 also = "" if earlier == name else ", or give the group first"
-                raise UserError(
-                    f"The override '{override}' would replace the earlier override '{overrides[index]}'. Keep one of "
-                    f"the two{also}."
-                )
+                reason = f"it would replace the earlier override {overrides[index]}"
+                raise UserError("override", override, reason, f"Keep one of the two{also}")
         names.append(name)

@@ -11,13 +11,13 @@ class UserError(ValueError):
     """An error that the user can correct.
 
     Commands print it as one sentence, without a traceback, and exit with status 2. Any other exception is a defect
-    of this package and keeps its traceback. It is a ValueError, so that settings classes can raise it and pydantic
-    reports it; config.py adds the group in front of the setting.
+    of this package and keeps its traceback. It is a ValueError, so that pydantic reports the errors that settings
+    classes raise; config.py adds the name of the group.
 
     Attributes:
         setting: the setting, option, environment variable or argument, such as `data.seq_length` or `--output`.
         value: its value; None if it is not set.
-        reason: why the value does not work, to follow "but": "the model supports at most 2048 positions".
+        reason: why the value does not work, as it follows "but": "the model supports at most 2048 positions".
         remedy: what to do, as a sentence without its period: "Use 2048 or less".
         others: further errors that were found at the same time.
     """
@@ -34,7 +34,11 @@ class UserError(ValueError):
         self.others = others
 
     def __str__(self) -> str:
-        return "\n".join([self._sentence(), *map(str, self.others)])
+        return "\n".join(self.sentences())
+
+    def sentences(self) -> list[str]:
+        """Return one sentence per error, this one first."""
+        return [self._sentence(), *(sentence for other in self.others for sentence in other.sentences())]
 
     def _sentence(self) -> str:
         if not self.reason:  # a complete sentence
@@ -48,10 +52,10 @@ class AgreedError(UserError):
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Return the result of work that every rank does on the same files, so that every rank finds the same error.
+    """Return the result of work that every rank does on the same files, so that every rank raises the same error.
 
     Raises:
-        AgreedError: instead of a UserError.
+        AgreedError: in place of a UserError.
     """
     try:
         return work()
@@ -62,8 +66,8 @@ def agreed(work: Callable[[], T]) -> T:
 def refuse_missing_folder(setting: str, path: str) -> None:
     """Raise an error if a path can only be local and does not exist.
 
-    Asking the hub for it instead can take a minute to fail. `a/b` may be a name on the hub; it is a local path if the
-    folder `a` exists.
+    A request to the hub for such a path can take a minute to fail. `a/b` may be a name on the hub; it is a local path
+    if the folder `a` exists.
 
     Raises:
         UserError: the path can only be local and does not exist.
@@ -74,7 +78,7 @@ def refuse_missing_folder(setting: str, path: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as it stands in a sentence; text without quotes unless they are needed to see where it ends."""
+    """Return a value as a sentence shows it: text without quotes, unless its ends could not be seen."""
     if isinstance(value, str):
         return value if value and value == value.strip() else repr(value)
     if isinstance(value, bool):

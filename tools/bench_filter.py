@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from megatron_slm.config import parse_quantity
 from megatron_slm.data.corpus import write_index
+from megatron_slm.settings import parse_quantity
 
 
 def main() -> None:

@@ -24,13 +24,14 @@ from megatron_slm.build.corpora import open_corpora
 from megatron_slm.build.references import Order, open_matching_store, stored_reference
 from megatron_slm.build.run import build_run
 from megatron_slm.build.scoring import score_corpora
-from megatron_slm.config import Config, parse_config, parse_quantity
+from megatron_slm.config import Config, parse_config
 from megatron_slm.config_file import read_tree
 from megatron_slm.dist import World, all_reduce_sum, connect, disconnect
 from megatron_slm.reference.references import NoReference, Reference
 from megatron_slm.selection.rule import Rule
 from megatron_slm.selection.scores import excess
 from megatron_slm.selection.select import select_tokens
+from megatron_slm.settings import parse_quantity
 from megatron_slm.training.objective import CausalLanguageModeling, SelectiveLanguageModeling
 from megatron_slm.training.step import TrainingStep
 

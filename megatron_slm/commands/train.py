@@ -5,7 +5,6 @@ lists every setting.
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
@@ -83,7 +82,7 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
     """
     if isinstance(config, str):
         config = load_config(config, [])
-    elif not dataclasses.is_dataclass(config):
+    elif not isinstance(config, Config):
         config = parse_config(dict(config))
     _refuse_missing_data(config)
     return _train(config, callbacks)

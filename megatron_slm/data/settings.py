@@ -1,77 +1,95 @@
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated, Any
 
-from megatron_slm.io.paths import PathText
+from pydantic import PlainValidator
+from pydantic.dataclasses import dataclass
+
+from megatron_slm.errors import UserError
+from megatron_slm.settings import STRICT, Group, PathText, Positive, Switch, Whole, expand_path
 
 
-@dataclass
+def _expand_paths(train: Any) -> Any:
+    """Return `data.train` with its paths expanded; a number among them stays a number, and `80B` stays a path."""
+    if isinstance(train, list):
+        return [_expand_paths(entry) for entry in train]
+    return expand_path(train) if isinstance(train, str) else train
+
+
+@dataclass(config=STRICT)
 class DataSettings:
-    """Prepared corpora (PREFIX of .bin, .idx, .json) and how samples are drawn from them.
+    """Prepared corpora (each a PREFIX of .bin, .idx and .json files), and how samples are drawn from them.
 
-    train            one PREFIX, a list (in proportion to their tokens), or [weight, PREFIX, ...] [; Megatron]
-    valid            evaluation sets: a PREFIX by name [; Megatron's valid_data_path]
-    split            the part of the documents of train to use: "98,2,0" takes the first 98 % [per cent; Megatron]
+    train            a PREFIX; a list of them, used in proportion to their tokens; or [weight, PREFIX, ...] [; Megatron]
+    valid            evaluation sets: a name and a PREFIX each [; Megatron's valid_data_path]
+    split            parts of the documents of data.train; "98,2,0" trains on the first 98 % [per cent; Megatron]
     seq_length       length of a sample [tokens; Megatron]
-    keep             train on the documents alone that this file keeps, which megatron-slm filter wrote [path; ours]
-    reset_attention  positions and attention restart at each document [; Megatron's reset_attention_mask]
-    order_tokens     one order of the samples; default: what the run reads, frozen in the run folder [tokens; ours]
-    cache            folder of the index caches; default: RUN_DIR/cache [path; Megatron's data_cache_path]
-    skip_samples     half-open ranges of the order to leave out, such as [[640, 648]] [samples; ours]
+    keep             keep-list of megatron-slm filter: train only on the documents that it keeps [path; ours]
+    reset_attention  restart positions and attention at each document [; Megatron's reset_attention_mask]
+    order_tokens     length of one shuffled order of samples; default: what the run reads, recorded in the run
+                     directory [tokens; ours]
+    cache            folder for index files; default: RUN_DIR/cache [path; Megatron's data_cache_path]
+    skip_samples     ranges of the order of samples to skip, such as [[640, 648]]; each end is exclusive [samples; ours]
     """
 
-    train: PathText | list[PathText | float]
-    seq_length: int = 2048
-    valid: dict[str, PathText] = field(default_factory=dict)
+    train: Annotated[str | list[str | float], PlainValidator(_expand_paths)]
+    seq_length: Positive[Whole] = 2048
+    valid: Group[dict[str, PathText]] = field(default_factory=dict)
     split: str | None = None
     keep: PathText | None = None
-    reset_attention: bool = False
-    order_tokens: int | None = None
+    reset_attention: Switch = False
+    order_tokens: Positive[Whole] | None = None
     cache: PathText | None = None
-    skip_samples: list[tuple[int, int]] = field(default_factory=list)
+    skip_samples: list[tuple[Whole, Whole]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.seq_length < 1:
-            raise ValueError("seq_length must be 1 or more")
-        if self.order_tokens is not None and self.order_tokens < 1:
-            raise ValueError("order_tokens must be 1 or more")
         if any(not 0 <= first < last for first, last in self.skip_samples):
-            raise ValueError("skip_samples must be pairs [first, last] with 0 <= first < last")
+            reason = "each range must be [first, last] with 0 <= first < last"
+            raise UserError("skip_samples", list(map(list, self.skip_samples)), reason, "Correct the range")
         blend(self.train)
-        try:
-            share = train_share(self.split)
-        except (ValueError, ZeroDivisionError):
-            share = 0.0
-        if not 0 < share <= 1:
-            raise ValueError('split must look like "98,2,0": parts of train, validation and test, the first above 0')
+        train_share(self.split)
 
     def corpora(self) -> list[tuple[str, str]]:
-        """Every PREFIX, with the setting that names it."""
+        """Return every PREFIX, with the setting that names it."""
         trained = [("data.train", prefix) for prefix in blend(self.train)[0]]
         return trained + [(f"data.valid.{name}", prefix) for name, prefix in self.valid.items()]
 
 
 def train_share(split: str | None) -> float:
-    """Share of the documents that a split such as "98,2,0" gives to training."""
+    """Return the share of the documents that a split such as "98,2,0" gives to training.
+
+    Raises:
+        UserError: the split is not one to three numbers, or the first is 0.
+    """
     # megatron-core finds digits and dots in whatever it is given: it would read 1e-1 as two parts.
-    if split and not re.fullmatch(r"[\d.\s]+(?:,[\d.\s]+){0,2}", split):
-        raise ValueError(split)
-    parts = [float(part) for part in split.split(",")] if split else [1.0]
+    parts = [1.0]
+    if split and re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(,\s*(\d+\.?\d*|\.\d+)\s*){0,2}", split):
+        parts = [float(part) for part in split.split(",")]
+    elif split:
+        parts = [0.0]
+    if not parts[0] > 0:
+        reason = 'it must be parts for training, validation and test, such as "98,2,0", the first above 0'
+        raise UserError("split", split, reason, "Correct it, or remove it to train on all documents")
     return parts[0] / sum(parts)
 
 
 def blend(train: str | list[str | float]) -> tuple[list[str], list[float] | None]:
-    """Prefixes and weights of a blend; no weights where the corpora are to be used in proportion to their size.
+    """Return the prefixes and weights of a blend; no weights if corpora are used in proportion to their size.
 
     Raises:
-        ValueError: an empty list, a weight without its PREFIX, or a weight that is not positive.
+        UserError: an empty list, a weight without its PREFIX, or a weight that is not a positive number.
     """
-    entries = [train] if isinstance(train, str) else list(train)
+    entries = train if isinstance(train, list) else [train]
     if entries and all(isinstance(entry, str) for entry in entries):
         return [str(entry) for entry in entries], None
     weights, prefixes = entries[::2], entries[1::2]
     paired = len(weights) == len(prefixes) > 0 and all(isinstance(prefix, str) for prefix in prefixes)
-    if not paired or any(isinstance(weight, str) or not weight > 0 for weight in weights):
-        raise ValueError(
-            "train must be one PREFIX, a list of them, or [weight, PREFIX, weight, PREFIX, ...] with weights above 0"
-        )
+    if not paired or not all(map(_is_weight, weights)):
+        reason = "it must be one PREFIX, a list of them, or [weight, PREFIX, weight, PREFIX, ...] with weights above 0"
+        raise UserError("train", train, reason, "Write one of these three forms")
     return [str(prefix) for prefix in prefixes], [float(weight) for weight in weights]
+
+
+def _is_weight(entry: str | float) -> bool:
+    return type(entry) in (int, float) and 0 < float(entry) < math.inf

@@ -1,41 +1,9 @@
-"""Paths in settings: expanded when a configuration is read, and checked before anything is written to them."""
+"""Checks of a path before anything is written to it."""
 
 import os
-import re
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 from megatron_slm.errors import UserError
-
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)
-
-
-def expand_path(path: str) -> str:
-    """Return a path with `~`, `$VAR` and `${VAR}` replaced, as a shell would.
-
-    Raises:
-        ValueError: the path is empty, or names a variable or a user that does not exist.
-    """
-    if not path.strip():
-        raise ValueError("is empty. Name a path")
-    for found in _VARIABLE.finditer(path):
-        name = found[1] or found[2]
-        if name not in os.environ:
-            raise ValueError(
-                f"is '{path}', but the environment variable {name} is not set. Set it, or write the path out"
-            )
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    if expanded.startswith("~"):
-        raise ValueError(
-            f"is '{path}', but {Path(path).parts[0]} is no user here. Write the path out, or begin it with ./"
-        )
-    return expanded
-
-
-PathText = Annotated[str, AfterValidator(expand_path)]
-"""A path, or a name on the Hugging Face hub, expanded when a configuration is read."""
 
 
 def dangling_link(path: Path) -> str | None:

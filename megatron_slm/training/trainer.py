@@ -1,8 +1,9 @@
 """The training loop, and the callbacks that it calls."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -43,23 +44,32 @@ class Callback:
         """Called at the end of every run, also after an error."""
 
 
-def make_callback(name: str) -> Callback:
-    """An object of the class `package.module:Class`, which takes no arguments.
+def make_callback(entry: str | Mapping[str, Any]) -> Callback:
+    """Return the callback that an entry of the setting `callbacks` names.
+
+    Args:
+        entry: `package.module:Class`, or a group of `class` (the same) and `args`, its keyword arguments.
 
     Raises:
-        UserError: it cannot be imported or made, or is no `Callback`.
+        UserError: the class cannot be imported, refuses the arguments, or is not a `Callback`.
     """
+    name, arguments = (entry, {}) if isinstance(entry, str) else (entry["class"], entry.get("args") or {})
     module, _, kind = name.partition(":")
+    # The class is a user's code, whose import and constructor may raise anything.
     try:
-        made = getattr(import_module(module), kind)()
+        found = getattr(import_module(module), kind)
     except Exception as error:
-        raise UserError(
-            f"callbacks names '{name}', which cannot be made ({error}): write package.module:Class, put the package "
-            "on PYTHONPATH, and let the class take no arguments."
-        ) from error
-    if not isinstance(made, Callback):
-        raise UserError(f"callbacks names '{name}', which is no callback: derive the class from megatron_slm.Callback.")
-    return made
+        remedy = "Write package.module:Class, and put the package on PYTHONPATH"
+        raise UserError("callbacks", name, f"it cannot be imported ({error})", remedy) from error
+    try:
+        callback = found(**arguments)
+    except Exception as error:
+        reason = f"it cannot be made with the arguments {dict(arguments)} ({error})"
+        remedy = f"Write {{class: {name}, args: {{name: value}}}} with the arguments that the class takes"
+        raise UserError("callbacks", name, reason, remedy) from error
+    if not isinstance(callback, Callback):
+        raise UserError("callbacks", name, "it is not a callback", "Derive the class from megatron_slm.Callback")
+    return callback
 
 
 class Trainer:

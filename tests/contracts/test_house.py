@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "io", "types", "signals", "launcher", "dist", "backend"}
+LEAVES = {"errors", "settings", "io", "types", "signals", "launcher", "dist", "backend"}
 ROOMS = {"data", "models", "reference", "selection", "training"}
 MAY_IMPORT = {
     "errors": set(),
     "types": set(),
+    "settings": {"errors"},
     "io": {"errors"},
     "launcher": {"errors"},
     "dist": {"errors", "launcher"},
     "backend": {"dist", "errors"},
-    # Pure torch, for anyone's training loop.
-    "selection": set(),
+    # Torch alone, and pydantic for its settings: for anyone's training loop.
+    "selection": {"errors", "settings"},
     # Declares what scores read, what heads compute and what stores hold.
     "signals": {"selection", "types"},
     # Pages and charts of plain values, for any part that shows something.
@@ -30,7 +31,7 @@ MAY_IMPORT = {
     "reference": LEAVES | {"data", "models"},
     "training": LEAVES | ROOMS | {"reporting"},
     "config_file": {"errors"},
-    "config": {"errors", "io", "config_file"} | ROOMS,
+    "config": {"errors", "settings", "config_file"} | ROOMS,
     "run_folder": {"config", "dist", "errors", "io", "training"},
     "build": LEAVES | ROOMS | {"config", "run_folder"},
     "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},

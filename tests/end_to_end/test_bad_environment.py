@@ -59,12 +59,12 @@ def test_a_port_in_use_is_named(corpora: Path, tmp_path: Path, busy_port: str) -
 
 
 CONFIGURATIONS = {
-    "nothing": (b"", "must hold 'key: value' lines"),
-    "a list": (b"- a\n- b\n", "must hold 'key: value' lines"),
+    "nothing": (b"", "it has no settings"),
+    "a list": (b"- a\n- b\n", "it has no settings"),
     "bytes of another encoding": (b"run_dir: caf\xe9\n", "is not YAML"),
     "a tab": (b"run_dir:\n\tx: 1\n", "is not YAML"),
     "a Python object": (b"run_dir: !!python/object/apply:os.system ['true']\n", "is not YAML"),
-    "no settings that are needed": (b"run_dir: x\n", "model is missing"),
+    "no settings that are needed": (b"run_dir: x\n", "model is not set"),
 }
 
 
@@ -253,4 +253,4 @@ def test_an_interrupt_ends_a_command_without_a_traceback(
     with pytest.raises(SystemExit) as end:
         main(["prepare", "--output", "web"])
     assert end.value.code == 130
-    assert capsys.readouterr().err == "megatron-slm prepare: stopped; what was saved before is untouched.\n"
+    assert capsys.readouterr().err == "megatron-slm prepare: interrupted; files that were saved before are unchanged.\n"

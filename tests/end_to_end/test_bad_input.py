@@ -53,107 +53,180 @@ def command_lines(world: World, many: list[list[str]]) -> list[tuple[int, str]]:
 
 
 def refused(*arguments: str) -> str:
-    """The sentence with which a command refuses."""
+    """The error that a command prints."""
     return sentence_of(arguments[0], *run_ranks(command_line, 1, *arguments)[0])
 
 
 def sentence_of(verb: str, status: int, heard: str) -> str:
-    """Return what follows the first `error: ` of a command that refused; several errors are several lines."""
-    assert status == 2 and "Traceback" not in heard, heard
-    before, _, sentences = heard.partition(f"megatron-slm {verb}: error: ")
-    assert not before or before.endswith("\n")
-    assert sentences
-    return sentences.rstrip("\n")
+    return "\n".join(sentences_of(verb, status, heard))
+
+
+def sentences_of(verb: str, status: int, heard: str) -> list[str]:
+    """The errors that a command printed, one per line."""
+    start = f"megatron-slm {verb}: error: "
+    sentences = [line.removeprefix(start) for line in heard.splitlines() if line.startswith(start)]
+    assert status == 2 and sentences and heard.splitlines()[-1].startswith(start), heard
+    assert "Traceback" not in heard
+    return sentences
 
 
 SETTINGS = {
-    "an unknown key": ("selection.ratoi=0.5", "selection.ratoi is not a setting: did you mean selection.ratio?"),
-    "an unknown group": ("optimiser.lr=1", "optimiser is not a setting"),
-    "a wrong type": ("training.lr=fast", "training.lr is 'fast'"),
-    "a fractional count": ("training.micro_batch_size=1.5", "training.micro_batch_size is 1.5"),
-    "a value where a group belongs": ("training=7", "training must be a group of settings"),
-    "a ratio above one": ("selection.ratio=1.2", "selection.ratio is 1.2"),
-    "a ratio of zero": ("selection.ratio=0", "selection.ratio is 0"),
-    "an unknown scope": ("selection.scope=node", "selection.scope is 'node'"),
-    "an unknown objective": ("objective=mlm", "objective is 'mlm'"),
-    "a batch that cannot be dealt": ("training.micro_batch_size=3", "training.global_batch_size is 8, not a multiple"),
-    "a negative interval": ("training.save_interval=-5", "training.save_interval is -5"),
-    "both lengths": ("training.train_epochs=2", "either train_tokens or train_epochs"),
-    "a minimum above the peak": ("training.min_lr=1", "training.min_lr is 1"),
-    "a weight without its corpus": ("data.train=[0.7]", "data.train is [0.7]"),
-    "a negative weight": ("data.train=[-1, a, 2, b]", "with weights above 0"),
-    "an empty blend": ("data.train=[]", "data.train is []"),
-    "a split without numbers": ("data.split=most", "data.split is 'most'"),
-    "a split in exponents": ("data.split='1e-1,1'", "data.split is '1e-1,1'"),
-    "a split in four": ("data.split='1,1,1,1'", "data.split is '1,1,1,1'"),
-    "a split without a document": ("data.split='0.1,99,1'", "which leaves none of the 300 documents"),
-    "a score of an unknown signal": ("selection.score=tests.steps:unknown_signal", "signal 'student.entropi'"),
-    "a corpus that is not there": ("data.train=/nowhere/web", "/nowhere/web"),
-    "DeepSpeed's batch size": ("deepspeed.train_batch_size=8", "use training.global_batch_size"),
-    "DeepSpeed's optimizer": ("deepspeed.optimizer={type: Adam}", "deepspeed.optimizer is set by this system"),
-    "how DeepSpeed sends gradients": ("deepspeed.communication_data_type=bf16", "is set by this system: leave it out."),
-    "an unknown DeepSpeed key": ("deepspeed.zero_optimisation={}", "did you mean zero_optimization?"),
-    "DeepSpeed's other parallelism": ("deepspeed.tensor_parallel={}", "deepspeed.tensor_parallel is not passed"),
-    "an empty ZeRO section": ("deepspeed.zero_optimization=null", "deepspeed.zero_optimization is None"),
-    "a stage that does not exist": ("deepspeed.zero_optimization.stage=4", "deepspeed.zero_optimization.stage is 4"),
-    "a stage in words": ("deepspeed.zero_optimization.stage=auto", "deepspeed.zero_optimization.stage is 'auto'"),
-    "a negative seed": ("seed=-1", "seed is -1"),
-    "a seed beyond 31 bits": ("seed=2147483648", "seed is 2147483648"),
-    "an order of no tokens": ("data.order_tokens=0", "data.order_tokens is 0"),
-    "an order shorter than a step": ("data.order_tokens=255", "data.order_tokens is 255, less than the 256 tokens"),
-    "a beta of one": ("training.adam_beta2=1", "training.adam_beta2 is 1"),
-    "an epsilon of zero": ("training.adam_eps=0", "training.adam_eps is 0"),
-    "an infinite rate": ("training.lr=.inf", "training.lr is inf"),
-    "a rate that is no number": ("training.lr=.nan", "training.lr is nan"),
-    "an infinite decay in words": ("training.weight_decay=inf", "training.weight_decay is inf"),
-    "an infinite weight": ("data.train=[.inf, a, 1, b]", "data.train is inf"),
-    "a truth for a number": ("training.micro_batch_size=true", "training.micro_batch_size is True"),
-    "a truth for a weight": ("data.train=[true, a]", "it takes no true or false"),
-    "an empty group that has no defaults": ("training=null", "training is missing"),
-    "more tokens than positions": ("data.seq_length=128", "set model.config.max_position_embeddings=128"),
-    "heads that do not divide": (
-        "model.config.num_attention_heads=3",
-        "not a multiple of the number of attention heads",
+    "an unknown key": ("selection.ratoi=0.5", "selection.ratoi is 0.5", "Did you mean selection.ratio?"),
+    "an unknown group": ("optimiser.lr=1", "optimiser is {'lr': 1}", "training"),
+    "a wrong type": ("training.lr=fast", "training.lr is fast", "a number"),
+    "a fractional count": ("training.micro_batch_size=1.5", "training.micro_batch_size is 1.5", "whole number"),
+    "a value where a group belongs": ("training=7", "training is 7", "a group of settings"),
+    "a ratio above one": ("selection.ratio=1.2", "selection.ratio is 1.2", "1 or less"),
+    "a ratio of zero": ("selection.ratio=0", "selection.ratio is 0", "above 0"),
+    "an unknown scope": ("selection.scope=node", "selection.scope is node", "'rank'"),
+    "an unknown objective": ("objective=mlm", "objective is mlm", "'slm'"),
+    "a batch that cannot be dealt": ("training.micro_batch_size=3", "training.global_batch_size is 8", "multiple"),
+    "a negative interval": ("training.save_interval=-5", "training.save_interval is -5", "above 0"),
+    "no length": ("training.train_tokens=null", "training.train_tokens is not set", "training.train_epochs"),
+    "both lengths": ("training.train_epochs=2", "training.train_epochs is 2", "training.train_tokens is 5120"),
+    "a minimum above the peak": ("training.min_lr=1", "training.min_lr is 1", "training.lr, is 0.001"),
+    "a weight without its corpus": ("data.train=[0.7]", "data.train is [0.7]", "PREFIX"),
+    "a negative weight": ("data.train=[-1, a, 2, b]", "data.train is [-1, 'a', 2, 'b']", "weights above 0"),
+    "an empty blend": ("data.train=[]", "data.train is []", "PREFIX"),
+    "a group in place of a blend": ("data.train={web: 1}", "data.train is {'web': 1}", "PREFIX"),
+    "a split without numbers": ("data.split=most", "data.split is most", "parts"),
+    "a split in exponents": ("data.split='1e-1,1'", "data.split is 1e-1,1", "parts"),
+    "a split in four": ("data.split='1,1,1,1'", "data.split is 1,1,1,1", "parts"),
+    "a split without training": ("data.split='0,1'", "data.split is 0,1", "the first above 0"),
+    "a split without a document": ("data.split='0.1,99,1'", "data.split is", "none of the 300 documents"),
+    "a score of an unknown signal": (
+        "selection.score=tests.steps:unknown_signal",
+        "selection.score",
+        "student.entropi",
     ),
-    "a score that does not exist": ("selection.score=surprise", "selection.score is 'surprise'"),
-    "a score that cannot be imported": ("selection.score=nowhere:found", "cannot be imported"),
-    "no reference": ("reference=null", "needs a reference model"),
-    "a reference that is not there": ("reference.path=/nowhere/model", "reference.path"),
-    "a store that is not there": (
-        "reference.store=/nowhere/scores",
-        "reference.store is /nowhere/scores, which holds no",
+    "a corpus that is not there": ("data.train=/nowhere/web", "data.train", "/nowhere/web"),
+    "DeepSpeed's batch size": ("deepspeed.train_batch_size=8", "deepspeed.train_batch_size is 8", "global_batch_size"),
+    "DeepSpeed's optimizer": (
+        "deepspeed.optimizer={type: Adam}",
+        "deepspeed.optimizer is {'type': 'Adam'}",
+        "this package sets it",
     ),
-    "a reference without its place": ("reference={micro_batch_size: 4}", "reference needs a path"),
-    "references of one kind and several": (
-        "reference.of=[{path: a}]",
-        "leave one of the two out",
+    "how DeepSpeed sends gradients": (
+        "deepspeed.communication_data_type=bf16",
+        "deepspeed.communication_data_type is bf16",
+        "Remove it.",
     ),
-    "a reference among several that is nothing": ("reference={of: [{weight: 1}]}", "takes either path or store"),
-    "a weight of no reference": ("reference={of: [{path: a, weight: -1}]}", "reference.of.0.weight is -1"),
-    "an unknown setting of one of several": ("reference={of: [{paht: a}]}", "did you mean reference.of[0].path?"),
-    "an unknown model type": ("model.config.model_type=llamma", "model.config is not"),
-    "no model": ("model={config: {}}", "model"),
-    "a vocabulary that is too small": ("model.config.vocab_size=10", "10 vocabulary entries"),
-    "dropout": ("model.config.attention_dropout=0.1", "set model.config.attention_dropout=0"),
-    "a range that ends where it begins": ("data.skip_samples=[[8, 8]]", "data.skip_samples is [[8, 8]]"),
-    "a range before the first sample": ("data.skip_samples=[[-8, 8]]", "with 0 <= first < last"),
-    "a range of three": ("data.skip_samples=[[0, 8, 9]]", "data.skip_samples.0 is [0, 8, 9]: give a list"),
-    "a range of one": (
-        "data.skip_samples=[[8]]",
-        "data.skip_samples.0 is [8]: give a list of numbers such as [10, 12]",
+    "an unknown DeepSpeed key": (
+        "deepspeed.zero_optimisation={}",
+        "deepspeed.zero_optimisation is {}",
+        "Did you mean deepspeed.zero_optimization?",
     ),
-    "a range in words": ("data.skip_samples=[[0, all]]", "data.skip_samples.0.1 is 'all'"),
-    "a truth in a range": ("data.skip_samples=[[true, 8]]", "it takes no true or false"),
-    "one range without its list": ("data.skip_samples=[0, 8]", "data.skip_samples.0 is 0: give a list of numbers"),
-    "ranges longer than the run": ("data.skip_samples=[[0, 9999]]", "leaves out 9999 samples, more than the 160"),
-    "a spike below the average": ("training.spike_sigma=-1", "training.spike_sigma is -1"),
-    "a spike in words": ("training.spike_sigma=high", "training.spike_sigma is 'high'"),
-    "a profile of no step": ("training.profile_steps=[0, 3]", "training.profile_steps is [0, 3]"),
-    "a profile that ends before it begins": ("training.profile_steps=[5, 3]", "with 1 <= first <= last"),
-    "a profile of one number": ("training.profile_steps=5", "training.profile_steps is 5"),
-    "a check of fewer than no windows": ("reference.check_windows=-1", "reference.check_windows is -1"),
-    "an override without a value": ("training.lr", "must look like a.b=c"),
+    "DeepSpeed's other parallelism": (
+        "deepspeed.tensor_parallel={}",
+        "deepspeed.tensor_parallel is {}",
+        "does not pass it",
+    ),
+    "an empty ZeRO section": ("deepspeed.zero_optimization=null", "deepspeed.zero_optimization is not set", "group"),
+    "a stage that does not exist": (
+        "deepspeed.zero_optimization.stage=4",
+        "deepspeed.zero_optimization.stage is 4",
+        "0, 1, 2 or 3",
+    ),
+    "a stage in words": (
+        "deepspeed.zero_optimization.stage=auto",
+        "deepspeed.zero_optimization.stage is auto",
+        "0, 1, 2 or 3",
+    ),
+    "an infinite size of DeepSpeed's": (
+        "deepspeed.zero_optimization.reduce_bucket_size=.inf",
+        "deepspeed.zero_optimization.reduce_bucket_size is inf",
+        "finite",
+    ),
+    "a negative seed": ("seed=-1", "seed is -1", "0 or more"),
+    "a seed beyond 31 bits": ("seed=2147483648", "seed is 2147483648", "below 2147483648"),
+    "an order of no tokens": ("data.order_tokens=0", "data.order_tokens is 0", "above 0"),
+    "an order shorter than a step": ("data.order_tokens=255", "data.order_tokens is 255", "256 tokens"),
+    "a beta of one": ("training.adam_beta2=1", "training.adam_beta2 is 1", "below 1"),
+    "an epsilon of zero": ("training.adam_eps=0", "training.adam_eps is 0", "above 0"),
+    "an infinite rate": ("training.lr=.inf", "training.lr is inf", "finite"),
+    "a rate that is no number": ("training.lr=.nan", "training.lr is nan", "finite"),
+    "an infinite decay in words": ("training.weight_decay=inf", "training.weight_decay is inf", "a number"),
+    "an infinite weight": ("data.train=[.inf, a, 1, b]", "data.train is [inf, 'a', 1, 'b']", "PREFIX"),
+    "a truth for a number": ("training.micro_batch_size=true", "training.micro_batch_size is true", "whole number"),
+    "a truth for a rate": ("training.lr=true", "training.lr is true", "a number"),
+    "a truth for a weight": ("data.train=[true, a]", "data.train is [True, 'a']", "PREFIX"),
+    "a number for a truth": ("data.reset_attention=2", "data.reset_attention is 2", "true or false"),
+    "an empty group that has no defaults": ("training=null", "training is not set", "group"),
+    "more tokens than positions": ("data.seq_length=128", "data.seq_length", "model.config.max_position_embeddings"),
+    "heads that do not divide": ("model.config.num_attention_heads=3", "model.config", "number of attention heads"),
+    "a score that does not exist": ("selection.score=surprise", "selection.score is", "excess"),
+    "a score that cannot be imported": ("selection.score=nowhere:found", "selection.score is", "cannot be imported"),
+    "no reference": ("reference=null", "selection.score is", "needs a reference model"),
+    "a reference that is not there": ("reference.path=/nowhere/model", "reference.path is", "/nowhere/model"),
+    "a store that is not there": ("reference.store=/nowhere/scores", "reference.store is", "/nowhere/scores"),
+    "a reference without its place": (
+        "reference={micro_batch_size: 4}",
+        "reference.path is not set",
+        "reference.store",
+    ),
+    "references of one kind and several": ("reference.of=[{path: a}]", "reference.path is /", "reference.of"),
+    "a reference among several that is nothing": (
+        "reference={of: [{weight: 1}]}",
+        "reference.of[0].path is not set",
+        "store",
+    ),
+    "a reference among several that is two": (
+        "reference={of: [{path: a, store: b}]}",
+        "reference.of[0].store is b",
+        "either",
+    ),
+    "a weight of no reference": (
+        "reference={of: [{path: a, weight: -1}]}",
+        "reference.of[0].weight is -1",
+        "above 0",
+    ),
+    "an unknown setting of one of several": (
+        "reference={of: [{paht: a}]}",
+        "reference.of[0].paht is a",
+        "Did you mean reference.of[0].path?",
+    ),
+    "an unknown model type": ("model.config.model_type=llamma", "model.config", "llamma"),
+    "no model": ("model={config: {}}", "model.path is not set", "model.config"),
+    "a model without its type": ("model={config: {hidden_size: 8}}", "model.config.model_type is not set", "llama"),
+    "a vocabulary that is too small": ("model.config.vocab_size=10", "", "10"),
+    "dropout": ("model.config.attention_dropout=0.1", "", "attention_dropout"),
+    "a range that ends where it begins": (
+        "data.skip_samples=[[8, 8]]",
+        "data.skip_samples is [[8, 8]]",
+        "0 <= first < last",
+    ),
+    "a range before the first sample": (
+        "data.skip_samples=[[-8, 8]]",
+        "data.skip_samples is [[-8, 8]]",
+        "0 <= first < last",
+    ),
+    "a range of three": ("data.skip_samples=[[0, 8, 9]]", "data.skip_samples[0] is [0, 8, 9]", "2 numbers"),
+    "a range of one": ("data.skip_samples=[[8]]", "data.skip_samples[0] is [8]", "two numbers"),
+    "a range in words": ("data.skip_samples=[[0, all]]", "data.skip_samples[0][1] is all", "whole number"),
+    "a truth in a range": ("data.skip_samples=[[true, 8]]", "data.skip_samples[0][0] is true", "whole number"),
+    "one range without its list": ("data.skip_samples=[0, 8]", "data.skip_samples[0] is 0", "a list of numbers"),
+    "ranges longer than the run": ("data.skip_samples=[[0, 9999]]", "data.skip_samples", "9999"),
+    "a spike below the average": ("training.spike_sigma=-1", "training.spike_sigma is -1", "0 or more"),
+    "a spike in words": ("training.spike_sigma=high", "training.spike_sigma is high", "a number"),
+    "a profile of no step": ("training.profile_steps=[0, 3]", "training.profile_steps is [0, 3]", "1 <= first"),
+    "a profile that ends before it begins": (
+        "training.profile_steps=[5, 3]",
+        "training.profile_steps is [5, 3]",
+        "first <= last",
+    ),
+    "a profile of one number": ("training.profile_steps=5", "training.profile_steps is 5", "a list of numbers"),
+    "a check of fewer than no windows": ("reference.check_windows=-1", "reference.check_windows is -1", "0 or more"),
+    "an override without a value": ("training.lr", "override is training.lr", "NAME=VALUE"),
+    "a callback that is not there": ("callbacks=[nowhere:Found]", "callbacks is nowhere:Found", "cannot be imported"),
+    "a callback without its class": ("callbacks=[{args: {a: 1}}]", "callbacks[0] is {'args': {'a': 1}}", "class"),
+    "an unknown key of a callback": (
+        "callbacks=[{class: 'a:B', arguments: {}}]",
+        "callbacks[0] is {'class': 'a:B', 'arguments': {}}",
+        "args",
+    ),
+    "a callback of one word": ("callbacks=nowhere", "callbacks is nowhere", "a list"),
 } | SELECTION
+"""Mistakes in settings, each with the setting and value of the error, and a word of its reason or remedy."""
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +234,7 @@ def answers(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """Exit status, standard error and run folder of every mistake."""
     folder = tmp_path_factory.mktemp("mistakes")
     commands, run_dirs = [], []
-    for number, (override, _) in enumerate(SETTINGS.values()):
+    for number, (override, _, _) in enumerate(SETTINGS.values()):
         run_dirs.append(folder / f"run{number}")
         config = write_config(folder / f"run{number}.yaml", config_tree(corpora, run_dirs[-1]))
         commands.append(["train", str(config), override])
@@ -172,8 +245,16 @@ def answers(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 @pytest.mark.parametrize("mistake", SETTINGS)
 def test_a_wrong_setting_is_named(answers: dict[str, tuple[int, str, Path]], mistake: str) -> None:
     status, heard, run_dir = answers[mistake]
-    assert SETTINGS[mistake][1] in sentence_of("train", status, heard)
+    _, setting, word = SETTINGS[mistake]
+    assert any(line.startswith(setting) and word in line for line in sentences_of("train", status, heard)), heard
     assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_several_mistakes_are_named_one_per_line(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
+    arguments = ["train", str(config), "training.lr=fast", "selection.ratio=2", "seeed=1"]
+    named = [line.partition(" is ")[0] for line in sentences_of("train", *run_ranks(command_line, 1, *arguments)[0])]
+    assert named == ["seeed", "training.lr", "selection.ratio"]
 
 
 MODELS = {
@@ -236,7 +317,8 @@ def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> 
 
 
 def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
-    assert "nowhere.yaml cannot be read" in refused("train", str(tmp_path / "nowhere.yaml"))
+    path = tmp_path / "nowhere.yaml"
+    assert f"configuration is {path}, but it cannot be read (No such file" in refused("train", str(path))
 
 
 def test_a_configuration_that_is_not_yaml_is_named(tmp_path: Path) -> None:

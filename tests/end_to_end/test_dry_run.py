@@ -32,7 +32,7 @@ def test_a_dry_run_tells_the_plan_for_any_number_of_ranks_and_writes_nothing(cor
     lines = {line[:10].strip(): line[11:] for line in said.splitlines()}
     assert lines["plan"].startswith("4 steps of 256 tokens")
     assert lines["step"] == "8 samples = 4 ranks x 2 x 1 micro-steps, 32 tokens each"
-    assert lines["selection"] == "excess, the highest 60%; scope global, pool micro_step"
+    assert lines["selection"] == "top 60% of the tokens by excess; scope global, pool micro_step"
     assert "split over the ranks" in lines["reference"] and "weights" in lines["memory"]
     assert lines["cost"].endswith(" of a plain step; " + f"{4 * float(lines['cost'].split()[0]):.2g} in all")
     assert lines["run"].endswith("run, new")

@@ -103,7 +103,7 @@ def test_an_exported_folder_loads_to_the_evaluated_loss(corpora: Path, tmp_path:
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
-    assert "| selection | excess, the highest 60%; scope global" in (tmp_path / "out" / "README.md").read_text()
+    assert "| selection | top 60% of the tokens by excess; scope global" in (tmp_path / "out" / "README.md").read_text()
     found = run_ranks(exported_losses, 1, str(tmp_path / "out"), str(corpora), tied)[0]
     assert found["loss"] == pytest.approx(records(run)[-1]["eval/held_out/loss"], abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""What a configuration file and its overrides may not drop or leave to chance: keys given twice, paths, comments."""
+"""Configuration files and overrides: repeated keys, comments, paths, callbacks, and several errors at once."""
 
 from pathlib import Path
 
@@ -26,29 +26,29 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def refused(file: Path, *overrides: str) -> str:
-    with pytest.raises(UserError) as error:
+def refused(file: Path, *overrides: str) -> UserError:
+    with pytest.raises(UserError) as caught:
         load_config(str(file), list(overrides))
-    return str(error.value)
+    return caught.value
 
 
 def test_a_group_given_twice_is_named_with_both_lines(file: Path) -> None:
     file.write_text(CONFIG + "training: {lr: 1.0e-3}\n")
-    sentence = refused(file)
-    assert "training" in sentence and "lines 5 and 8" in sentence
+    error = refused(file)
+    assert error.setting == "training" and "lines 5 and 8" in error.reason
 
 
 def test_a_setting_given_twice_is_named_with_its_group_and_both_lines(file: Path) -> None:
     file.write_text(CONFIG + "  lr: 1.0e-3\n  lr: 2.0e-3\n")
-    sentence = refused(file)
-    assert "training.lr" in sentence and "lines 8 and 9" in sentence
+    error = refused(file)
+    assert (error.setting, error.value) == ("training.lr", "2.0e-3") and "lines 8 and 9" in error.reason
 
 
-def test_a_key_given_twice_is_found_in_lists_and_in_groups_of_others(file: Path) -> None:
+def test_a_key_given_twice_is_found_in_lists_and_in_groups_of_other_libraries(file: Path) -> None:
     file.write_text(CONFIG + "selection: {combine: union, of: [{score: excess, ratio: 0.5, ratio: 0.6}]}\n")
-    assert "selection.of.ratio" in refused(file)
+    assert refused(file).setting == "selection.of.ratio"
     file.write_text(CONFIG + "deepspeed: {zero_optimization: {stage: 1, stage: 3}}\n")
-    assert "deepspeed.zero_optimization.stage" in refused(file)
+    assert refused(file).setting == "deepspeed.zero_optimization.stage"
 
 
 def test_anchors_and_merges_are_no_duplicates(file: Path) -> None:
@@ -59,15 +59,15 @@ def test_anchors_and_merges_are_no_duplicates(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "setting"),
     [
-        ("reference={path: a, path: b}",),
-        ("training.lr=1", "training.lr=2"),
-        ("training.lr=1", "training={train_tokens: 2, global_batch_size: 1}"),
+        (("reference={path: a, path: b}",), "reference.path"),
+        (("training.lr=1", "training.lr=2"), "override"),
+        (("training.lr=1", "training={train_tokens: 2, global_batch_size: 1}"), "override"),
     ],
 )
-def test_an_override_that_drops_another_is_refused(file: Path, overrides: tuple[str, ...]) -> None:
-    refused(file, *overrides)
+def test_an_override_that_replaces_another_is_refused(file: Path, overrides: tuple[str, ...], setting: str) -> None:
+    assert refused(file, *overrides).setting == setting
 
 
 def test_a_group_may_be_given_and_then_refined(file: Path) -> None:
@@ -78,7 +78,30 @@ def test_a_group_may_be_given_and_then_refined(file: Path) -> None:
 def test_a_number_sign_in_an_override_is_no_comment(file: Path) -> None:
     assert load_config(str(file), ["run_dir=runs/b #1"]).run_dir == "runs/b #1"
     assert load_config(str(file), ["run_dir=#1"]).run_dir == "#1"
-    refused(file, "reference={path: a} # not kept")
+    assert "YAML" in refused(file, "reference={path: a} # dropped").reason
+
+
+def test_every_error_of_a_configuration_is_reported_at_once(file: Path) -> None:
+    error = refused(file, "training.lr=fast", "training.lrr=1", "data.seq_length=0")
+    assert [(e.setting, e.value) for e in (error, *error.others)] == [
+        ("training.lrr", 1),
+        ("data.seq_length", 0),
+        ("training.lr", "fast"),
+    ]
+    assert error.remedy == "Did you mean training.lr?" and error.others[0].reason == "it must be above 0"
+
+
+def test_an_unknown_key_that_is_not_text_is_named(file: Path) -> None:
+    file.write_text(CONFIG + "5: 6\n")
+    assert refused(file).setting == "[5]"
+
+
+def test_callbacks_are_names_or_groups_with_arguments(file: Path) -> None:
+    entries = ["a.b:C", {"class": "a:B", "args": {"every": 8, "rate": 1e-3}}, {"class": "a:B", "args": {}}]
+    config = load_config(str(file), ["callbacks=[a.b:C, {class: 'a:B', args: {every: 8, rate: 1e-3}}, {class: 'a:B'}]"])
+    assert config.callbacks == entries
+    file.write_text(dump_config(config))
+    assert load_config(str(file), []).callbacks == entries
 
 
 @pytest.mark.parametrize(
@@ -99,7 +122,7 @@ def test_a_number_sign_in_an_override_is_no_comment(file: Path) -> None:
         "deepspeed={{zero_optimization: {{offload_optimizer: {{device: nvme, nvme_path: '{}'}}}}}}",
     ],
 )
-def test_every_path_is_expanded_recorded_so_and_never_empty(
+def test_every_path_is_expanded_recorded_in_full_and_never_empty(
     file: Path, monkeypatch: pytest.MonkeyPatch, override: str
 ) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
@@ -113,7 +136,12 @@ def test_every_path_is_expanded_recorded_so_and_never_empty(
         recorded = dump_config(load_config(str(file), [override.format(written)]))
         assert expanded in recorded and written not in recorded
         assert yaml.safe_load(recorded)["run_dir"]
-    assert "MISSING" in refused(file, override.format("$MISSING/a"))
-    assert "no user" in refused(file, override.format("~nobody-of-this-name/a"))
+    missing = refused(file, override.format("$MISSING/a"))
+    assert missing.value == "$MISSING/a" and "MISSING" in missing.reason
     name = override.partition("=")[0]
-    assert name.partition(".")[0] in refused(file, override.format(" ") if "'" in override else f"{name}=''")
+    for error in (
+        missing,
+        refused(file, override.format("~nobody-of-this-name/a")),
+        refused(file, override.format(" ") if "'" in override else f"{name}=''"),
+    ):
+        assert error.setting.startswith(name) and error.reason and error.remedy

@@ -18,9 +18,9 @@ from megatron_slm.config import (
     dump_config,
     load_config,
     parse_config,
-    parse_quantity,
 )
 from megatron_slm.errors import UserError, refuse_missing_folder
+from megatron_slm.settings import parse_quantity
 from megatron_slm.training.callbacks import describe, finite, quantity
 from megatron_slm.training.checkpoints import cut_back
 from megatron_slm.training.cost import ModelFlops, StepTokens, TokenFlops, step_flops, token_flops
@@ -237,9 +237,12 @@ def test_a_path_that_looks_like_a_number_stays_a_path() -> None:
     assert config.data.train == "80B" and config.model.path == "1e5"
 
 
-def test_every_error_of_a_type_is_a_sentence() -> None:
-    with pytest.raises(UserError, match=r"^training\.lr is 'fast': .*\.$"):
+def test_an_error_of_a_type_has_all_four_fields() -> None:
+    with pytest.raises(UserError) as caught:
         parse_config(BASE | {"training": BASE["training"] | {"lr": "fast"}})
+    error = caught.value
+    assert (error.setting, error.value, error.reason) == ("training.lr", "fast", "it must be a number")
+    assert error.remedy and not error.others
 
 
 def test_losses_are_ranked_in_float32_whatever_the_model() -> None:
@@ -255,6 +258,7 @@ def test_an_error_is_one_sentence_made_from_its_fields() -> None:
     unset = UserError("reference.path", None, "score needs a model", "Name the model")
     assert str(unset) == "reference.path is not set, but score needs a model. Name the model."
     assert str(UserError(*error.args, unset)) == f"{error}\n{unset}"
+    assert UserError(*error.args, unset).sentences() == [str(error), str(unset)]
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from megatron_slm.selection import (
     Rule,
@@ -235,37 +236,42 @@ def test_a_scheduled_ratio_never_rises_and_ends_exactly_at_the_ratio(schedule, r
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "excess, the highest 60%; scope global, pool micro_step"),
-        ({"unit": "sequence"}, "whole sequences by their mean: excess, the highest 60%; scope global, pool micro_step"),
+        ({}, "top 60% of the tokens by excess; scope global, pool micro_step"),
+        ({"unit": "sequence"}, "top 60% of the sequences by mean excess; scope global, pool micro_step"),
         (
             {"unit": "both", "sequence_ratio": 0.8, "weighting": "stochastic", "temperature": 0.5},
-            "within the 80% of sequences of highest mean: excess, the highest 60%; "
-            "drawn in proportion to exp(score/0.5); scope global, pool micro_step",
+            "top 80% of the sequences by mean score, then top 60% of the tokens by excess; "
+            "sampled in proportion to exp(score/0.5); scope global, pool micro_step",
         ),
         (
             {"combine": "union", "of": [RankedScore("excess", 0.5), RankedScore("random", 0.125)], "scope": "rank"},
-            "union of (excess, the highest 50%) and (random, the highest 12.5%); scope rank, pool micro_step",
+            "union of top 50% of the tokens by excess and top 12.5% of the tokens by random; "
+            "scope rank, pool micro_step",
         ),
         (
             {"weighting": "soft", "schedule": "linear", "schedule_tokens": 5000, "start": 0.1, "pool": "step"},
-            "excess, the highest 60%; every token weighed by sigmoid((score - threshold)/1); scope global, pool step; "
-            "ratio linear from 100% over 5,000 tokens; all tokens for the first 10% of the run",
+            "top 60% of the tokens by excess; all tokens weighted by sigmoid((score - threshold)/1); "
+            "scope global, pool step; linear schedule of the ratio from 100% over 5,000 tokens; "
+            "all tokens for the first 10% of the run",
         ),
         (
             {"schedule": "steps", "ratio_steps": [(1000, 0.8), (2000, 0.6)]},
-            "excess; scope global, pool micro_step; ratio 80% from 1,000 tokens on, 60% from 2,000 tokens on",
+            "top tokens by excess; scope global, pool micro_step; ratio 80% from 1,000 tokens, 60% from 2,000 tokens",
         ),
         (
             {"backward": "rows"},
-            "excess, the highest 60%; scope global, pool micro_step; backward of the kept alone, by rows",
+            "top 60% of the tokens by excess; scope global, pool micro_step; "
+            "backward rows, without the unselected tokens",
         ),
     ],
 )
-def test_a_rule_is_told_in_words(options, words):
+def test_a_rule_is_described_in_words(options, words):
     assert rule_in_words(SelectionSettings(**options)) == words
 
 
 @pytest.mark.parametrize("name", ["scope", "pool", "combine", "unit", "weighting", "schedule"])
 def test_a_misspelt_choice_is_not_another_rule(name):
-    with pytest.raises(ValueError, match=f"{name} is 'loud': use one of "):
+    with pytest.raises(ValidationError) as caught:
         SelectionSettings(**{name: "loud"})
+    (error,) = caught.value.errors()
+    assert (error["loc"], error["type"], error["input"]) == ((name,), "literal_error", "loud")
