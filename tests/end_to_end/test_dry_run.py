@@ -105,7 +105,7 @@ def test_a_dry_run_finds_every_mistake_at_once(corpora: Path, tmp_path: Path) ->
     assert status == 2 and "Traceback" not in heard
     for expected in (
         "reference.path is",
-        "callbacks names 'nowhere:Found'",
+        "callbacks is nowhere:Found",
         "times 3 ranks",
         "has 64 positions",
         *ORDER,

@@ -182,11 +182,11 @@ def test_scores_of_samples_are_those_of_the_samples_of_kept_documents(
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "nothing to do": (["filter=null"], "filter.base, filter.reference and filter.output are not set"),
-    "no store": (["filter={output: x}"], "filter.base is missing"),
-    "nowhere to write": (["filter.output=."], "filter.output is '.': output must name a file"),
-    "a share of more than all": (["filter.keep=1.5"], "filter.keep is 1.5: keep is the share"),
-    "a share of nothing": (["filter.keep=0"], "filter.keep is 0: keep is the share"),
-    "an unknown setting": (["filter.ratio=0.5"], "filter.ratio is not a setting"),
+    "no store": (["filter={output: x}"], "filter.base is not set"),
+    "nowhere to write": (["filter.output=."], "filter.output is ., but"),
+    "a share of more than all": (["filter.keep=1.5"], "filter.keep is 1.5, but"),
+    "a share of nothing": (["filter.keep=0"], "filter.keep is 0, but"),
+    "an unknown setting": (["filter.ratio=0.5"], "filter.ratio is 0.5, but there is no such setting"),
     "a corpus that is not there": (["data.train=/nowhere/web"], "/nowhere/web"),
     "a store that is not there": (["filter.base=/nowhere"], "filter.base is /nowhere, which holds no manifest.json"),
     "a store of other corpora": (["data.train=CORPORA/web"], "which holds no scores of"),

@@ -504,23 +504,24 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         "training": {"global_batch_size": 1, "train_tokens": 1},
     }
     base |= {"data": {"train": "x"}}
-    for reference, said in {
-        "of and path": ({"path": "a", "of": [{"path": "b"}]}, "leave one of the two out"),
-        "nothing": ({}, "reference needs a path"),
-        "both in one": ({"of": [{"path": "b", "store": "c"}]}, "takes either path or store"),
-        "a weight of zero": ({"of": [{"path": "b", "weight": 0}]}, "weight must be above 0"),
-        "an unknown mix": ({"mix": "max", "of": [{"path": "b"}]}, "reference.mix is 'max'"),
-    }.values():
-        with pytest.raises(UserError, match=said):
+    for reference, setting, value in (
+        ({"path": "a", "of": [{"path": "b"}]}, "reference.path", "a"),
+        ({}, "reference.path", None),
+        ({"of": [{"path": "b", "store": "c"}]}, "reference.of[0].store", "c"),
+        ({"of": [{"path": "b", "weight": 0}]}, "reference.of[0].weight", 0),
+        ({"mix": "max", "of": [{"path": "b"}]}, "reference.mix", "max"),
+    ):
+        with pytest.raises(UserError) as caught:
             parse_config(base | {"reference": reference})
+        assert (caught.value.setting, caught.value.value) == (setting, value)
 
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "no place to write": (["score=null"], "score.output is not set"),
-    "an empty place": (["score.output=."], "score.output is '.'"),
-    "an unknown kind": (["score.kind=tokens"], "score.kind is 'tokens'"),
-    "an unknown encoding": (["score.encoding=int8"], "score.encoding is 'int8'"),
-    "an unknown setting": (["score.kid=packed"], "did you mean score.kind?"),
+    "an empty place": (["score.output=."], "score.output is ., but"),
+    "an unknown kind": (["score.kind=tokens"], "score.kind is tokens, but"),
+    "an unknown encoding": (["score.encoding=int8"], "score.encoding is int8, but"),
+    "an unknown setting": (["score.kid=packed"], "Did you mean score.kind?"),
     "shards of nothing": (["score.shard_tokens=0"], "score.shard_tokens is 0"),
     "no model": (["reference=null"], "reference.path is not set"),
     "a model that is not there": (["reference.path=/nowhere/model"], "reference.path is /nowhere/model"),
@@ -537,7 +538,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         ["training={precision: bf16, backend: plain}"],
         "training.precision is bf16, but",
     ),
-    "a length in words": (["training.train_epochs=many"], "training.train_epochs is 'many'"),
+    "a length in words": (["training.train_epochs=many"], "training.train_epochs is many, but"),
 }
 
 
