@@ -12,7 +12,7 @@ from megatron_slm.data.corpus import unique_names
 from megatron_slm.data.loader import EvaluationStream
 from megatron_slm.dist import World, agree
 from megatron_slm.reference.references import LiveReference, NoReference, Reference
-from megatron_slm.run_folder import RunFolder
+from megatron_slm.run_directory import RunDirectory
 from megatron_slm.training.callbacks import Console, JsonLines, Profiler
 from megatron_slm.training.checkpoints import cut_back
 from megatron_slm.training.cost import ModelFlops
@@ -35,7 +35,7 @@ class Parts:
 
     config: Config
     corpora: Corpora
-    folder: RunFolder
+    directory: RunDirectory
     engine: TrainingEngine
     reference: Reference
     models: ModelFlops
@@ -56,15 +56,15 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
     Raises:
         AgreedError: the records are garbled, or TensorBoard's folder cannot be written.
     """
-    config, folder, world = parts.config, parts.folder, parts.world
+    config, directory, world = parts.config, parts.directory, parts.world
     selective, sigma = config.objective == "slm", config.training.spike_sigma
     sources = unique_names([corpus.prefix for corpus in parts.corpora.train])
     streams = _streams(parts)
-    events = agree(lambda: _open_records(folder, step) if world.is_main else None)
+    events = agree(lambda: _open_records(directory, step) if world.is_main else None)
     return [
         *_checks(parts, streams),
         StepMetrics(sources, selective, config.selection.quantiles if config.reference else (), parts.min_context),
-        *([Spikes(folder.spikes if world.is_main else None, sigma)] if sigma else []),
+        *([Spikes(directory.spikes if world.is_main else None, sigma)] if sigma else []),
         Accounting(parts.models),
         parts.speed,
         Evaluation(_evaluator(parts, streams)),
@@ -74,11 +74,11 @@ def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Cal
     ]
 
 
-def _open_records(folder: RunFolder, step: int) -> "SummaryWriter":
+def _open_records(directory: RunDirectory, step: int) -> "SummaryWriter":
     """What a killed run recorded after its checkpoint goes, before any callback adds to it."""
-    for path in (folder.metrics, folder.spikes):
+    for path in (directory.metrics, directory.spikes):
         cut_back(path, step)
-    return open_event_files(folder.tensorboard, step)
+    return open_event_files(directory.tensorboard, step)
 
 
 def _streams(parts: Parts) -> dict[str, EvaluationStream]:
@@ -98,7 +98,7 @@ def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback
     checks: list[Callback] = []
     training, settings, reference = parts.config.training, parts.config.reference, parts.reference
     if training.profile_steps is not None:
-        checks.append(Profiler(parts.folder.profile, *training.profile_steps, parts.world))
+        checks.append(Profiler(parts.directory.profile, *training.profile_steps, parts.world))
     if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
         references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
         checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, str(settings.path)))
@@ -112,7 +112,7 @@ def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback
 def _writers(parts: Parts, events: "SummaryWriter", sources: list[str]) -> list[Callback]:
     """What rank 0 alone does."""
     config, training = parts.config, parts.config.training
-    writers: list[Callback] = [Console(), JsonLines(parts.folder.metrics)]
+    writers: list[Callback] = [Console(), JsonLines(parts.directory.metrics)]
     writers.append(TensorBoard(events, dump_config(config), list(parts.corpora.valid)))
     if config.objective == "slm":
         interval = training.token_table_interval or training.eval_interval

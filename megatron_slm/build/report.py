@@ -15,7 +15,7 @@ from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.data.samples import tokens_per_epoch
 from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World
-from megatron_slm.run_folder import RunFolder
+from megatron_slm.run_directory import RunDirectory
 from megatron_slm.selection.settings import rule_in_words
 from megatron_slm.training.callbacks import quantity
 from megatron_slm.training.cost import (
@@ -42,9 +42,9 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
         UserError: with all errors that were found.
     """
     world = World(0, ranks, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = RunFolder(config.run_dir, world)
-    resolved = resolve(config, folder, world, rollback)
-    lines = [_line("run", f"{config.run_dir}, {'resumes' if folder.has_begun else 'new'}")]
+    directory = RunDirectory(config.run_dir, world)
+    resolved = resolve(config, directory, world, rollback)
+    lines = [_line("run", f"{config.run_dir}, {'resumes' if directory.has_begun else 'new'}")]
     lines += [_line("", f"WARNING: {warning}") for warning in resolved.warnings]
     lines += _data_lines(resolved.config, resolved.corpora)
     lines += _plan_lines(resolved.config, resolved.plan, resolved.corpora, world)

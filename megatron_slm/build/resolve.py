@@ -32,7 +32,7 @@ from megatron_slm.dist import World
 from megatron_slm.errors import UserError
 from megatron_slm.models.checks import refuse_untied_files
 from megatron_slm.models.sparse_backward.attention import require_registered
-from megatron_slm.run_folder import RunFolder
+from megatron_slm.run_directory import RunDirectory
 from megatron_slm.selection.rule import Rule
 from megatron_slm.training.checkpoints import (
     list_checkpoints,
@@ -116,12 +116,12 @@ class Mistakes:
             raise UserError(*first.args, *others)
 
 
-def resolve(config: Config, folder: RunFolder, world: World, rollback: int | None = None) -> Resolved:
+def resolve(config: Config, directory: RunDirectory, world: World, rollback: int | None = None) -> Resolved:
     """Open and check everything that a user can get wrong.
 
     Args:
         config: of the run, as given.
-        folder: its run directory, which is only read.
+        directory: its run directory, which is only read.
         world: this process among all, or among the ranks of the run that a dry run reports.
         rollback: step of the checkpoint to resume from; None for the newest.
 
@@ -129,8 +129,8 @@ def resolve(config: Config, folder: RunFolder, world: World, rollback: int | Non
         UserError: with all errors that were found.
     """
     mistakes = Mistakes()
-    config = mistakes.check(lambda: folder.compare(config)) or config
-    _check_checkpoint(config, folder, world, rollback, mistakes)
+    config = mistakes.check(lambda: directory.compare(config)) or config
+    _check_checkpoint(config, directory, world, rollback, mistakes)
     mistakes.check(lambda: refuse_pickles("model", config.model.path))
     mistakes.check(lambda: _refuse_unregistered_attention(config))
     callbacks = [mistakes.check(partial(make_callback, name)) for name in config.callbacks]
@@ -157,7 +157,7 @@ def resolve(config: Config, folder: RunFolder, world: World, rollback: int | Non
     opened = [mistakes.check(partial(_with_signals, config, one, corpora, order, rule, world)) for one in references]
     warnings = [
         self_reference_warning(references, config),
-        _moved_schedules(config, plan, corpora, folder, world.device.type, rollback),
+        _moved_schedules(config, plan, corpora, directory, world.device.type, rollback),
     ]
     resolved = Resolved(
         config=config,
@@ -170,18 +170,18 @@ def resolve(config: Config, folder: RunFolder, world: World, rollback: int | Non
         order=order,
         warnings=[warning for warning in warnings if warning is not None],
     )
-    mistakes.check(lambda: folder.refuse_other_inputs(order.fingerprint, resolved.store_fingerprints))
+    mistakes.check(lambda: directory.refuse_other_inputs(order.fingerprint, resolved.store_fingerprints))
     mistakes.raise_any()
     return resolved
 
 
 def _check_checkpoint(
-    config: Config, folder: RunFolder, world: World, rollback: int | None, mistakes: Mistakes
+    config: Config, directory: RunDirectory, world: World, rollback: int | None, mistakes: Mistakes
 ) -> None:
     """Check that there is a checkpoint of step `rollback`, and that this number of ranks can load it."""
     if rollback is not None:
-        mistakes.check(lambda: refuse_missing_checkpoint(folder.checkpoints, rollback))
-    saved = [path for path in list_checkpoints(folder.checkpoints) if rollback is None or step_of(path) == rollback]
+        mistakes.check(lambda: refuse_missing_checkpoint(directory.checkpoints, rollback))
+    saved = [path for path in list_checkpoints(directory.checkpoints) if rollback is None or step_of(path) == rollback]
     if saved and config.training.backend == "deepspeed":
         stage = config.deepspeed.get("zero_optimization", {}).get("stage", 3)
         ranks = saved_ranks(saved[-1]) or world.size
@@ -229,10 +229,10 @@ def _with_signals(
 
 
 def _moved_schedules(
-    config: Config, plan: Plan, corpora: Corpora, folder: RunFolder, device: str, rollback: int | None
+    config: Config, plan: Plan, corpora: Corpora, directory: RunDirectory, device: str, rollback: int | None
 ) -> str | None:
     """Return a warning if the run resumes with another length than it had."""
-    stored, steps = folder.stored(), saved_steps(folder.checkpoints)
+    stored, steps = directory.stored(), saved_steps(directory.checkpoints)
     if stored is None or not steps:
         return None
     # A stored configuration has its defaults as values, so that the kind of the store changes nothing.

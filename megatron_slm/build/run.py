@@ -26,7 +26,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
 from megatron_slm.reference.references import LiveReference, Reference
-from megatron_slm.run_folder import RunFolder
+from megatron_slm.run_directory import RunDirectory
 from megatron_slm.training.checkpoints import CheckpointStore, roll_back, save_checkpoint
 from megatron_slm.training.cost import ModelFlops, peak_flops, token_flops
 from megatron_slm.training.metrics import Throughput
@@ -49,12 +49,12 @@ class Run:
 
     trainer: Trainer
     state: RunState
-    folder: RunFolder
+    directory: RunDirectory
     backend: Backend
 
     def close(self) -> None:
         """Release the run directory and the models."""
-        self.folder.close()
+        self.directory.close()
         self.backend.close()
 
 
@@ -70,30 +70,30 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
     Raises:
         UserError: the same on all ranks, for anything that the user can correct.
     """
-    folder = RunFolder(config.run_dir, world)
+    directory = RunDirectory(config.run_dir, world)
 
     def hold_and_resolve() -> Resolved:
-        folder.hold()
-        return resolve(config, folder, world, rollback)
+        directory.hold()
+        return resolve(config, directory, world, rollback)
 
     try:
         resolved = agree(hold_and_resolve)
         for warning in resolved.warnings if world.is_main else ():
             logger.warning(warning)
-        return _build(resolved, folder, world, callbacks, rollback)
+        return _build(resolved, directory, world, callbacks, rollback)
     except BaseException:
         logger.debug("the run did not start", exc_info=True)  # to its log file, which closes here
-        folder.close()
+        directory.close()
         raise
 
 
 def _build(
-    resolved: Resolved, folder: RunFolder, world: World, callbacks: Sequence[Callback], rollback: int | None
+    resolved: Resolved, directory: RunDirectory, world: World, callbacks: Sequence[Callback], rollback: int | None
 ) -> Run:
     config, plan, corpora, rule = resolved.config, resolved.plan, resolved.corpora, resolved.rule
-    samples = make_samples(config.data, config.seed, corpora, plan, folder.cache, world)
-    agree(lambda: folder.begin(config, samples.fingerprint, resolved.store_fingerprints))
-    agree(lambda: _write_at_start(resolved, folder) if world.is_main else None)
+    samples = make_samples(config.data, config.seed, corpora, plan, directory.cache, world)
+    agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints))
+    agree(lambda: _write_at_start(resolved, directory) if world.is_main else None)
     loader = _make_loader(resolved, samples, world)
     backend = make_backend(config, world)
     student, engine = make_student(config, resolved.student, backend, world)
@@ -109,15 +109,15 @@ def _build(
         candidates=make_candidates(config, rule, engine, resolved.min_context),
     )
     torch.manual_seed(config.seed + world.rank)
-    store = CheckpointStore(folder.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
+    store = CheckpointStore(directory.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
     state = RunState(plan, samples.fingerprint)
-    _restore(state, store, engine, folder, world, rollback)
+    _restore(state, store, engine, directory, world, rollback)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     models = ModelFlops(token_flops(student, resolved.student, config.data.seq_length), reference_flops, backward)
     peak = peak_flops(world.device)
     speed = Throughput(models, peak and peak * world.size)
     check = _make_store_check(resolved, loader, engine, reference, backend, world)
-    parts = Parts(config, corpora, folder, engine, reference, models, speed, check, resolved.min_context, world)
+    parts = Parts(config, corpora, directory, engine, reference, models, speed, check, resolved.min_context, world)
     trainer = Trainer(
         loader,
         step,
@@ -128,20 +128,20 @@ def _build(
         config.training.max_skipped_updates,
         Requests(),
     )
-    return Run(trainer, state, folder, backend)
+    return Run(trainer, state, directory, backend)
 
 
 def _restore(
     state: RunState,
     store: CheckpointStore,
     engine: TrainingEngine,
-    folder: RunFolder,
+    directory: RunDirectory,
     world: World,
     rollback: int | None,
 ) -> None:
     """Load the newest checkpoint, or that of step `rollback`, into the engine and the state, if there is one."""
     if rollback is not None:
-        roll_back(folder.path, store, rollback, world)
+        roll_back(directory.path, store, rollback, world)
     progress = store.restore(engine)
     if progress is not None:
         agree(lambda: state.restore(progress))
@@ -192,38 +192,38 @@ def _first_batches(loader: StepLoader, world: World) -> list[Batch]:
     return [batch.to(world.device) for batch in batches[:count]]
 
 
-def _write_at_start(resolved: Resolved, folder: RunFolder) -> None:
+def _write_at_start(resolved: Resolved, directory: RunDirectory) -> None:
     """Write what export needs into the run directory, and log what a keep-list leaves; rank 0 calls it."""
     config, corpora = resolved.config, resolved.corpora
-    keep_starting_files(folder, config, corpora, resolved.student)
+    keep_starting_files(directory, config, corpora, resolved.student)
     if corpora.kept is not None:
         logger.info("data.keep is %s: %s", config.data.keep, describe_kept(corpora))
 
 
-def keep_starting_files(folder: RunFolder, config: Config, corpora: Corpora, student: PretrainedConfig) -> None:
+def keep_starting_files(directory: RunDirectory, config: Config, corpora: Corpora, student: PretrainedConfig) -> None:
     """Write RUN_DIR/model and RUN_DIR/tokenizer, unless the run has begun with them; rank 0 calls it.
 
     Raises:
         UserError: they cannot be written.
     """
     # Those of a start that failed before its first record may be of another model.
-    if folder.has_begun and folder.holds_starting_files:
+    if directory.has_begun and directory.holds_starting_files:
         return
     older = sorted({"rope_theta", "rope_scaling"} & config.model.config.keys())
-    if folder.has_begun and config.model.path is not None and older:
+    if directory.has_begun and config.model.path is not None and older:
         raise UserError(
             "run_dir",
-            str(folder.path),
+            directory.path,
             f"an earlier version began its run, in which model.config.{older[0]} had no effect beside model.path, and "
             "now it has",
             "Take it out of the configuration and of RUN_DIR/config.yaml to resume as before, or use another run_dir",
         )
     try:
-        write_starting_files(folder.path, config, corpora, student)
+        write_starting_files(directory.path, config, corpora, student)
     except OSError as error:
         raise UserError(
             "run_dir",
-            str(folder.path),
+            directory.path,
             f"the files of the starting model and of the tokenizer cannot be written there ({error})",
             "Make room, or use another run_dir",
         ) from error

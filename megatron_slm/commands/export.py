@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_slm.backend.stored import StoredWeight
-    from megatron_slm.run_folder import RunFolder
+    from megatron_slm.run_directory import RunDirectory
 
 _EPILOG = """example:
   megatron-slm export runs/slm exported/slm --checkpoint 500
@@ -54,16 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
 def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
     from megatron_slm.build.models import PRECISIONS, make_backend
     from megatron_slm.dist import connect_alone, disconnect
-    from megatron_slm.run_folder import RunFolder
+    from megatron_slm.run_directory import RunDirectory
     from megatron_slm.training.checkpoints import CheckpointStore, saved_steps
 
     world = connect_alone("export")
     try:
-        folder = RunFolder(config.run_dir, world)
-        steps = saved_steps(folder.checkpoints)
+        directory = RunDirectory(config.run_dir, world)
+        steps = saved_steps(directory.checkpoints)
         if not steps:
             raise UserError(f"RUN_DIR is {config.run_dir}, which has no checkpoint: train it first.")
-        checkpoint = CheckpointStore(folder.checkpoints, world).newest(step)
+        checkpoint = CheckpointStore(directory.checkpoints, world).newest(step)
         if checkpoint is None:
             there = ", ".join(map(str, steps))
             raise UserError(
@@ -72,17 +72,17 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
         weights = make_backend(config, world).stored_weights(checkpoint)
         progress = json.loads((checkpoint / "progress.json").read_text())
         with tempfile.TemporaryDirectory() as scratch:
-            source = _starting_files(folder, config, Path(scratch))
+            source = _starting_files(directory, config, Path(scratch))
             _write_folder(source, config, weights, PRECISIONS[dtype], _card(config, progress), output)
         logging.getLogger(__name__).info("%s: the weights of %s, loaded again and compared", output, checkpoint)
     finally:
         disconnect()
 
 
-def _starting_files(folder: "RunFolder", config: Config, scratch: Path) -> Path:
+def _starting_files(directory: "RunDirectory", config: Config, scratch: Path) -> Path:
     """Return the folder that holds `model` and `tokenizer`: the run directory, or one made for a run without them."""
-    if folder.holds_starting_files:
-        return folder.path
+    if directory.holds_starting_files:
+        return directory.path
     from megatron_slm.build.corpora import open_corpora
     from megatron_slm.build.models import student_config
     from megatron_slm.build.run import write_starting_files

@@ -1,7 +1,7 @@
-"""Train a student on a prepared corpus, resumed where its run folder stands.
+"""Train a student on a prepared corpus, or resume a run from its run directory.
 
-Works alone as one process, and under torchrun, the deepspeed launcher and srun. docs/configuration.md
-lists every setting.
+Works as one process, and under torchrun, the deepspeed launcher, srun and mpirun. docs/configuration.md lists every
+setting.
 """
 
 import argparse
@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.data.keep_list import open_keep_list
 from megatron_slm.errors import UserError, agreed
 from megatron_slm.launcher import is_main_process, ranks_started
-from megatron_slm.reference.store import open_store
 
 if TYPE_CHECKING:
     from megatron_slm.training.state import RunState
@@ -30,8 +28,8 @@ _EPILOG = """examples:
   srun python -m megatron_slm train run.yaml
   megatron-slm train run.yaml --rollback 1500 'data.skip_samples=[[6160, 6168]]'
 
-signals: SIGUSR1 saves a checkpoint when the step ends; SIGUSR2 or SIGTERM saves and stops with exit status 0. One
-rank is enough. A torchrun that gets SIGTERM passes it on and kills after 30 s: docs/long-runs.md.
+signals: SIGUSR1 saves a checkpoint at the end of the step; SIGUSR2 and SIGTERM save one and stop with exit status 0.
+Sending the signal to one rank is enough. torchrun passes SIGTERM on, and kills after 30 s: docs/long-runs.md.
 """
 
 
@@ -40,25 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (README.md shows one)")
-    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
+    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that override those in the file")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="check all that can be checked without training, estimate memory and disk, and write nothing",
+        help="check everything that can be checked without training, estimate cost, memory and disk, and write nothing",
     )
     parser.add_argument(
         "--rollback",
         metavar="N",
         type=int,
-        help="go on from the checkpoint of step N; later ones and their records are moved to RUN_DIR/rolled-back",
+        help="resume from the checkpoint of step N; later checkpoints and records are moved to RUN_DIR/rolled-back",
     )
     parser.add_argument(
-        "--ranks", metavar="N", type=int, help="for --dry-run: ranks of the run to check; default: as launched"
+        "--ranks", metavar="N", type=int, help="number of ranks to check for, with --dry-run (default: as launched)"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, or look whether it could be done."""
+    """Train, or report what a run would do."""
     # Read before anything heavy is imported: a typo answers at once.
     config = agreed(lambda: _read(arguments))
     if arguments.dry_run:
@@ -72,13 +70,13 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
 
     Args:
         config: the path of a YAML file, its content as nested dicts, or a `Config`.
-        callbacks: told of every step on every rank, before the record is written.
+        callbacks: called at every step on every rank, before the record is written.
 
     Returns:
-        Where the run ended; `record` is its last record.
+        The state in which the run ended; its `record` is the last one.
 
     Raises:
-        UserError: a sentence with the setting, its value and the remedy.
+        UserError: for anything that the user can correct.
     """
     if isinstance(config, str):
         config = load_config(config, [])
@@ -89,7 +87,7 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
 
 
 def _rollback(step: int | None) -> int | None:
-    """Once: a launcher that starts a failed run again gives it the same command line."""
+    """Return the step to roll back to; None in a restart, which a launcher gives the same command line."""
     restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return None if any(count != "0" for count in restarts) else step
 
@@ -124,8 +122,10 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
 def _read(arguments: argparse.Namespace) -> Config:
     if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
         raise UserError(
-            f"--ranks is {arguments.ranks}: it says for how many ranks --dry-run checks, 1 or more; a launcher such as "
-            "torchrun decides for how many a run is started."
+            "--ranks",
+            arguments.ranks,
+            "it is the number of ranks that --dry-run checks for, 1 or more",
+            "Add --dry-run, or start as many ranks with a launcher such as torchrun",
         )
     config = load_config(arguments.config, arguments.overrides)
     _refuse_missing_data(config)
@@ -133,21 +133,12 @@ def _read(arguments: argparse.Namespace) -> Config:
 
 
 def _refuse_missing_data(config: Config) -> None:
-    """The commonest mistake, found without importing anything heavy."""
+    """Refuse a wrong path to a corpus, the most common error, before anything heavy is imported."""
     for setting, prefix in config.data.corpora():
-        _open(setting, prefix)
-    if config.data.keep is not None:
-        open_keep_list(config.data.keep)
-    for part in config.reference.parts if config.reference and config.objective == "slm" else []:
-        if part.store is not None:
-            open_store(part.store)
-
-
-def _open(setting: str, prefix: str) -> None:
-    try:
-        open_corpus(prefix)
-    except UserError as error:
-        raise UserError(f"{setting} names {prefix}: {error}") from error
+        try:
+            open_corpus(prefix)
+        except UserError as error:
+            raise UserError(setting, prefix, error.reason or str(error), error.remedy or "Check the path") from error
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:

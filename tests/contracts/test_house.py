@@ -32,11 +32,11 @@ MAY_IMPORT = {
     "training": LEAVES | ROOMS | {"reporting"},
     "config_file": {"errors"},
     "config": {"errors", "settings", "config_file"} | ROOMS,
-    "run_folder": {"config", "dist", "errors", "io", "training"},
-    "build": LEAVES | ROOMS | {"config", "run_folder"},
+    "run_directory": {"config", "dist", "errors", "io", "training"},
+    "build": LEAVES | ROOMS | {"config", "run_directory"},
     "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},
     # One file per verb, on top of all parts but the pages.
-    "commands": LEAVES | ROOMS | {"config", "config_file", "run_folder", "prepare", "build", "demo"},
+    "commands": LEAVES | ROOMS | {"config", "config_file", "run_directory", "prepare", "build", "demo"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }

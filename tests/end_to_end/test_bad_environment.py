@@ -148,8 +148,8 @@ def lose(name: str) -> Callable[[Path], None]:
 FOLDERS = {
     "a garbled environment.json": (garble("environment.json"), "environment.json cannot be read"),
     "a garbled metrics.jsonl": (garble("metrics.jsonl"), "metrics.jsonl holds a line that is no record"),
-    "a garbled config.yaml": (garble("config.yaml"), "whose config.yaml is not a run's"),
-    "a lost config.yaml": (lose("config.yaml"), "has lost its config.yaml"),
+    "a garbled config.yaml": (garble("config.yaml"), "its config.yaml was not written by a run"),
+    "a lost config.yaml": (lose("config.yaml"), "its config.yaml is missing"),
     "a lost part of the only checkpoint": (lose("checkpoints/step_00000002/progress.json"), "is whole"),
     "a garbled manifest": (garble("checkpoints/step_00000002/manifest.json"), "is whole"),
 }

@@ -449,7 +449,7 @@ def test_a_run_directory_that_is_a_link_to_nothing_is_named(corpora: Path, tmp_p
 def test_a_folder_with_a_configuration_of_ones_own_is_left_alone(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", config_tree(corpora, tmp_path))
     before = config.read_bytes()
-    assert "whose config.yaml is not a run's" in refused("train", str(config))
+    assert "its config.yaml was not written by a run" in refused("train", str(config))
     assert config.read_bytes() == before
 
 

@@ -11,7 +11,7 @@ from megatron_slm.config import parse_config
 from megatron_slm.data.corpus import Corpus
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.run_folder import HEADER
+from megatron_slm.run_directory import HEADER
 from tests.end_to_end.test_dry_run import shown
 from tests.end_to_end.test_score import score_in_process
 from tests.gloo import RankError, run_ranks

@@ -1,6 +1,5 @@
-"""The folder that explains a run: its configuration, frozen, and where it ran."""
+"""The run directory: the configuration of a run, the environment of each start, and the names of its files."""
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -9,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from megatron_slm.io.paths import dangling_link
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
-
-
 HEADER = "# Written by megatron-slm: the configuration of this run, every setting resolved.\n"
+"""First line of `config.yaml`, which tells a run directory from another folder that has such a file."""
 
 
-class RunFolder:
-    """`run_dir` and the names in it. One run at a time holds it.
+class RunDirectory:
+    """The directory `run_dir` and the names of the files in it. One process group at a time holds it.
 
     Args:
         run_dir: of the configuration.
@@ -47,57 +46,38 @@ class RunFolder:
         self.model = self.path / "model"
         self.tokenizer = self.path / "tokenizer"
         self._world = world
-        self._held = contextlib.ExitStack()
+        self._held = ExitStack()
         self._logged_before: tuple[list[logging.Handler], bool, int] | None = None
 
     @property
     def has_begun(self) -> bool:
-        """A start that failed before its first record binds nobody to its configuration."""
+        """Whether a run has a record or a checkpoint here. A start that failed earlier can be given other settings."""
         return bool(list_checkpoints(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     @property
     def holds_starting_files(self) -> bool:
-        """Whether export needs nothing but this folder. Runs of earlier versions did not write these."""
+        """Whether export needs only this directory. Earlier versions did not write these files."""
         return self.model.is_dir() and self.tokenizer.is_dir()
 
     def hold(self) -> None:
-        """Make the directory, and hold it against other runs until `close`.
+        """Create the directory, and hold it against other runs until `close`.
 
         Raises:
-            UserError: the directory cannot be made, or another process trains in it.
+            UserError: the directory cannot be created, or another process trains in it.
         """
         self._refuse_dangling_link()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self._world.is_main:
-                self._hold()
-        except OSError as error:
-            raise UserError(
-                "run_dir", str(self.path), f"it cannot be used ({error.strerror})", "Use another"
-            ) from error
-
-    def compare(self, config: Config) -> Config:
-        """The configuration to run: of a new run as it is, of a known one with the defaults that it resolved.
-
-        Raises:
-            UserError: the folder belongs to something else, or to a run of another configuration.
-        """
-        self._refuse_dangling_link()
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"run_dir is {self.path}, which is a file: use another.")
-        if self.config.exists() and not self.config.read_text(encoding="utf-8").startswith(HEADER):
-            raise UserError(f"run_dir is {self.path}, whose config.yaml is not a run's: use another run_dir.")
-        stored = self.stored()
-        return config if stored is None else self._settle_known(stored, config)
-
-    def _hold(self) -> None:
         busy = UserError(
             "run_dir", self.path, "another process is training in it", "Stop that process, or use another run_dir"
         )
-        self._held.enter_context(hold(self.path / ".lock", busy))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self._world.is_main:
+                self._held.enter_context(hold(self.path / ".lock", busy))
+        except OSError as error:
+            raise self._refused(f"it cannot be used ({error.strerror})", "Use another run_dir") from error
 
     def close(self) -> None:
-        """Release the directory and log as before, so that this process can start another run."""
+        """Release the directory and restore logging, so that this process can start another run."""
         if self._logged_before is not None:
             package = logging.getLogger("megatron_slm")
             for handler in package.handlers:
@@ -107,48 +87,37 @@ class RunFolder:
             self._logged_before = None
         self._held.close()
 
-    def _refuse_dangling_link(self) -> None:
-        if target := dangling_link(self.path):
-            raise UserError(
-                f"run_dir is {self.path}, a link to {target}, which does not exist. Create that folder, or use another "
-                "run_dir."
-            )
-
-    def stored(self) -> Config | None:
-        """Return the configuration of the run that stands here; None for a new run.
+    def compare(self, config: Config) -> Config:
+        """Return the configuration to run: that of a resumed run gets the defaults that it was started with.
 
         Raises:
-            UserError: its config.yaml is gone, or cannot be read.
+            UserError: the directory belongs to something else, or to a run of another configuration.
+        """
+        self._refuse_dangling_link()
+        if self.path.exists() and not self.path.is_dir():
+            raise self._refused("it is a file", "Use another run_dir")
+        if self.config.exists() and not self.config.read_text(encoding="utf-8").startswith(HEADER):
+            raise self._refused("its config.yaml was not written by a run", "Use another run_dir")
+        stored = self.stored()
+        return config if stored is None else self._settle_resumed(stored, config)
+
+    def stored(self) -> Config | None:
+        """Return the configuration of the run in this directory; None for a new run.
+
+        Raises:
+            UserError: its config.yaml is missing, or cannot be read.
         """
         if not self.has_begun:
             return None
         if not self.config.exists():
-            raise UserError(f"run_dir is {self.path}, which has lost its config.yaml: put it back, or use another.")
+            raise self._refused("its config.yaml is missing", "Put the file back, or use another run_dir")
         stored = load_config(str(self.config), [])
         # Runs from before this setting selected among all valid tokens.
         selection = dataclasses.replace(stored.selection, min_context=stored.selection.min_context or 0)
         return dataclasses.replace(stored, selection=selection)
 
-    def _settle_known(self, stored: Config, config: Config) -> Config:
-        data, training = config.data, config.training
-        if data.order_tokens is None:
-            data = dataclasses.replace(data, order_tokens=stored.data.order_tokens)
-        if training.precision is None:
-            training = dataclasses.replace(training, precision=stored.training.precision)
-        selection = config.selection
-        if selection.min_context is None:
-            selection = dataclasses.replace(selection, min_context=stored.selection.min_context)
-        config = dataclasses.replace(config, data=data, training=training, selection=selection)
-        differences = differences_on_resume(stored, config)
-        if differences:
-            raise UserError(
-                f"run_dir is {self.path}, which holds a run of another configuration: {'; '.join(differences)}. "
-                "Use another run_dir, or set these back to resume."
-            )
-        return config
-
     def refuse_other_inputs(self, order_fingerprint: str, stores: list[str]) -> None:
-        """Raise an error if the run that stands here read other data, though its settings are the same.
+        """Raise an error if the run in this directory read other data, though its settings are the same.
 
         Args:
             order_fingerprint: of the order of samples.
@@ -161,20 +130,15 @@ class RunFolder:
         if not self.has_begun:
             return
         if known.get("stores", stores) != stores:
-            raise UserError(
-                "run_dir",
-                str(self.path),
-                "its run began with other scores than reference.store holds now, so that resuming would change the "
-                "reference",
-                "Put the scores back, or use another run_dir",
+            raise self._refused(
+                "its run began with other scores in reference.store, so that resuming would change the reference",
+                "Put these scores back, or use another run_dir",
             )
         if known.get("order_fingerprint", order_fingerprint) != order_fingerprint:
-            raise UserError(
-                "run_dir",
-                str(self.path),
+            raise self._refused(
                 "its run began with other corpora in data.train, or other documents in data.keep, so that resuming "
                 "would change the order of samples",
-                "Put them back, or use another run_dir",
+                "Put these back, or use another run_dir",
             )
 
     def begin(self, config: Config, order_fingerprint: str, stores: list[str]) -> None:
@@ -196,16 +160,44 @@ class RunFolder:
             write_durably(self.environment, json.dumps(described, indent=2) + "\n")
         self._log_to_files()
 
+    def _settle_resumed(self, stored: Config, config: Config) -> Config:
+        data, training, selection = config.data, config.training, config.selection
+        if data.order_tokens is None:
+            data = dataclasses.replace(data, order_tokens=stored.data.order_tokens)
+        if training.precision is None:
+            training = dataclasses.replace(training, precision=stored.training.precision)
+        if selection.min_context is None:
+            selection = dataclasses.replace(selection, min_context=stored.selection.min_context)
+        config = dataclasses.replace(config, data=data, training=training, selection=selection)
+        differences = differences_on_resume(stored, config)
+        if differences:
+            raise self._refused(
+                f"it holds a run of another configuration: {'; '.join(differences)}",
+                "Use another run_dir, or set these back to resume",
+            )
+        return config
+
+    def _refuse_dangling_link(self) -> None:
+        if target := dangling_link(self.path):
+            raise self._refused(
+                f"it is a link to {target}, which does not exist", "Create that folder, or use another run_dir"
+            )
+
+    def _refused(self, reason: str, remedy: str) -> UserError:
+        return UserError("run_dir", self.path, reason, remedy)
+
     def _known_environment(self) -> dict[str, Any]:
         try:
             return json.loads(self.environment.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {"starts": []}
         except ValueError as error:
-            raise UserError(f"{self.environment} cannot be read ({error}): put it back, or remove it.") from error
+            raise self._refused(
+                f"its {self.environment.name} cannot be read ({error})", "Put the file back, or remove it"
+            ) from error
 
     def _log_to_files(self) -> None:
-        """What each rank logs in `log-rankNNNN.txt`, tracebacks too; what rank 0 logs on the terminal as well."""
+        """Log each rank to `log-rankNNNN.txt`, with tracebacks; rank 0 logs to the terminal as well."""
         file = logging.FileHandler(self.path / f"log-rank{self._world.rank:04d}.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         terminal = logging.StreamHandler()
@@ -233,7 +225,7 @@ def _environment(world: World) -> dict[str, object]:
 
 
 def _commit() -> str | None:
-    """The commit of the package's checkout, and whether it was changed; None where it is installed."""
+    """Return the commit of the package's checkout, marked if files differ from it; None for an installed package."""
     checkout = Path(__file__).parents[1]
     if not (checkout / ".git").exists():
         return None
