@@ -3,118 +3,153 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from megatron_slm.backend import TrainingEngine
-from megatron_slm.build.corpora import Corpora
-from megatron_slm.config import Config, dump_config
+from megatron_slm.backend import Backend, TrainingEngine
+from megatron_slm.build.references import open_scorer
+from megatron_slm.build.resolve import Resolved
+from megatron_slm.config import dump_config
 from megatron_slm.data.corpus import unique_names
-from megatron_slm.data.loader import EvaluationStream
+from megatron_slm.data.loader import EvaluationStream, StepLoader
 from megatron_slm.dist import World, agree
 from megatron_slm.reference.references import LiveReference, NoReference, Reference
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.training.callbacks import Console, JsonLines, Profiler
 from megatron_slm.training.checkpoints import cut_back
-from megatron_slm.training.cost import ModelFlops
+from megatron_slm.training.cost import ModelFlops, peak_flops
 from megatron_slm.training.evaluation import Evaluation, Evaluator
 from megatron_slm.training.metrics import Accounting, Spikes, StepMetrics, Throughput
-from megatron_slm.training.reference_check import ReferenceCheck
+from megatron_slm.training.objective import SelectiveLanguageModeling
+from megatron_slm.training.reference_check import ReferenceCheck, StoreCheck
 from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, TokenTable, open_event_files
 from megatron_slm.training.trainer import Callback
+from megatron_slm.types import Batch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+CHECKED_TOKENS = 8192
+"""Tokens per rank on which a store is checked before the first step."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What callbacks are made of: the parts of the run, and who writes where."""
+    """The built parts of a run that callbacks use."""
 
-    config: Config
-    corpora: Corpora
     directory: RunDirectory
+    loader: StepLoader
+    backend: Backend
     engine: TrainingEngine
     reference: Reference
     models: ModelFlops
-    speed: Throughput
-    store_check: Callback | None
-    min_context: int
     world: World
 
 
-def make_callbacks(parts: Parts, own: Sequence[Callback], step: int) -> list[Callback]:
+def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], step: int) -> list[Callback]:
     """Return the callbacks of a run; their order makes no difference to the records.
 
     Args:
-        parts: of the run.
-        own: callbacks of the user's.
-        step: from which the run goes on.
+        resolved: the first phase of the run.
+        parts: built in the second.
+        own: callbacks of the user.
+        step: where the run begins or resumes.
 
     Raises:
-        AgreedError: the records are garbled, or TensorBoard's folder cannot be written.
+        AgreedError: the records cannot be read, or TensorBoard's folder cannot be written.
     """
-    config, directory, world = parts.config, parts.directory, parts.world
-    selective, sigma = config.objective == "slm", config.training.spike_sigma
-    sources = unique_names([corpus.prefix for corpus in parts.corpora.train])
-    streams = _streams(parts)
+    config, directory, world = resolved.config, parts.directory, parts.world
+    sources = unique_names([corpus.prefix for corpus in resolved.corpora.train])
+    quantiles = config.selection.quantiles if config.reference else ()
+    peak = peak_flops(world.device)
+    streams = _streams(resolved)
+    evaluator = Evaluator(parts.engine.module, streams, config.training.micro_batch_size, world)
     events = agree(lambda: _open_records(directory, step) if world.is_main else None)
-    return [
-        *_checks(parts, streams),
-        StepMetrics(sources, selective, config.selection.quantiles if config.reference else (), parts.min_context),
-        *([Spikes(directory.spikes if world.is_main else None, sigma)] if sigma else []),
+    spikes = directory.spikes if world.is_main else None
+    callbacks: list[Callback] = [
+        StepMetrics(sources, config.objective == "slm", quantiles, resolved.min_context),
+        *([Spikes(spikes, config.training.spike_sigma)] if config.training.spike_sigma else []),
         Accounting(parts.models),
-        parts.speed,
-        Evaluation(_evaluator(parts, streams)),
+        Throughput(parts.models, peak and peak * world.size),
+        Evaluation(evaluator),
         ExcessHistogram(config.training.histogram_interval, events),
+        *_checks(resolved, parts, streams),
         *own,
-        *([] if events is None else _writers(parts, events, sources)),
     ]
+    if config.training.profile_steps is not None:
+        callbacks.append(Profiler(directory.profile, *config.training.profile_steps, world))
+    if events is not None:
+        callbacks += _writers(resolved, directory, events, sources)
+    return callbacks
 
 
 def _open_records(directory: RunDirectory, step: int) -> "SummaryWriter":
-    """What a killed run recorded after its checkpoint goes, before any callback adds to it."""
+    """Drop what a killed run recorded after its checkpoint, before any callback adds to it."""
     for path in (directory.metrics, directory.spikes):
         cut_back(path, step)
     return open_event_files(directory.tensorboard, step)
 
 
-def _streams(parts: Parts) -> dict[str, EvaluationStream]:
-    eod, data = parts.corpora.tokenizer.eos_token_id, parts.config.data
+def _streams(resolved: Resolved) -> dict[str, EvaluationStream]:
+    eod, data = resolved.corpora.tokenizer.eos_token_id, resolved.config.data
     return {
         name: EvaluationStream(corpus, data.seq_length, eod, data.reset_attention)
-        for name, corpus in parts.corpora.valid.items()
+        for name, corpus in resolved.corpora.valid.items()
     }
 
 
-def _evaluator(parts: Parts, streams: dict[str, EvaluationStream], windows: int | None = None) -> Evaluator:
-    return Evaluator(parts.engine.module, streams, parts.config.training.micro_batch_size, parts.world, windows)
+def _checks(resolved: Resolved, parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback]:
+    """Return the check of the reference before the first step, unless `reference.check_windows` is 0."""
+    settings, rule, world = resolved.config.reference, resolved.rule, parts.world
+    if settings is None or rule is None or not settings.check_windows:
+        return []
+    samples = resolved.config.training.micro_batch_size
+    if isinstance(parts.reference, LiveReference):
+        windows = settings.check_windows
+        students = Evaluator(parts.engine.module, streams, samples, world, windows)
+        references = Evaluator(parts.reference.engine, streams, settings.micro_batch_size, world, windows)
+        return [ReferenceCheck(students, references, str(settings.path))]
+    if resolved.store_fingerprints:
+        return [_store_check(resolved, parts)]
+    if world.is_main and not isinstance(parts.reference, NoReference):
+        logger.info("no reference check: it compares one live reference, or a store, with the student")
+    return []
 
 
-def _checks(parts: Parts, streams: dict[str, EvaluationStream]) -> list[Callback]:
-    """What looks at the run without a part in its records."""
-    checks: list[Callback] = []
-    training, settings, reference = parts.config.training, parts.config.reference, parts.reference
-    if training.profile_steps is not None:
-        checks.append(Profiler(parts.directory.profile, *training.profile_steps, parts.world))
-    if settings is not None and isinstance(reference, LiveReference) and (windows := settings.check_windows):
-        references = Evaluator(reference.engine, streams, settings.micro_batch_size, parts.world, windows)
-        checks.append(ReferenceCheck(_evaluator(parts, streams, windows), references, str(settings.path)))
-    elif parts.store_check is not None:
-        checks.append(parts.store_check)
-    elif not isinstance(reference, LiveReference | NoReference) and parts.world.is_main:
-        logger.info("no reference check: only one live reference can be asked about the evaluation sets")
-    return checks
+def _store_check(resolved: Resolved, parts: Parts) -> StoreCheck:
+    config, rule = resolved.config, resolved.rule
+    assert rule is not None
+    return StoreCheck(
+        partial(_first_batches, parts.loader, parts.world),
+        LiveReference(parts.engine.module, config.training.micro_batch_size),
+        parts.reference,
+        SelectiveLanguageModeling(rule, config.selection.ratio, False, resolved.min_context, parts.world.data.group),
+        partial(open_scorer, config, resolved.references, resolved.corpora, parts.backend),
+        config.seed,
+        parts.world,
+    )
 
 
-def _writers(parts: Parts, events: "SummaryWriter", sources: list[str]) -> list[Callback]:
-    """What rank 0 alone does."""
-    config, training = parts.config, parts.config.training
-    writers: list[Callback] = [Console(), JsonLines(parts.directory.metrics)]
-    writers.append(TensorBoard(events, dump_config(config), list(parts.corpora.valid)))
+def _first_batches(loader: StepLoader, world: World) -> list[Batch]:
+    """Read the first micro-batches of this rank: as many of step 1 as hold `CHECKED_TOKENS`, and at least one."""
+    batches = loader.read(0)
+    count = max(1, CHECKED_TOKENS // batches[0].tokens_BT.numel())
+    return [batch.to(world.device) for batch in batches[:count]]
+
+
+def _writers(
+    resolved: Resolved, directory: RunDirectory, events: "SummaryWriter", sources: list[str]
+) -> list[Callback]:
+    """Return the callbacks that only rank 0 has."""
+    config, training = resolved.config, resolved.config.training
+    writers: list[Callback] = [
+        Console(),
+        JsonLines(directory.metrics),
+        TensorBoard(events, dump_config(config), list(resolved.corpora.valid)),
+    ]
     if config.objective == "slm":
         interval = training.token_table_interval or training.eval_interval
-        writers.append(TokenTable(interval, events, parts.corpora.tokenizer, sources))
+        writers.append(TokenTable(interval, events, resolved.corpora.tokenizer, sources))
     return writers

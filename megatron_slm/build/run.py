@@ -15,7 +15,7 @@ from megatron_slm.build.corpora import Corpora, describe_kept, make_samples
 from megatron_slm.build.models import make_backend, make_learner, make_student
 from megatron_slm.build.objective import make_candidates, objective_at
 from megatron_slm.build.plan import learning_rate_at
-from megatron_slm.build.references import make_reference, open_scorer
+from megatron_slm.build.references import make_reference
 from megatron_slm.build.resolve import Resolved, resolve
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.corpus import corpus_tokenizer_path
@@ -25,22 +25,14 @@ from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
-from megatron_slm.reference.references import LiveReference, Reference
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.training.checkpoints import CheckpointStore, roll_back, save_checkpoint
-from megatron_slm.training.cost import ModelFlops, peak_flops, token_flops
-from megatron_slm.training.metrics import Throughput
-from megatron_slm.training.objective import SelectiveLanguageModeling
-from megatron_slm.training.reference_check import StoreCheck
+from megatron_slm.training.cost import ModelFlops, token_flops
 from megatron_slm.training.state import Requests, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Callback, Trainer
-from megatron_slm.types import Batch
 
 logger = logging.getLogger(__name__)
-
-CHECKED_TOKENS = 8192
-"""Tokens per rank on which a store is checked before the first step."""
 
 
 @dataclass(frozen=True)
@@ -114,16 +106,13 @@ def _build(
     _restore(state, store, engine, directory, world, rollback)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     models = ModelFlops(token_flops(student, resolved.student, config.data.seq_length), reference_flops, backward)
-    peak = peak_flops(world.device)
-    speed = Throughput(models, peak and peak * world.size)
-    check = _make_store_check(resolved, loader, engine, reference, backend, world)
-    parts = Parts(config, corpora, directory, engine, reference, models, speed, check, resolved.min_context, world)
+    parts = Parts(directory, loader, backend, engine, reference, models, world)
     trainer = Trainer(
         loader,
         step,
         partial(learning_rate_at, config.training, plan),
         partial(objective_at, config, plan, rule, resolved.min_context, world),
-        make_callbacks(parts, [*callbacks, *resolved.callbacks], state.step),
+        make_callbacks(resolved, parts, [*callbacks, *resolved.callbacks], state.step),
         partial(save_checkpoint, store, engine),
         config.training.max_skipped_updates,
         Requests(),
@@ -160,36 +149,6 @@ def _make_loader(resolved: Resolved, samples: Samples, world: World) -> StepLoad
         world,
         config.data.skip_samples,
     )
-
-
-def _make_store_check(
-    resolved: Resolved,
-    loader: StepLoader,
-    engine: TrainingEngine,
-    reference: Reference,
-    backend: Backend,
-    world: World,
-) -> StoreCheck | None:
-    """Return the check of a run that reads a store; None without a store, or if `reference.check_windows` is 0."""
-    config, rule, settings = resolved.config, resolved.rule, resolved.config.reference
-    if rule is None or settings is None or not settings.check_windows or not resolved.store_fingerprints:
-        return None
-    return StoreCheck(
-        partial(_first_batches, loader, world),
-        LiveReference(engine.module, config.training.micro_batch_size),
-        reference,
-        SelectiveLanguageModeling(rule, config.selection.ratio, False, resolved.min_context, world.data.group),
-        partial(open_scorer, config, resolved.references, resolved.corpora, backend),
-        config.seed,
-        world,
-    )
-
-
-def _first_batches(loader: StepLoader, world: World) -> list[Batch]:
-    """Read the first micro-batches of this rank: as many of step 1 as hold `CHECKED_TOKENS`, and at least one."""
-    batches = loader.read(0)
-    count = max(1, CHECKED_TOKENS // batches[0].tokens_BT.numel())
-    return [batch.to(world.device) for batch in batches[:count]]
 
 
 def _write_at_start(resolved: Resolved, directory: RunDirectory) -> None:

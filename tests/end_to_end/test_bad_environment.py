@@ -156,7 +156,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("damage", FOLDERS)
-def test_a_damaged_run_folder_is_named_and_left_as_it_is(
+def test_a_damaged_run_directory_is_named_and_left_as_it_is(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, damage: str
 ) -> None:
     harm, expected = FOLDERS[damage]

@@ -396,7 +396,7 @@ def finished(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
         ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.stage was 0 and is now 2"),
     ],
 )
-def test_a_run_folder_refuses_another_configuration(
+def test_a_run_directory_refuses_another_configuration(
     finished: tuple[Path, dict[str, Any]], override: str, expected: str
 ) -> None:
     folder, tree = finished
@@ -417,7 +417,7 @@ def test_going_back_to_a_checkpoint_that_is_not_there_names_those_that_are(
     assert snapshot(folder / "run") == before
 
 
-def test_a_run_folder_refuses_other_tokens_under_the_same_name(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_a_run_directory_refuses_other_tokens_under_the_same_name(finished: tuple[Path, dict[str, Any]]) -> None:
     from megatron_slm.prepare.prepare import prepare_corpus
 
     folder, tree = finished
@@ -430,7 +430,7 @@ def test_a_run_folder_refuses_other_tokens_under_the_same_name(finished: tuple[P
     assert snapshot(folder / "run" / "checkpoints") == before
 
 
-def test_a_run_folder_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> None:
+def test_a_run_directory_that_is_a_file_is_named(corpora: Path, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     assert "run_dir is" in refused("train", str(config))
@@ -453,7 +453,7 @@ def test_a_folder_with_a_configuration_of_ones_own_is_left_alone(corpora: Path, 
     assert config.read_bytes() == before
 
 
-def test_a_run_folder_in_use_is_refused(corpora: Path, tmp_path: Path) -> None:
+def test_a_run_directory_in_use_is_refused(corpora: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     with (tmp_path / "run" / ".lock").open("w") as lock:

@@ -37,7 +37,7 @@ def run(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_folder_explains_itself(run: Path) -> None:
+def test_a_run_directory_explains_itself(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "log-rank0001.txt"}
     assert expected <= names
