@@ -63,10 +63,7 @@ def _check_mix(settings: ReferenceSettings | None, rule: Rule) -> None:
 
 
 def _check_score(setting: str, name: str, has_reference: bool) -> None:
-    try:
-        score = find_score(name)
-    except ValueError as error:
-        raise UserError(str(error).replace("selection.score", setting, 1)) from error
+    score = find_score(name, setting)
     unknown = [signal for signal in score.needs if signal not in SIGNALS]
     if unknown:
         raise UserError(

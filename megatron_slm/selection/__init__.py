@@ -1,7 +1,7 @@
-"""Token selection for anyone's training loop: scores in, an exact mask for all ranks out.
+"""Token selection for any training loop: from scores to an exact mask over all ranks.
 
-Needs torch and nothing else of this package. Read the files in this order: `scores.py` (the score of each token),
-`threshold.py` (the exact threshold over all ranks), `select.py` (the mask and the summed loss), `rule.py` (the
+It needs torch and, of this package, only the errors. Read the files in this order: `scores.py` (the score of each
+token), `threshold.py` (the exact threshold over all ranks), `select.py` (the mask and the summed loss), `rule.py` (the
 complete rule, as `settings.py` configures it). Names are imported on first use, so that the settings load without
 torch.
 """

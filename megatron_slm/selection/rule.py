@@ -1,4 +1,4 @@
-"""The ratio as a function of the tokens that were trained on, so that resuming needs no state and all ranks agree."""
+"""The complete rule of selection: the ratio at a time, the choice by one score or several, and the weights."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_slm.selection.scores import call_score, find_score
+from megatron_slm.selection.scores import Score, call_score, find_score
 from megatron_slm.selection.select import (
     Scope,
     Selection,
@@ -25,13 +25,14 @@ from megatron_slm.selection.threshold import Ranks
 
 
 def ratio_at(settings: SelectionSettings, tokens: int, train_tokens: int) -> float | None:
-    """Share to keep in the step that begins after `tokens`; None while all tokens count and no score is needed.
+    """Return the share to keep in the step that begins after `tokens`; None while all tokens count.
 
-    Starting to select after a share of the run is the switch of open_lm's Rho-1 branch; linear and
-    cosine then lead from 1 to `ratio` over `schedule_tokens`; steps counts from the first token of the run.
+    It depends on the trained tokens only, so that resuming needs no state and all ranks agree. The schedules `linear`
+    and `cosine` lead from 1 to `ratio` over `schedule_tokens`, after the start; `steps` counts from the first token of
+    the run. (open_lm's Rho-1 branch switches to selection after a share of the run, too.)
 
     Args:
-        settings: `schedule` and what belongs to it, `ratio`, `start`.
+        settings: `ratio`, `start`, `schedule` and the settings that belong to it.
         tokens: trained on before the step, over all ranks.
         train_tokens: length of the run, of which `start` is a share.
     """
@@ -49,41 +50,43 @@ def ratio_at(settings: SelectionSettings, tokens: int, train_tokens: int) -> flo
 
 
 def perturbed(scores: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Scores whose highest k are a draw of k without replacement, in proportion to exp(score / temperature).
+    """Return scores whose highest k are a random draw of k tokens.
 
-    Score / temperature plus Gumbel noise: the Gumbel-top-k trick (Kool et al. 2019, arXiv 1903.06059, section 2).
+    The draw is without replacement and in proportion to exp(score / temperature). The scores are score / temperature
+    plus Gumbel noise: the Gumbel-top-k trick (Kool et al. 2019, arXiv 1903.06059, section 2).
 
     Args:
         scores: float tensor of any shape.
-        uniform: numbers in (0, 1), same shape; a token's own (`token_uniform`) make the draw the same on any number of
-            ranks.
-        temperature: above 0; low ones come near to the highest scores, high ones to a uniform draw.
+        uniform: numbers in (0, 1), same shape; those of `token_uniform` make the draw the same on any number of ranks.
+        temperature: above 0; a low one approaches the choice of the highest scores, a high one a uniform draw.
 
     Returns:
         float32, same shape.
     """
-    # In float64, so that vectorised logarithms, which differ in their last bits, give the same float32.
+    # In float64: vectorised logarithms differ in their last bits, and the rounding to float32 removes the difference.
     gumbel = -(-uniform.double().log()).log()
     return (scores.detach().double() / temperature + gumbel).float()
 
 
 def soft_weights(scores: Tensor, valid: Tensor, threshold: Tensor, temperature: float) -> Tensor:
-    """`sigmoid((score - threshold) / temperature)` of the valid tokens: reweighting instead of selection.
+    """Return `sigmoid((score - threshold) / temperature)` of the valid tokens: reweighting instead of selection.
 
     The authors of Rho-1 name it as an extension (NeurIPS version, appendix C).
 
     Args:
         scores: float tensor of any shape.
         valid: bool, same shape.
-        threshold: float32 that broadcasts to it; NaN, where tokens without a score are kept too, lies below all scores.
-        temperature: above 0; low ones come near to a hard selection.
+        threshold: float32 that broadcasts to the scores. It is NaN if tokens without a score were selected too, and
+            then lies below all scores.
+        temperature: above 0; a low one approaches a hard selection.
 
     Returns:
         float64 of the same shape, not yet scaled; 0 for NaN scores.
     """
     values = scores.detach().float().double()
-    cut = threshold.double().masked_fill(threshold.isnan(), -torch.inf)
-    distance = (values - cut).masked_fill(values == cut, 0.0)
+    lowest = threshold.double().masked_fill(threshold.isnan(), -torch.inf)
+    # The difference of two equal infinities would be NaN.
+    distance = (values - lowest).masked_fill(values == lowest, 0.0)
     return torch.sigmoid(distance / temperature).masked_fill(~valid | values.isnan(), 0.0)
 
 
@@ -98,17 +101,17 @@ def scale_to_plan(
     scope: Scope = "global",
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """A selection whose weights sum to the planned k over the group: then the step's one divisor holds for any rule.
+    """Return a selection whose weights sum to the planned k over the group, so that one divisor fits every rule.
 
-    All of them are 0 where nothing has a weight. One small all-reduce; all ranks of the group must call this together.
+    All weights are 0 if nothing has a weight. One small all-reduce; all ranks of the group must call this together.
 
     Args:
-        mask: bool, what is kept, this rank.
+        mask: bool, the selected tokens of this rank.
         weights: 0 or more, same shape.
         threshold: of the selection.
         valid: bool, same shape.
         ratio: the planned share, in (0, 1].
-        nan: bool, same shape: tokens whose score is NaN, to be counted.
+        nan: bool, same shape: tokens whose score is NaN, for the count.
         scope: of the plan.
         group: process group; None is the default group if initialised, else this process.
     """
@@ -117,13 +120,19 @@ def scale_to_plan(
     sums = Ranks(group).sum(torch.stack([count.double() for count in counts]))
     num_selected, num_valid, num_nan, k = sums[:4].long().unbind()
     planned = plan_k(num_valid, ratio) if scope == "global" else k
-    # Exactly 1 where as many are kept as were planned.
+    # Exactly 1 if as many are selected as were planned.
     factor = (planned / sums[4]).where(sums[4] > 0, 0.0)
     return Selection(mask, (weights * factor).float(), threshold, num_selected, num_valid, num_nan)
 
 
-class Pool(NamedTuple):
-    """This rank's part of what is ranked together. uniform: the tokens' random numbers, if the choice is drawn."""
+class Competition(NamedTuple):
+    """This rank's part of the tokens that compete for selection.
+
+    valid     bool `[..., T]`
+    position  int64, same shape, for ties; None for rank, then offset
+    group     process group; None is the default group if initialised, else this process
+    uniform   the tokens' random numbers if the choice is drawn; None otherwise
+    """
 
     valid: Tensor
     position: Tensor | None
@@ -131,14 +140,14 @@ class Pool(NamedTuple):
     uniform: Tensor | None
 
 
-class Kept(NamedTuple):
-    """What one score keeps; in the shape of the tokens, but for the threshold.
+class ScoreSelection(NamedTuple):
+    """The selection by one score; in the shape of the tokens, except for the threshold.
 
-    mask       what is kept
-    threshold  the lowest that is kept, of what was ranked
-    ranked     what was ranked
-    competing  among what
-    nan        tokens without a score
+    mask       the selected tokens
+    threshold  the lowest selected value of `ranked`
+    ranked     the scores as they were ranked: drawn, they have noise
+    competing  the tokens that could be selected
+    nan        tokens whose score is NaN
     """
 
     mask: Tensor
@@ -148,30 +157,47 @@ class Kept(NamedTuple):
     nan: Tensor
 
 
+class RankedBy(NamedTuple):
+    """A score of the rule, the setting that names it, and the share that it keeps; None for that of the rule."""
+
+    score: Score
+    setting: str
+    ratio: float | None
+
+    def scores(self, signals: dict[str, Tensor], valid: Tensor) -> Tensor:
+        return call_score(self.score, signals, valid, self.setting)
+
+
 class Rule:
     """Score, combination, unit and weighting together.
 
     Args:
-        settings: of `selection:`; `pool`, `schedule` and `start` are the loop's own business (`ratio_at`).
+        settings: the group `selection`. The training loop applies `pool`, `schedule` and `start` (see `ratio_at`).
 
-    `needs` are the signals that `choose` reads.
+    Attributes:
+        needs: the signals that `choose` reads.
 
     Raises:
-        ValueError: a sentence, if there is no such score.
+        UserError: there is no such score.
     """
 
     def __init__(self, settings: SelectionSettings) -> None:
         self.settings = settings
-        parts: list[tuple[str, float | None]] = [(part.score, part.ratio) for part in settings.of]
-        self._scores = [(find_score(name), own) for name, own in parts or [(settings.score, None)]]
-        needs = [name for score, _ in self._scores for name in score.needs]
-        drawn = ["uniform"] if settings.weighting == "stochastic" else []
-        self.needs = tuple(dict.fromkeys(needs + drawn))
+        self._ranked_by: list[RankedBy] = []
+        for index, part in enumerate(settings.of):
+            setting = f"selection.of[{index}].score"
+            self._ranked_by.append(RankedBy(find_score(part.score, setting), setting, part.ratio))
+        if not settings.of:
+            self._ranked_by.append(RankedBy(find_score(settings.score), "selection.score", None))
+        needs = [name for ranked_by in self._ranked_by for name in ranked_by.score.needs]
+        if settings.weighting == "stochastic":
+            needs.append("uniform")
+        self.needs = tuple(dict.fromkeys(needs))
 
     def plan(
         self, valid: Sequence[Tensor], ratio: float | None = None, *, group: dist.ProcessGroup | None = None
     ) -> Tensor:
-        """int64 `[P]`: what the weights of each pool will sum to over the group; one all-reduce.
+        """Return what the weights of each pool will sum to over the group: int64 `[P]`; one all-reduce.
 
         Divide the summed loss of an optimizer step once, by the sum of this over its pools.
 
@@ -194,10 +220,6 @@ class Rule:
     ) -> Selection:
         """Select from one pool; every rank of the group calls it together, also without a valid token.
 
-        The weights sum to the planned k over the group, or are all 0 where nothing is kept; `mask` is what was
-        really kept; the threshold is of what was ranked (drawn: with the noise), and NaN for combined scores (unions
-        and intersections: Rho-1, NeurIPS version, section 3.4).
-
         Args:
             signals: columns by name, float `[..., T]`, this rank: those in `needs`.
             valid: bool, same shape; False never competes.
@@ -205,73 +227,88 @@ class Rule:
             group: process group; None is the default group if initialised, else this process.
             position: int64, same shape, unique over the group, for ties; default: rank, then offset.
 
+        Returns:
+            The selection of this rank. Its weights sum to the planned k over the group, or are all 0 if nothing is
+            selected. Its threshold is that of the ranked values (drawn: with the noise), and NaN for combined scores
+            (unions and intersections: Rho-1, NeurIPS version, section 3.4).
+
         Raises:
-            ValueError: a score returned something else than a score for each token.
+            UserError: a score returned something other than a score for each token.
         """
         settings = self.settings
         ratio = settings.ratio if ratio is None else ratio
         uniform = signals["uniform"] if settings.weighting == "stochastic" else None
-        pool = Pool(valid, position, group, uniform)
-        kept = [
-            self._keep(call_score(score, signals, valid), ratio if own is None else own, pool)
-            for score, own in self._scores
-        ]
-        mask, threshold = kept[0].mask, kept[0].threshold
+        competition = Competition(valid, position, group, uniform)
+        parts = []
+        for ranked_by in self._ranked_by:
+            scores = ranked_by.scores(signals, valid)
+            own_ratio = ratio if ranked_by.ratio is None else ranked_by.ratio
+            parts.append(self._select(scores, own_ratio, competition))
+        mask, threshold = parts[0].mask, parts[0].threshold
         if settings.combine is not None:
-            masks = torch.stack([part.mask for part in kept])
+            masks = torch.stack([part.mask for part in parts])
             mask = masks.any(0) if settings.combine == "union" else masks.all(0)
+            # Several scores have no common threshold.
             threshold = torch.full_like(threshold, torch.nan)
-        weights = self._soft(kept[0]) if settings.weighting == "soft" else mask
-        nan = torch.stack([part.nan for part in kept]).any(0)
+        weights = self._soft(parts[0]) if settings.weighting == "soft" else mask
+        nan = torch.stack([part.nan for part in parts]).any(0)
         return scale_to_plan(mask, weights, threshold, valid, ratio, nan=nan, scope=settings.scope, group=group)
 
     def rank_sequences(self, signals: dict[str, Tensor], valid: Tensor) -> Tensor:
-        """Mean score of each sequence over its valid tokens, float32 `[...]`; NaN where that is not defined.
+        """Return the mean score of each sequence over its valid tokens: float32 `[...]`; NaN if it has none.
 
         Args:
             signals: columns by name, float `[..., T]`: those in `needs`.
             valid: bool, same shape.
 
         Raises:
-            ValueError: a score returned something else than a score for each token.
+            UserError: a score returned something other than a score for each token.
         """
-        return sequence_scores(call_score(self._scores[0][0], signals, valid), valid)
+        return sequence_scores(self._ranked_by[0].scores(signals, valid), valid)
 
-    def _keep(self, scores: Tensor, ratio: float, pool: Pool) -> Kept:
-        settings = self.settings
-        check_arguments(scores, pool.valid, ratio, settings.scope, pool.position)
+    def _select(self, scores: Tensor, ratio: float, competition: Competition) -> ScoreSelection:
+        settings, valid = self.settings, competition.valid
+        check_arguments(scores, valid, ratio, settings.scope, competition.position)
         if settings.unit == "sequence":
-            return self._keep_sequences(scores, ratio, pool)
-        competing = pool.valid
+            return self._select_sequences(scores, ratio, competition)
+        competing = valid
         if settings.unit == "both":
-            # Not drawn: a sequence has no random number that is not one of its tokens' too.
-            competing = self._keep_sequences(scores, settings.sequence_ratio or 1.0, pool._replace(uniform=None)).mask
-        ranked = self._drawn(scores, pool.uniform)
+            # Sequences are not drawn: the only random number of a sequence would be that of one of its tokens.
+            undrawn = competition._replace(uniform=None)
+            competing = self._select_sequences(scores, settings.sequence_ratio or 1.0, undrawn).mask
+        ranked = self._drawn(scores, competition.uniform)
         mask, threshold = keep_highest(
             ranked,
-            pool.valid,
+            valid,
             ratio,
             among=competing,
             scope=settings.scope,
-            group=pool.group,
-            position=pool.position,
+            group=competition.group,
+            position=competition.position,
         )
-        return Kept(mask, threshold, ranked, competing, scores.isnan())
+        return ScoreSelection(mask, threshold, ranked, competing, scores.isnan())
 
-    def _keep_sequences(self, scores: Tensor, ratio: float, pool: Pool) -> Kept:
-        """Whole sequences; drawn, each by the random number of its first token."""
-        valid, first = pool.valid, None if pool.position is None else pool.position[..., 0]
-        ranked = self._drawn(sequence_scores(scores, valid), None if pool.uniform is None else pool.uniform[..., 0])
+    def _select_sequences(self, scores: Tensor, ratio: float, competition: Competition) -> ScoreSelection:
+        """Select whole sequences. If they are drawn, each uses the random number of its first token."""
+        valid = competition.valid
+        first_position = None if competition.position is None else competition.position[..., 0]
+        first_uniform = None if competition.uniform is None else competition.uniform[..., 0]
+        ranked = self._drawn(sequence_scores(scores, valid), first_uniform)
         kept, threshold = keep_highest(
-            ranked, valid.any(-1), ratio, scope=self.settings.scope, group=pool.group, position=first
+            ranked,
+            valid.any(-1),
+            ratio,
+            scope=self.settings.scope,
+            group=competition.group,
+            position=first_position,
         )
         mask = valid & as_tokens(kept, valid)
-        return Kept(mask, threshold, as_tokens(ranked, valid), valid, scores.isnan())
+        return ScoreSelection(mask, threshold, as_tokens(ranked, valid), valid, scores.isnan())
 
     def _drawn(self, scores: Tensor, uniform: Tensor | None) -> Tensor:
         return scores if uniform is None else perturbed(scores, uniform, self.settings.temperature)
 
-    def _soft(self, kept: Kept) -> Tensor:
+    def _soft(self, part: ScoreSelection) -> Tensor:
         by_sequence = self.settings.scope == "sequence"
-        threshold = kept.threshold[..., None] if by_sequence else kept.threshold
-        return soft_weights(kept.ranked, kept.competing, threshold, self.settings.temperature)
+        threshold = part.threshold[..., None] if by_sequence else part.threshold
+        return soft_weights(part.ranked, part.competing, threshold, self.settings.temperature)

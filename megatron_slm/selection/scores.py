@@ -1,4 +1,4 @@
-"""Scores: what tokens are ranked by. Functions of this file, or of a module of yours."""
+"""The scores that tokens are ranked by. A score is a function of this file, or of a module of the user's."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -6,6 +6,8 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+
+from megatron_slm.errors import UserError
 
 
 class Score(Protocol):
@@ -17,7 +19,7 @@ class Score(Protocol):
 
 
 def score(*, needs: tuple[str, ...]) -> Callable[[Callable[[dict[str, Tensor]], Tensor]], Score]:
-    """Mark a function as a score and say which signals it reads.
+    """Mark a function as a score, with the signals that it reads.
 
     Args:
         needs: names of columns, such as `student.loss`, `reference.loss`, `student.entropy`, `uniform`.
@@ -31,80 +33,94 @@ def score(*, needs: tuple[str, ...]) -> Callable[[Callable[[dict[str, Tensor]], 
     return mark
 
 
-def find_score(name: str) -> Score:
-    """The score called `name`: a function of this file, or `package.module:function`.
+def find_score(name: str, setting: str = "selection.score") -> Score:
+    """Return the score with this name: a function of this file, or `package.module:function`.
+
+    Args:
+        name: of the score.
+        setting: that names it, for error messages.
 
     Raises:
-        ValueError: a sentence with the known names, if there is no such score.
+        UserError: there is no such score, or it cannot be imported.
     """
     module_name, _, function_name = name.rpartition(":")
     if not module_name:
         if name not in built_in_scores():
             known = ", ".join(built_in_scores())
-            raise ValueError(f"selection.score is '{name}': use one of {known}, or package.module:function.")
+            raise UserError(setting, name, "there is no such score", f"Use one of {known}, or package.module:function")
         module_name, function_name = __name__, name
     try:
         found = getattr(import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"selection.score is '{name}', which cannot be imported ({error}): "
-            "put its package on PYTHONPATH and check the spelling."
+        raise UserError(
+            setting,
+            name,
+            f"it cannot be imported ({error})",
+            "Put its package on PYTHONPATH and check the spelling",
         ) from error
     if not hasattr(found, "needs"):
-        raise ValueError(f"selection.score is '{name}', a function without @score: write @score(needs=(...)) above it.")
+        raise UserError(setting, name, "the function is not marked as a score", "Write @score(needs=(...)) above it")
     return cast(Score, found)
 
 
-def call_score(score: Score, signals: dict[str, Tensor], valid: Tensor) -> Tensor:
-    """What a score says of each token, from the signals that it needs.
+def call_score(score: Score, signals: dict[str, Tensor], valid: Tensor, setting: str = "selection.score") -> Tensor:
+    """Return the score of each token, from the signals that the score needs.
+
+    Args:
+        score: a score.
+        signals: columns by name, of the shape of `valid`.
+        valid: bool.
+        setting: that names the score, for error messages.
 
     Raises:
-        ValueError: it reads another signal, or does not return a float tensor of the shape of `valid`.
+        UserError: the score reads another signal, or does not return a float tensor of the shape of `valid`.
     """
+    name = getattr(score, "__name__", "?")
     try:
-        found = score({name: signals[name] for name in score.needs})
+        found = score({signal: signals[signal] for signal in score.needs})
     except KeyError as error:
-        raise ValueError(
-            f"The score {getattr(score, '__name__', '?')} (selection.score) reads {error}, which its @score(needs=...) "
-            "does not name: add it there."
+        raise UserError(
+            setting, name, f"it reads {error}, which its @score(needs=...) does not name", "Add the signal there"
         ) from error
     if isinstance(found, Tensor) and found.shape == valid.shape and found.is_floating_point():
         return found
-    said = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-    name = getattr(score, "__name__", "?")
-    raise ValueError(
-        f"The score {name} (selection.score) returned {said}: return a float tensor {list(valid.shape)}, a score for "
-        "every token."
+    returned = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    raise UserError(
+        setting,
+        name,
+        f"it returned {returned} instead of a score for every token",
+        f"Return a float tensor {list(valid.shape)}",
     )
 
 
 def built_in_scores() -> list[str]:
-    """Names of the scores that come with this package."""
+    """Return the names of the scores that come with this package."""
     return sorted(name for name, value in globals().items() if hasattr(value, "needs"))
 
 
 @score(needs=("student.loss", "reference.loss"))
 def excess(signals: dict[str, Tensor]) -> Tensor:
-    """Excess loss: what the student has yet to learn and the reference shows learnable (Rho-1, section 2.2).
+    """Return the excess loss (Rho-1, section 2.2, equation 3).
 
-    Rises with the student's loss, falls with the reference's.
+    It is high where the student has yet to learn what the reference has learned. Rises with the student's loss, falls
+    with the reference's.
     """
     return signals["student.loss"] - signals["reference.loss"]
 
 
 @score(needs=("student.loss", "reference.loss"))
 def loss_drop(signals: dict[str, Tensor]) -> Tensor:
-    """Retrospective excess loss: what the student has learned since (ssToken, arXiv 2510.18250).
+    """Return the retrospective excess loss: how much the student has learned since (ssToken, arXiv 2510.18250).
 
-    The reference is the history model: the student's starting point, or an earlier checkpoint.
-    Rises with the reference's loss, falls with the student's: the other way round than `excess`.
+    The reference is the history model: the student's starting point, or an earlier checkpoint. Rises with the
+    reference's loss, falls with the student's, the opposite of `excess`.
     """
     return signals["reference.loss"] - signals["student.loss"]
 
 
 @score(needs=("uniform",))
 def random(signals: dict[str, Tensor]) -> Tensor:
-    """A random choice that is the same at any number of ranks: the control for 'fewer tokens'.
+    """Return a random score, the same on any number of ranks: the control for training on fewer tokens.
 
     Rises with the token's random number.
     """
@@ -113,7 +129,7 @@ def random(signals: dict[str, Tensor]) -> Tensor:
 
 @score(needs=("reference.entropy",))
 def reference_entropy(signals: dict[str, Tensor]) -> Tensor:
-    """Where the reference is sure of what comes, whatever comes (Rho-1, NeurIPS version, section 3.4: self-reference).
+    """Return a score that is high where the reference is certain (Rho-1, NeurIPS version, section 3.4).
 
     Falls with the entropy of the reference's prediction.
     """
@@ -122,7 +138,7 @@ def reference_entropy(signals: dict[str, Tensor]) -> Tensor:
 
 @score(needs=("reference.loss",))
 def reference_loss(signals: dict[str, Tensor]) -> Tensor:
-    """Low reference loss is kept (Rho-1, NeurIPS version, section 3.4: self-reference).
+    """Return a score that is high where the reference's loss is low (Rho-1, NeurIPS version, section 3.4).
 
     Falls with the reference's loss.
     """
@@ -131,7 +147,7 @@ def reference_loss(signals: dict[str, Tensor]) -> Tensor:
 
 @score(needs=("student.entropy",))
 def student_entropy(signals: dict[str, Tensor]) -> Tensor:
-    """Where the student is unsure of what comes (ESLM, arXiv 2505.19893). Needs no reference.
+    """Return a score that is high where the student is uncertain (ESLM, arXiv 2505.19893); needs no reference.
 
     Rises with the entropy of the student's prediction.
     """
@@ -140,7 +156,7 @@ def student_entropy(signals: dict[str, Tensor]) -> Tensor:
 
 @score(needs=("student.loss",))
 def student_loss(signals: dict[str, Tensor]) -> Tensor:
-    """The student's own loss: hard tokens first, noise included (ESLM, arXiv 2505.19893). Needs no reference.
+    """Return the student's loss, which is high for hard tokens and noise (ESLM, arXiv 2505.19893); needs no reference.
 
     Rises with the student's loss.
     """
@@ -148,16 +164,16 @@ def student_loss(signals: dict[str, Tensor]) -> Tensor:
 
 
 def token_uniform(seed: int, sample_index_B: Tensor, length: int) -> Tensor:
-    """Uniform numbers in (0, 1) hashed from (seed, sample index, position).
+    """Return uniform random numbers in (0, 1), hashed from seed, sample index and position.
 
     Args:
         seed: the run's seed.
         sample_index_B: int64, ordinals of the samples in the run's order.
-        length: positions a sample, T.
+        length: positions per sample, T.
 
     Returns:
-        float32 `[B, T]`, the same whichever rank or micro-batch holds the sample. 23 bits, so
-        that neither 0 nor 1 can occur.
+        float32 `[B, T]`, the same whichever rank or micro-batch holds the sample. They have 23 bits, so that neither 0
+        nor 1 can occur.
     """
     position_T = torch.arange(length, device=sample_index_B.device)
     key_B = _mix(sample_index_B.long() + _mix(torch.tensor(seed, device=sample_index_B.device)))
@@ -166,7 +182,7 @@ def token_uniform(seed: int, sample_index_B: Tensor, length: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea, Flood 2014), in wrapping int64 arithmetic."""
     x = x + _int64(0x9E3779B97F4A7C15)
     x = (x ^ _logical_shift(x, 30)) * _int64(0xBF58476D1CE4E5B9)
     x = (x ^ _logical_shift(x, 27)) * _int64(0x94D049BB133111EB)

@@ -1,25 +1,30 @@
 """The exact k-th largest score over all ranks, without gathering a score.
 
-A float32 is mapped to an integer of the same order, and the k-th largest integer is found one
-digit at a time: every rank counts the digits of its candidates, one all-reduce sums the counts,
-and all ranks agree on the digit in which the k-th largest lies (radix selection). Three rounds
-of 16 kB decide 32 bits, whatever the batch.
+A float32 is mapped to an integer of the same order, its *key*. The k-th largest key is found one digit at a time, from
+the most significant one: every rank counts the digits of its candidates, one all-reduce sums the counts, and all ranks
+agree on the digit of the k-th largest key (radix selection). Three rounds of 16 kB decide 32 bits, however large the
+batch is.
+
+Suffixes: N keys of this rank, K several k at once, D digits.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 DIGIT_BITS = 11
+"""Bits per digit: 32 bits take three rounds, and the counts of a round are small."""
 KEY_BITS = 32
 
 
 class Ranks:
-    """The ranks that select together: sums and maxima over them.
+    """The ranks that select together, and their sums and maxima.
 
     Args:
-        group: a process group; None for the default group, or this process if there is none.
-        alone: this process only, whatever the group.
+        group: process group; None for the default group, or for this process if there is none.
+        alone: only this process, whatever the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
@@ -41,9 +46,9 @@ class Ranks:
 
 
 def order_key(scores: Tensor) -> Tensor:
-    """Integers in the order of the scores.
+    """Return integers in the order of the scores.
 
-    -0.0 equals 0.0, and NaN lies below -inf: a token without a score is taken last.
+    -0.0 equals 0.0, and NaN lies below -inf, so that a token without a score is selected last.
 
     Args:
         scores: float tensor of any shape, ranked as float32.
@@ -53,47 +58,66 @@ def order_key(scores: Tensor) -> Tensor:
     """
     values = scores.detach().float()
     bits = values.contiguous().view(torch.int32).long()
+    # IEEE 754 stores sign and magnitude, and magnitudes are in the order of their bits: count up from the middle for
+    # positive scores, and down for negative ones.
     magnitude = bits & 0x7FFFFFFF
     keys = torch.where(bits < 0, (1 << 31) - magnitude, (1 << 31) + magnitude)
     return keys.masked_fill(values.isnan(), 0)
 
 
 def score_of_key(keys: Tensor) -> Tensor:
-    """The float32 scores whose `order_key` these are; 0 gives NaN."""
+    """Return the float32 scores that have these keys; key 0 gives NaN."""
     signed = keys - (1 << 31)
     bits = torch.where(signed < 0, -signed - (1 << 31), signed)
     scores = bits.to(torch.int32).view(torch.float32)
     return scores.masked_fill(keys == 0, torch.nan)
 
 
-def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS) -> tuple[Tensor, Tensor, Tensor]:
-    """The k-th largest key over all ranks, for several k at once.
+class KthLargest(NamedTuple):
+    """The k-th largest keys over all ranks: int64 `[K]` each, equal on all ranks.
+
+    key          the k-th largest key
+    num_wanted   how many of the keys that equal it belong to the k largest
+    num_equal    how many keys equal it
+    """
+
+    key: Tensor
+    num_wanted: Tensor
+    num_equal: Tensor
+
+
+def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS) -> KthLargest:
+    """Return the k-th largest key over all ranks, for several k at once; every rank calls it.
 
     Args:
         keys_N: int64 in [0, 2**bits), this rank's candidates; may be empty.
         k_K: int64, each between 1 and the number of keys of all ranks; equal on all ranks.
-        ranks: who selects together.
+        ranks: the ranks that select together.
         bits: width of the keys; ceil(bits / 11) all-reduces of K * 16 kB.
-
-    Returns:
-        int64 `[K]` each, equal on all ranks: the k-th largest key, how many of the keys that
-        equal it belong to the k largest, and how many keys equal it.
     """
-    prefix_K, wanted_K = torch.zeros_like(k_K), k_K
+    # Invariant: the k-th largest key begins with the digits in `prefix_K`, and is the `wanted_K`-th largest among the
+    # keys that begin so.
+    prefix_K = torch.zeros_like(k_K)
+    wanted_K = k_K
     equal_K = torch.zeros_like(k_K)
-    for low in reversed(range(0, bits, DIGIT_BITS)):
-        counts_KD = ranks.sum(torch.stack([_digit_counts(keys_N, prefix, low) for prefix in prefix_K]))
-        above_KD = counts_KD.flip(-1).cumsum(-1).flip(-1) - counts_KD
-        digit_K1 = (above_KD < wanted_K[:, None]).int().argmax(-1, keepdim=True)
-        wanted_K = wanted_K - above_KD.gather(-1, digit_K1).squeeze(-1)
+    digit_positions = range(0, bits, DIGIT_BITS)
+    for low_bit in reversed(digit_positions):
+        own_counts_KD = torch.stack([_digit_counts(keys_N, prefix, low_bit) for prefix in prefix_K])
+        counts_KD = ranks.sum(own_counts_KD)
+        # Of all ranks' candidates, those with a larger digit than D.
+        larger_KD = counts_KD.flip(-1).cumsum(-1).flip(-1) - counts_KD
+        # The first digit that fewer than `wanted` candidates exceed is the digit of the k-th largest key.
+        digit_K1 = (larger_KD < wanted_K[:, None]).int().argmax(-1, keepdim=True)
+        wanted_K = wanted_K - larger_KD.gather(-1, digit_K1).squeeze(-1)
         equal_K = counts_KD.gather(-1, digit_K1).squeeze(-1)
         prefix_K = (prefix_K << DIGIT_BITS) + digit_K1.squeeze(-1)
-    return prefix_K, wanted_K, equal_K
+    return KthLargest(prefix_K, wanted_K, equal_K)
 
 
-def _digit_counts(keys_N: Tensor, prefix: Tensor, low: int) -> Tensor:
-    """How often each digit at bit `low` occurs among the keys that begin with `prefix`: int64 `[2**11]`."""
+def _digit_counts(keys_N: Tensor, prefix: Tensor, low_bit: int) -> Tensor:
+    """Count each digit at `low_bit` among the keys that begin with `prefix`: int64 `[2**11]`."""
     size = 1 << DIGIT_BITS
-    digit_N = (keys_N >> low) & (size - 1)
-    outside_N = (keys_N >> (low + DIGIT_BITS)) != prefix
+    digit_N = (keys_N >> low_bit) & (size - 1)
+    outside_N = (keys_N >> (low_bit + DIGIT_BITS)) != prefix
+    # Other keys go to one more bin, which is cut off: a mask would wait for the device to learn its size.
     return torch.bincount(digit_N.masked_fill(outside_N, size), minlength=size + 1)[:size]
