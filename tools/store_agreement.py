@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from megatron_slm.reference.sources import ModelSource
 from torch import Tensor
 
 from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus
@@ -28,7 +29,6 @@ from megatron_slm.dist import World
 from megatron_slm.models.causal_lm import CausalLM, load_pretrained
 from megatron_slm.reference.references import LiveReference
 from megatron_slm.reference.scoring import DocumentWork
-from megatron_slm.reference.sources import ModelSource
 from megatron_slm.selection.select import select_tokens
 from megatron_slm.signals import decode, encode
 from megatron_slm.training.objective import competing_tokens

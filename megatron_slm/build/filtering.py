@@ -18,7 +18,7 @@ from megatron_slm.io.files import publish
 from megatron_slm.io.paths import refuse_taken
 from megatron_slm.io.progress import Meter
 from megatron_slm.io.staging import Staging
-from megatron_slm.reference.filtering import DocumentExcess, Losses, document_excess, highest, least_share
+from megatron_slm.reference.filtering import DocumentExcess, StoredLosses, document_excess, highest, least_share
 from megatron_slm.reference.settings import FilterSettings
 from megatron_slm.reference.store import Store
 
@@ -78,12 +78,12 @@ def _refuse_same(base: Store, reference: Store) -> None:
         )
 
 
-def _losses(store: Store, corpora: list[Corpus]) -> list[Losses]:
+def _losses(store: Store, corpora: list[Corpus]) -> list[StoredLosses]:
     column = store.manifest.columns.index("loss")
-    return [Losses(file, column) for file in document_files(store, corpora)]
+    return [StoredLosses(file, column) for file in document_files(store, corpora)]
 
 
-def _excess(corpora: list[Corpus], bases: list[Losses], references: list[Losses]) -> list[DocumentExcess]:
+def _excess(corpora: list[Corpus], bases: list[StoredLosses], references: list[StoredLosses]) -> list[DocumentExcess]:
     """Of the documents of each corpus."""
     found, done = [], 0
     with Meter(sum(corpus.num_tokens for corpus in corpora), "tokens") as meter:

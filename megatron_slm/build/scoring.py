@@ -25,9 +25,17 @@ from megatron_slm.io.progress import Meter
 from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.models.fingerprint import weights_fingerprint
 from megatron_slm.reference.attempt import Attempt
-from megatron_slm.reference.scoring import DOCUMENT_CONTEXT, PACKED_CONTEXT, DocumentWork, PackedWork, Work
+from megatron_slm.reference.imports import open_import
+from megatron_slm.reference.scoring import (
+    DOCUMENT_CONTEXT,
+    PACKED_CONTEXT,
+    DocumentWork,
+    ModelSource,
+    PackedWork,
+    Source,
+    Work,
+)
 from megatron_slm.reference.settings import PartSettings, ScoreSettings
-from megatron_slm.reference.sources import ModelSource, Source, open_import
 from megatron_slm.reference.store import ORDER, Manifest
 from megatron_slm.signals import ENCODINGS, column_flags, stored_columns
 
@@ -216,7 +224,7 @@ def _fill(jobs: list[Job], attempt: Attempt | None, staging: Staging, world: Wor
     with Meter(left, "tokens", shown=world.is_main) as meter:
         for job in jobs:
             for number in range(finished[job.name][0], job.source.num_shards):
-                values = job.source.shard(number, partial(_tell, meter, done))
+                values = job.source.values(number, partial(_tell, meter, done))
                 _agree_writing(staging, partial(attempt.write, job.name, values) if attempt else _nothing)
                 done += len(values.values_NC)
                 meter.reach(done)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import publish, sync
 from megatron_slm.io.staging import Journal, Staging
-from megatron_slm.reference.sources import Values
+from megatron_slm.reference.scoring import Values
 from megatron_slm.reference.store import MANIFEST, BlockChecksums, FileEntry
 from megatron_slm.signals import ENCODINGS, encode
 

@@ -1,4 +1,4 @@
-"""The excess loss of documents: sums over their tokens, read in stretches, so that memory does not grow with tokens."""
+"""The excess loss of documents, summed over their tokens in stretches, and the choice of documents to keep."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -10,59 +10,67 @@ from megatron_slm.data.corpus import Corpus, open_mask, open_tokens
 from megatron_slm.reference.store import ScoreFile
 
 STRETCH = 1 << 22
-"""Tokens that are read at a time."""
+"""Tokens that are read at a time, so that memory does not grow with the corpus."""
 
 Number = TypeVar("Number", np.float64, np.int64)
 
 
-class Losses(NamedTuple):
-    """What a store says of one corpus: its file, and which of the file's columns holds the losses."""
+class StoredLosses(NamedTuple):
+    """The losses of one corpus in a store: a file, and the column of the losses in it."""
 
     file: ScoreFile
     column: int
 
     def read(self, first: int, last: int) -> NDArray[np.float64]:
-        """Loss of each token from offset `first` to `last`, in nats."""
+        """Return the loss of each token from offset `first` to `last`, in nats."""
         return self.file.stretch(first, last)[:, self.column].astype(np.float64)
 
 
 class DocumentExcess(NamedTuple):
-    """Of each document of one corpus, `[D]`: float64 sum of the excess loss of tokens that count, and their number."""
+    """The excess loss of the documents of one corpus, over the tokens that count toward it.
+
+    total_D  float64 `[D]`: sum over the document's tokens, in nats
+    count_D  int64 `[D]`: number of these tokens
+    """
 
     total_D: NDArray[np.float64]
     count_D: NDArray[np.int64]
 
     @property
     def mean_D(self) -> NDArray[np.float64]:
-        """Nats a token; minus infinity where nothing counts, below every document in which something does."""
+        """Nats per token; -inf for a document without a token that counts, so that it ranks below all others."""
         mean_D = np.full(len(self.total_D), -np.inf)
         np.divide(self.total_D, self.count_D, out=mean_D, where=self.count_D > 0)
         return mean_D
 
-    def mean_over(self, documents: NDArray[np.bool_]) -> float:
-        """Nats a token over all tokens that count in some of the documents; NaN where there is none."""
-        count = self.count_D[documents].sum()
-        return float(self.total_D[documents].sum() / count) if count else float("nan")
+    def mean_over(self, document_D: NDArray[np.bool_]) -> float:
+        """Return nats per token over all tokens of some documents; NaN if none of their tokens counts."""
+        count = self.count_D[document_D].sum()
+        return float(self.total_D[document_D].sum() / count) if count else float("nan")
 
 
 def document_excess(
-    corpus: Corpus, base: Losses, reference: Losses, told: Callable[[int], None], stretch: int = STRETCH
+    corpus: Corpus,
+    base: StoredLosses,
+    reference: StoredLosses,
+    report: Callable[[int], None],
+    stretch: int = STRETCH,
 ) -> DocumentExcess:
-    """Base loss minus reference loss, summed over each document.
+    """Sum base loss minus reference loss over each document.
 
-    A token counts unless PREFIX.mask says otherwise, or one of the losses is no number.
+    A token counts unless PREFIX.mask excludes it or one of its losses is not finite.
 
     Args:
-        corpus: whose documents are summed over.
-        base, reference: what two stores say of it.
-        told: hears how many tokens are done.
+        corpus: the corpus whose documents are ranked.
+        base, reference: its losses in two stores.
+        report: called with the number of tokens that are done.
         stretch: tokens to read at a time.
 
     Raises:
         UserError: a store is corrupted.
     """
     index, mask_N = open_tokens(corpus).index, open_mask(corpus)
-    found = DocumentExcess(np.zeros(corpus.num_documents), np.zeros(corpus.num_documents, dtype=np.int64))
+    excess = DocumentExcess(np.zeros(corpus.num_documents), np.zeros(corpus.num_documents, dtype=np.int64))
     for first in range(0, corpus.num_tokens, stretch):
         last = min(first + stretch, corpus.num_tokens)
         excess_N = base.read(first, last) - reference.read(first, last)
@@ -71,21 +79,22 @@ def document_excess(
             counts_N &= mask_N[first:last] != 0
         low, begin_D = _begins(index.sequence_pointers, index.dtype_size, first, last)
         documents = slice(low, low + len(begin_D))
-        found.total_D[documents] += _sums(np.where(counts_N, excess_N, 0.0), begin_D)
-        found.count_D[documents] += _sums(counts_N.astype(np.int64), begin_D)
-        told(last)
-    return found
+        excess.total_D[documents] += _sums(np.where(counts_N, excess_N, 0.0), begin_D)
+        excess.count_D[documents] += _sums(counts_N.astype(np.int64), begin_D)
+        report(last)
+    return excess
 
 
 def _begins(pointer_D: NDArray[np.int64], item_size: int, first: int, last: int) -> tuple[int, NDArray[np.int64]]:
-    """The first document that reaches into a stretch of the .bin, and where it and those after it begin in there."""
+    """Return the first document that overlaps a stretch of the `.bin`, and where it and the later ones begin there."""
     low = int(np.searchsorted(pointer_D, first * item_size, "right")) - 1
     high = int(np.searchsorted(pointer_D, last * item_size, "left"))
     return low, np.maximum(pointer_D[low:high] // item_size - first, 0)
 
 
 def _sums(value_N: NDArray[Number], begin_D: NDArray[np.int64]) -> NDArray[Number]:
-    """Sum from each beginning to the next; a document without a token sums to zero."""
+    """Return the sum from each beginning to the next; a document without a token sums to zero."""
+    # reduceat returns a value, not zero, where two beginnings are equal.
     filled_D = np.diff(begin_D, append=len(value_N)) > 0
     sum_D = np.zeros(len(begin_D), dtype=value_N.dtype)
     sum_D[filled_D] = np.add.reduceat(value_N, begin_D[filled_D])
@@ -93,7 +102,7 @@ def _sums(value_N: NDArray[Number], begin_D: NDArray[np.int64]) -> NDArray[Numbe
 
 
 def highest(mean_D: NDArray[np.float64], keep: float) -> NDArray[np.bool_]:
-    """Which documents to keep: exactly floor(keep * D + 0.5) of them, at least 1, ties to the earlier document."""
+    """Select the documents of highest mean: exactly floor(keep * D + 0.5), at least 1; ties go to the earlier one."""
     count = max(1, int(np.floor(keep * len(mean_D) + 0.5)))
     threshold = np.partition(mean_D, len(mean_D) - count)[len(mean_D) - count]
     kept_D = mean_D > threshold
@@ -102,7 +111,7 @@ def highest(mean_D: NDArray[np.float64], keep: float) -> NDArray[np.bool_]:
 
 
 def least_share(mean_D: NDArray[np.float64], some: slice) -> float:
-    """The share of all documents up to the best of some of them: `highest` keeps that one, and with one fewer none."""
+    """Return the smallest share at which `highest` keeps one of some documents."""
     best = some.start + int(mean_D[some].argmax())
     before = np.count_nonzero(mean_D > mean_D[best]) + np.count_nonzero(mean_D[:best] == mean_D[best])
     return float(before + 1) / len(mean_D)

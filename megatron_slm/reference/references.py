@@ -1,4 +1,4 @@
-"""The reference as a frozen model that scores every micro-batch of the step."""
+"""The references that the step reads: a frozen model, a store of its losses, several of them mixed, or none."""
 
 from typing import Literal, Protocol
 
@@ -13,25 +13,35 @@ from megatron_slm.types import Batch, TokenSignals
 
 
 class Reference(Protocol):
-    """Where reference signals come from."""
+    """A source of reference signals."""
 
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
-        """Columns (`loss`, and those wanted) for each of this rank's micro-batches of the step."""
+        """Return the reference's columns for this rank's micro-batches of the step.
+
+        Every rank calls it, with as many sequences, because a sharded model needs all ranks in each forward.
+
+        Args:
+            batches: micro-batches of this rank.
+            want: columns beside `loss`, such as `entropy`.
+
+        Returns:
+            For each micro-batch, float32 `[B, T]` columns by name, in nats; 0 where `valid_BT` is False.
+        """
 
 
 class NoReference:
-    """For scores that need none, and for CLM."""
+    """The reference of a run that needs none: plain training, or a score of the student alone."""
 
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         return [{} for _ in batches]
 
 
 class LiveReference:
-    """A frozen model, run over all micro-batches of the step in batches of its own size.
+    """A frozen model that scores the micro-batches of the step, in batches of its own size.
 
     Args:
         engine: a `CausalLM` from `Backend.frozen_engine`, replicated or sharded.
-        micro_batch_size: sequences at a time.
+        micro_batch_size: sequences per forward.
     """
 
     def __init__(self, engine: nn.Module, micro_batch_size: int) -> None:
@@ -40,12 +50,11 @@ class LiveReference:
 
     @torch.no_grad()
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
-        everything = Batch.concatenate(batches)
-        total = len(everything.tokens_BT)
-        starts = range(0, total, self._micro_batch_size)
+        step = Batch.concatenate(batches)
+        total = len(step.tokens_BT)
         parts = [
-            score_batch(self.engine, everything.rows(start, min(start + self._micro_batch_size, total)), want)
-            for start in starts
+            score_batch(self.engine, step.rows(start, min(start + self._micro_batch_size, total)), want)
+            for start in range(0, total, self._micro_batch_size)
         ]
         sizes = [len(batch.tokens_BT) for batch in batches]
         columns = {name: torch.cat([part[name] for part in parts]).split(sizes) for name in parts[0]}
@@ -56,16 +65,16 @@ Mix = Literal["mean", "minimum", "log_mixture"]
 
 
 class MixedReference:
-    """One column out of those of several references.
+    """Several references, mixed to one column per signal.
 
-    mean          weighted mean of the losses: the geometric mean of the probabilities (entropies: their mean)
-    minimum       the loss of whichever reference knows the token best
+    mean          weighted mean of the losses, or of another column; of losses, the geometric mean of the probabilities
+    minimum       the lowest loss, that is, the highest probability that any reference gives the token
     log_mixture   -log of the weighted mean of the probabilities
 
     Args:
         parts: the references.
-        weights: of each, above 0; only their proportions count.
-        mix: how.
+        weights: one for each, above 0; only their proportions matter.
+        mix: the formula.
     """
 
     def __init__(self, parts: list[Reference], weights: list[float], mix: Mix) -> None:
@@ -74,13 +83,14 @@ class MixedReference:
         self._mix = mix
 
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
-        taken = [part.signals(batches, want) for part in self.parts]
+        by_part = [part.signals(batches, want) for part in self.parts]
         return [
-            {name: self._mixed(torch.stack([columns[name] for columns in found])) for name in found[0]}
-            for found in zip(*taken, strict=True)
+            {name: self._mixed(torch.stack([columns[name] for columns in of_batch])) for name in of_batch[0]}
+            for of_batch in zip(*by_part, strict=True)
         ]
 
     def _mixed(self, column_PBT: Tensor) -> Tensor:
+        """Mix the values of P references, float32 `[P, B, T]`."""
         weight_P11 = self._weights.to(column_PBT.device)[:, None, None]
         if self._mix == "minimum":
             return column_PBT.amin(0)
@@ -90,12 +100,12 @@ class MixedReference:
 
 
 class StoredReference:
-    """Reads the scores of every micro-batch of the step.
+    """A reference that reads its columns from a store.
 
     Args:
-        files: of a `document` store one for each entry of the blend; of a `packed` store the one of the order.
-        columns: what a row holds, in order.
-        packed: rows are addressed by sample and position instead of offsets in the corpora.
+        files: of a `document` store one for each entry of the blend; of a `packed` store the file of the order.
+        columns: the store's columns, in their order in a row.
+        packed: rows are numbered by sample and position, not by offset in the corpus.
     """
 
     def __init__(self, files: list[ScoreFile], columns: list[str], packed: bool) -> None:
@@ -106,18 +116,16 @@ class StoredReference:
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         return [self._read(batch, ("loss", *want)) for batch in batches]
 
-    def _read(self, batch: Batch, want: tuple[str, ...]) -> TokenSignals:
-        row_BT = batch.token_position_BT if self._packed else batch.label_offset_BT
-        rows, valid = row_BT.cpu().numpy(), batch.valid_BT.cpu().numpy()
-        value_BTC = np.zeros((*rows.shape, len(self._columns)), dtype=np.float32)
+    def _read(self, batch: Batch, names: tuple[str, ...]) -> TokenSignals:
+        position_BT = batch.token_position_BT if self._packed else batch.label_offset_BT
+        row_BT, valid_BT = position_BT.cpu().numpy(), batch.valid_BT.cpu().numpy()
+        value_BTC = np.zeros((*row_BT.shape, len(self._columns)), dtype=np.float32)
         for index, source in enumerate(batch.source_B.tolist()):
-            file, wanted = self._files[0 if self._packed else source], rows[index, valid[index]]
-            if wanted.max(initial=-1) >= file.rows:
-                raise UserError(f"{file.path} ends after {file.rows} tokens, and the run wants more: score all of it.")
-            value_BTC[index, valid[index]] = file.read(wanted)
-        device = batch.tokens_BT.device
-        return {name: _column(value_BTC, self._columns.index(name), device) for name in want}
-
-
-def _column(value_BTC: np.ndarray, index: int, device: torch.device) -> Tensor:
-    return torch.from_numpy(value_BTC[..., index].copy()).to(device, non_blocking=True)
+            file = self._files[0 if self._packed else source]
+            row_N = row_BT[index, valid_BT[index]]
+            if row_N.max(initial=-1) >= file.rows:
+                reason = f"it ends after {file.rows} tokens, and the run needs more"
+                raise UserError("reference.store", file.path.parent, reason, "Score all samples of the run")
+            value_BTC[index, valid_BT[index]] = file.read(row_N)
+        value = torch.from_numpy(value_BTC).to(batch.tokens_BT.device, non_blocking=True)
+        return {name: value[..., self._columns.index(name)].contiguous() for name in names}

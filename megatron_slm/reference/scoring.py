@@ -1,4 +1,11 @@
-"""What is to be scored, in shards: stretches of rows that are computed, written and flushed together."""
+"""Scoring with a model: the batches that score a file of a store, shard by shard, and the model's values for them.
+
+A shard is a stretch of rows that are computed, written and flushed together. The batches of a shard depend on settings
+alone, not on the number of ranks, so any number of ranks writes the same bytes.
+
+Suffixes: D documents, N windows, B sequences of a batch, T labels of a sequence, S its tokens (T + 1), R rows of a
+shard, C columns.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -7,23 +14,25 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_slm.data.corpus import Corpus, open_tokens
 from megatron_slm.data.loader import make_batch
 from megatron_slm.data.samples import Samples
+from megatron_slm.dist import World, all_reduce_sum
+from megatron_slm.models.causal_lm import score_batch
 from megatron_slm.types import Batch
 
 
 class ScoringBatch(NamedTuple):
-    """A batch, and the row of the file that each of its valid labels belongs to: int64 `[B, T]`."""
+    """A batch, and the row of the file to which each of its valid labels belongs: int64 `[B, T]`."""
 
     batch: Batch
     row_BT: Tensor
 
 
 class Shard(NamedTuple):
-    """Rows `start` to `stop`, and the batches that fill them, each made on demand."""
+    """The rows `start` to `stop` of a file, and functions that make the batches that fill them."""
 
     start: int
     stop: int
@@ -31,12 +40,17 @@ class Shard(NamedTuple):
 
 
 class Work(Protocol):
-    """One file's worth, the same whatever the number of ranks: batches depend on nothing but the settings."""
+    """The batches that score one file.
+
+    rows        rows of the file
+    num_shards  shards that they are divided into
+    """
 
     rows: int
     num_shards: int
 
-    def shard(self, number: int) -> Shard: ...
+    def shard(self, number: int) -> Shard:
+        """Return a shard; together, the shards cover every row once, in order."""
 
 
 DOCUMENT_CONTEXT = (
@@ -47,9 +61,12 @@ DOCUMENT_CONTEXT = (
 
 
 class Windows(NamedTuple):
-    """Windows over a .bin, int64 `[N]` offsets of labels: where each begins, scores from, and ends.
+    """Windows over a `.bin`, as offsets of labels in it, int64 `[N]`.
 
-    is_first  bool `[N]`: it begins with its document
+    begin     the first label
+    scored    the first label that is scored; those before it are context
+    end       the label after the last
+    is_first  bool `[N]`: the window begins with its document
     """
 
     begin: NDArray[np.int64]
@@ -59,18 +76,18 @@ class Windows(NamedTuple):
 
 
 class DocumentWork:
-    """See `Work`: a row is an offset of the corpus's `.bin`.
+    """The batches of a store of kind `document`; see `Work`. A row is an offset of the corpus's `.bin`.
 
     Args:
         corpus: an opened corpus.
         eod: id of the end-of-document token.
-        window: tokens a window, T.
-        batch_tokens: at most so many in a batch.
-        shard_tokens: a shard.
+        window: labels per window, T.
+        batch_tokens: largest number of labels per batch, padding included.
+        shard_tokens: rows per shard, at least one window.
     """
 
     def __init__(self, corpus: Corpus, eod: int, window: int, batch_tokens: int, shard_tokens: int) -> None:
-        self._index = open_tokens(corpus).index  # held, for it takes its arrays with it when it goes
+        self._index = open_tokens(corpus).index  # kept alive, because its arrays are unmapped with it
         self.rows = corpus.num_tokens
         self.num_shards = -(-self.rows // max(shard_tokens, window))
         self._shard_tokens = max(shard_tokens, window)
@@ -84,31 +101,32 @@ class DocumentWork:
         windows = self._windows(first, min(first + self._shard_tokens, self.rows))
         if not len(windows.begin):
             return Shard(first, first, [])
-        batches = [partial(self._batch, windows, picked) for picked in self._batches(windows)]
+        batches = [partial(self._batch, windows, picked_B) for picked_B in self._batches(windows)]
         return Shard(int(windows.scored[0]), int(windows.end[-1]), batches)
 
     def _windows(self, first: int, last: int) -> Windows:
-        """Those that begin to score in this stretch, in the order of what they score."""
+        """Return the windows whose first scored label lies in `first` to `last`, in the order of these labels."""
         start_D, length_D = self._documents(first, last)
         window, stride = self._window, max(1, self._window // 2)
         count_D = 1 + np.maximum(0, -(-(length_D - window) // stride))
         document_N = np.repeat(np.arange(len(start_D)), count_D)
         turn_N = np.arange(len(document_N)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
         start_N, length_N = start_D[document_N], length_D[document_N]
+        # The first window of a document scores all of its labels; each later one the `stride` labels that it adds.
         scored_N = start_N + np.where(turn_N == 0, 0, window + (turn_N - 1) * stride)
         end_N = start_N + np.minimum(length_N, window + turn_N * stride)
         here_N = (first <= scored_N) & (scored_N < last) & (scored_N < end_N)
         return Windows((start_N + turn_N * stride)[here_N], scored_N[here_N], end_N[here_N], turn_N[here_N] == 0)
 
     def _documents(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Start and length in tokens of the documents that reach into a stretch of the .bin."""
+        """Return the start and length in tokens of the documents that overlap a stretch of the `.bin`."""
         pointer_D, item_size = self._index.sequence_pointers, self._index.dtype_size
         low = np.searchsorted(pointer_D, first * item_size, "right") - 1
         high = np.searchsorted(pointer_D, last * item_size, "left")
         return pointer_D[low:high] // item_size, self._index.sequence_lengths[low:high].astype(np.int64)
 
     def _batches(self, windows: Windows) -> list[NDArray[np.int64]]:
-        """Windows of about one length together, so that little is padding."""
+        """Divide windows into batches of similar lengths, to keep padding low."""
         length_N = windows.end - windows.begin
         order_N = np.argsort(-length_N, kind="stable")
         batches, start = [], 0
@@ -118,30 +136,31 @@ class DocumentWork:
             start = stop
         return batches
 
-    def _batch(self, windows: Windows, picked: NDArray[np.int64]) -> ScoringBatch:
-        begin_B1, scored_B1, end_B1 = (torch.from_numpy(column[picked])[:, None] for column in windows[:3])
+    def _batch(self, windows: Windows, picked_B: NDArray[np.int64]) -> ScoringBatch:
+        begin_B1, scored_B1, end_B1 = (torch.from_numpy(column[picked_B])[:, None] for column in windows[:3])
         row_BT = begin_B1 + torch.arange(int((end_B1 - begin_B1).max()))
-        chosen = zip(windows.begin[picked], windows.end[picked], windows.is_first[picked], strict=True)
-        text = [self._text(*window) for window in chosen]
-        # Behind a window there is padding, which nothing before it attends to.
+        picked = zip(windows.begin[picked_B], windows.end[picked_B], windows.is_first[picked_B], strict=True)
+        text = [self._text(*window) for window in picked]
+        # Padding follows the text, and causal attention keeps it from changing anything before it.
         text_BS = torch.nn.utils.rnn.pad_sequence(text, batch_first=True, padding_value=self._eod)
         batch = Batch(
             tokens_BT=text_BS[:, :-1],
             labels_BT=text_BS[:, 1:],
             valid_BT=(row_BT >= scored_B1) & (row_BT < end_B1),
             position_ids_BT=torch.arange(row_BT.shape[1]).expand(row_BT.shape),
-            sample_index_B=torch.from_numpy(picked),
-            source_B=torch.zeros(len(picked), dtype=torch.long),
+            sample_index_B=torch.from_numpy(picked_B),
+            source_B=torch.zeros(len(picked_B), dtype=torch.long),
             label_offset_BT=row_BT,
-            continued_B=torch.from_numpy(np.where(windows.is_first, 0, windows.end - windows.begin)[picked]),
+            continued_B=torch.from_numpy(np.where(windows.is_first, 0, windows.end - windows.begin)[picked_B]),
         )
         return ScoringBatch(batch, row_BT)
 
-    def _text(self, begin: np.int64, end: np.int64, is_first: np.bool_) -> torch.Tensor:
-        """int64: the token before the window's labels, and these."""
+    def _text(self, begin: np.int64, end: np.int64, is_first: np.bool_) -> Tensor:
+        """Return the token before the window's labels, and the labels, int64."""
         text = self._tokens[begin - 1 : end] if begin else np.append(self._eod, self._tokens[begin:end])
         text = text.astype(np.int64)
         if is_first:
+            # A corpus from elsewhere may not end its documents with this token.
             text[0] = self._eod
         return torch.from_numpy(text)
 
@@ -153,14 +172,14 @@ PACKED_CONTEXT = (
 
 
 class PackedWork:
-    """See `Work`: a row is `sample * seq_length + position` of the run's order.
+    """The batches of a store of kind `packed`; see `Work`. A row is `sample * seq_length + position` of the order.
 
     Args:
-        samples: of the run.
-        num_samples: of the order, from its beginning.
-        seq_length: tokens a sample, T.
-        micro_batch_size: samples a batch.
-        shard_tokens: a shard, in whole batches.
+        samples: the run's order of samples.
+        num_samples: samples to score, from the beginning of the order.
+        seq_length: labels per sample, T.
+        micro_batch_size: samples per batch.
+        shard_tokens: rows per shard, rounded down to whole batches.
         reset_attention: positions restart at each document.
     """
 
@@ -193,3 +212,71 @@ class PackedWork:
         ordinals = list(range(first, last))
         batch = make_batch([self._samples[n] for n in ordinals], ordinals, self._reset_attention)
         return ScoringBatch(batch, batch.token_position_BT)
+
+
+class Values(NamedTuple):
+    """Values of consecutive rows, float32 `[rows, columns]`, in nats; `start` is the first row."""
+
+    start: int
+    values_NC: NDArray[np.float32]
+
+
+class Source(Protocol):
+    """A source of the values of one file.
+
+    rows        rows of the file
+    num_shards  shards that they are divided into
+    """
+
+    rows: int
+    num_shards: int
+
+    def values(self, number: int, report: Callable[[int], None]) -> Values:
+        """Return the values of a shard, the same on every rank; every rank calls it, for shards in order.
+
+        Args:
+            number: the shard.
+            report: called with the number of the shard's rows that are done.
+
+        Raises:
+            UserError: the values cannot be read.
+        """
+
+
+class ModelSource:
+    """The values that a model computes. Batch i of a shard belongs to data-parallel rank i mod W.
+
+    Args:
+        module: a `CausalLM` as its engine runs it, replicated or sharded.
+        work: the batches that score the file.
+        columns: the columns of a row, `loss` first.
+        world: this rank among all.
+    """
+
+    def __init__(self, module: nn.Module, work: Work, columns: list[str], world: World) -> None:
+        self.rows, self.num_shards = work.rows, work.num_shards
+        self._module = module
+        self._work = work
+        self._columns = columns
+        self._world = world
+
+    @torch.no_grad()
+    def values(self, number: int, report: Callable[[int], None]) -> Values:
+        shard = self._work.shard(number)
+        size, data = shard.stop - shard.start, self._world.data
+        # An extra row receives the values that are not kept: dropping them by a mask would wait for the device.
+        value_RC = torch.zeros(size + 1, len(self._columns), device=self._world.device)
+        for first in range(0, len(shard.batches), data.size):
+            self._run(shard, first + data.rank, value_RC)
+            report(min(size, size * (first + data.size) // len(shard.batches)))
+        # One rank holds the value of a row and all others zero, so the sum is exact.
+        return Values(shard.start, all_reduce_sum(value_RC[:size], data.group).cpu().numpy())
+
+    def _run(self, shard: Shard, index: int, value_RC: Tensor) -> None:
+        """Score a batch of this rank. After the last batch, run it again: a sharded model needs all ranks."""
+        batch, row_BT = shard.batches[min(index, len(shard.batches) - 1)]()
+        batch, row_BT = batch.to(self._world.device), row_BT.to(self._world.device)
+        signals = score_batch(self._module, batch, tuple(self._columns[1:]))
+        kept_BT = batch.valid_BT & (index < len(shard.batches))
+        row_N = (row_BT - shard.start).masked_fill(~kept_BT, len(value_RC) - 1).flatten()
+        value_RC[row_N] = torch.stack([signals[name].flatten() for name in self._columns], -1).float()

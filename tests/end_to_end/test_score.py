@@ -128,16 +128,16 @@ def test_any_number_of_ranks_writes_the_same_bytes(
 
 def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
     """Note every shard that a model is run for."""
-    from megatron_slm.reference.sources import ModelSource
+    from megatron_slm.reference.scoring import ModelSource
 
-    original = ModelSource.shard
+    original = ModelSource.values
 
-    def noting(self: ModelSource, number: int, told: Callable[[int], None]) -> Any:
+    def noting(self: ModelSource, number: int, report: Callable[[int], None]) -> Any:
         with count.open("a") as stream:
             stream.write(f"{number}\n")
-        return original(self, number, told)
+        return original(self, number, report)
 
-    ModelSource.shard = noting  # type: ignore[method-assign]
+    ModelSource.values = noting  # type: ignore[method-assign]
     score_in_process(world, tree)
 
 

@@ -19,7 +19,7 @@ from megatron_slm.data.keep_list import open_keep_list, write_keep_list
 from megatron_slm.data.samples import order_fingerprint
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.reference.filtering import DocumentExcess, Losses, document_excess, highest, least_share
+from megatron_slm.reference.filtering import DocumentExcess, StoredLosses, document_excess, highest, least_share
 from megatron_slm.reference.store import BLOCK_ROWS, ScoreFile
 from tests.unit.test_store import write_scores
 
@@ -62,11 +62,11 @@ def make_corpus(folder: Path, lengths: list[int], mask: list[bool] | None = None
     return Corpus(prefix, f"corpus{number}", len(lengths), tokens, 1, "t", sha256)
 
 
-def make_losses(path: Path, values: np.ndarray, column: int = 0) -> Losses:
+def make_losses(path: Path, values: np.ndarray, column: int = 0) -> StoredLosses:
     """A file of these losses, as the given one of its columns."""
     columns = np.stack([np.full_like(values, 77.0), values][1 - column :], axis=-1)
     write_scores(path, columns, "float32")
-    return Losses(ScoreFile(path, *columns.shape, "float32"), column)
+    return StoredLosses(ScoreFile(path, *columns.shape, "float32"), column)
 
 
 def brute_force(lengths: list[int], excess: np.ndarray, counts: np.ndarray) -> DocumentExcess:
@@ -88,9 +88,9 @@ def test_sums_over_documents_are_those_of_one_after_the_other(
     base, reference = (draw.integers(0, 64, tokens).astype(np.float32) / 8 for _ in range(2))
     base[draw.random(tokens) < 0.1] = np.inf
     corpus = make_corpus(folder, lengths, mask)
-    told: list[int] = []
+    reports: list[int] = []
     found = document_excess(
-        corpus, make_losses(folder / "a", base, column=1), make_losses(folder / "b", reference), told.append, stretch
+        corpus, make_losses(folder / "a", base, column=1), make_losses(folder / "b", reference), reports.append, stretch
     )
     counts = np.isfinite(base) & (np.ones(tokens, dtype=bool) if mask is None else np.array(mask))
     expected = brute_force(lengths, base.astype(np.float64) - reference, counts)
@@ -98,7 +98,7 @@ def test_sums_over_documents_are_those_of_one_after_the_other(
     assert found.count_D.tolist() == expected.count_D.tolist()
     for mean, total, count in zip(found.mean_D, expected.total_D, expected.count_D, strict=True):
         assert mean == (total / count if count else -math.inf)
-    assert told[-1] == tokens
+    assert reports[-1] == tokens
 
 
 def test_a_long_document_is_read_in_stretches_and_a_bad_block_is_told(tmp_path: Path) -> None:
@@ -115,7 +115,9 @@ def test_a_long_document_is_read_in_stretches_and_a_bad_block_is_told(tmp_path: 
         stream.seek(4 * (2 * BLOCK_ROWS + 1))
         stream.write(b"\x00\x00\x80\x40")
     with pytest.raises(UserError, match=f"its tokens {2 * BLOCK_ROWS} to"):
-        document_excess(corpus, base, Losses(ScoreFile(tmp_path / "b", sum(lengths), 1, "float32"), 0), lambda _: None)
+        document_excess(
+            corpus, base, StoredLosses(ScoreFile(tmp_path / "b", sum(lengths), 1, "float32"), 0), lambda _: None
+        )
 
 
 def described(name: str, documents: int) -> Corpus:

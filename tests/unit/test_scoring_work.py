@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_slm.data.corpus import Corpus, open_corpus, write_index
 from megatron_slm.errors import UserError
+from megatron_slm.reference.imports import open_import
 from megatron_slm.reference.scoring import DocumentWork, Work
-from megatron_slm.reference.sources import open_import
 
 EOD = 1
 
@@ -93,7 +93,7 @@ def test_windows_of_one_length_stand_side_by_side(tmp_path: Path) -> None:
 
 def read_all(path: Path, corpus: Corpus, shard_tokens: int, first: int = 0) -> np.ndarray:
     source = open_import(path, corpus, shard_tokens)
-    parts = [source.shard(number, lambda done: None) for number in range(first, source.num_shards)]
+    parts = [source.values(number, lambda done: None) for number in range(first, source.num_shards)]
     assert [part.start for part in parts] == [shard_tokens * number for number in range(first, source.num_shards)]
     return np.concatenate([part.values_NC[:, 0] for part in parts])
 
