@@ -96,13 +96,14 @@ class LinesSource:
         return Values(start, _losses(logprob_N[: stop - start], self._path, start))
 
     def _read(self) -> Iterator[NDArray[np.float32]]:
-        lengths = open_tokens(self._corpus).index.sequence_lengths
+        index = open_tokens(self._corpus).index  # kept alive, because its arrays are unmapped with it
+        lengths = index.sequence_lengths
         number = 0
         for number, line in enumerate(self._lines(), start=1):
             if number <= len(lengths):
                 yield self._document(line, number, int(lengths[number - 1]))
         if number != len(lengths):
-            reason = f"it has {number} lines, and {self._corpus.prefix} has {len(lengths)} documents"
+            reason = f"its number of lines is {number}, and {self._corpus.prefix} has {len(lengths)} documents"
             raise UserError(OPTION, self._path, reason, "Give one line for each document, in the corpus's order")
 
     def _lines(self) -> Iterator[str]:

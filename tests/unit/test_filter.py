@@ -1,4 +1,4 @@
-"""Which documents are kept: ranks, sums over documents, and the file that names them."""
+"""The documents that a filtering keeps: ranks, sums over documents, and the keep-list."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ def test_the_least_share_keeps_one_of_some_documents_and_less_keeps_none(
 
 
 def make_corpus(folder: Path, lengths: list[int], mask: list[bool] | None = None) -> Corpus:
-    """A corpus of these lengths; what its tokens are does not matter."""
+    """Write a corpus with documents of these lengths; all token ids are 0."""
     number = len(list(folder.glob("*.idx")))
     prefix, tokens = str(folder / f"corpus{number}"), sum(lengths)
     np.array(lengths, dtype=np.int32).tofile(folder / "lengths")
@@ -63,7 +63,7 @@ def make_corpus(folder: Path, lengths: list[int], mask: list[bool] | None = None
 
 
 def make_losses(path: Path, values: np.ndarray, column: int = 0) -> StoredLosses:
-    """A file of these losses, as the given one of its columns."""
+    """Write a file that holds these losses in the given column."""
     columns = np.stack([np.full_like(values, 77.0), values][1 - column :], axis=-1)
     write_scores(path, columns, "float32")
     return StoredLosses(ScoreFile(path, *columns.shape, "float32"), column)
@@ -78,10 +78,10 @@ def brute_force(lengths: list[int], excess: np.ndarray, counts: np.ndarray) -> D
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum), st.integers(1, 12), st.data())
-def test_sums_over_documents_are_those_of_one_after_the_other(
+def test_sums_over_documents_equal_those_of_one_document_at_a_time(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], stretch: int, data: st.DataObject
 ) -> None:
-    """Of any lengths, none included, and however they are cut; values in eighths, whose sums are exact."""
+    """For documents of any length, 0 included, and stretches of any size; sums of eighths are exact."""
     folder, tokens = tmp_path_factory.mktemp("corpus"), sum(lengths)
     mask = data.draw(st.none() | st.lists(st.booleans(), min_size=tokens, max_size=tokens))
     draw = np.random.default_rng(tokens)
@@ -101,7 +101,7 @@ def test_sums_over_documents_are_those_of_one_after_the_other(
     assert reports[-1] == tokens
 
 
-def test_a_long_document_is_read_in_stretches_and_a_bad_block_is_told(tmp_path: Path) -> None:
+def test_a_long_document_is_read_in_stretches_and_a_corrupted_block_is_an_error(tmp_path: Path) -> None:
     lengths = [3 * BLOCK_ROWS + 7, 5]
     values = np.random.default_rng(0).integers(0, 64, sum(lengths)).astype(np.float32) / 8
     corpus = make_corpus(tmp_path, lengths)
@@ -114,10 +114,10 @@ def test_a_long_document_is_read_in_stretches_and_a_bad_block_is_told(tmp_path: 
     with (tmp_path / "b").open("r+b") as stream:
         stream.seek(4 * (2 * BLOCK_ROWS + 1))
         stream.write(b"\x00\x00\x80\x40")
-    with pytest.raises(UserError, match=f"its tokens {2 * BLOCK_ROWS} to"):
-        document_excess(
-            corpus, base, StoredLosses(ScoreFile(tmp_path / "b", sum(lengths), 1, "float32"), 0), lambda _: None
-        )
+    corrupted = StoredLosses(ScoreFile(tmp_path / "b", sum(lengths), 1, "float32"), 0)
+    with pytest.raises(UserError) as caught:
+        document_excess(corpus, base, corrupted, lambda _: None)
+    assert caught.value.value == tmp_path / "b" and f"tokens {2 * BLOCK_ROWS} to" in caught.value.reason
 
 
 def described(name: str, documents: int) -> Corpus:
@@ -185,7 +185,7 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_run_without_a_list_has_the_order_that_it_had_before_there_were_lists() -> None:
-    """The fingerprint in the run folders of version 0.1.0."""
+    """The fingerprint is that in the run directories of version 0.1.0."""
     corpora = [
         Corpus("data/web", "web", 300, 31549, 1, "t", {".bin": "b", ".idx": "i"}),
         Corpus("data/books", "books", 60, 6595, 1, "t", {".bin": "c", ".idx": "j"}),

@@ -1,7 +1,8 @@
-"""Which windows score a corpus: every token once, in the context that the store promises."""
+"""The windows that score a corpus: every token once, in the context that the manifest describes; and imports."""
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ EOD = 1
 
 
 def write_corpus(prefix: Path, lengths: list[int], ended: bool = True) -> Corpus:
-    """Documents of these lengths, with an id of its own for every token; the last of each is end-of-document."""
+    """Write documents of these lengths. Token ids are distinct, and the last of each document is end-of-document."""
     tokens = np.arange(sum(lengths)) + 10
     if ended:
         tokens[np.cumsum(lengths) - 1] = EOD
@@ -33,7 +34,7 @@ def write_corpus(prefix: Path, lengths: list[int], ended: bool = True) -> Corpus
 
 
 def contexts(work: Work) -> dict[int, list[int]]:
-    """For each row that is scored, the tokens before it in its batch, and its label last."""
+    """Return, for each row that is scored, the tokens before it in its sequence, and then its label."""
     found: dict[int, list[int]] = {}
     end = 0
     for number in range(work.num_shards):
@@ -68,7 +69,7 @@ def test_every_token_is_scored_once_after_its_own_document(
     batch_tokens: int,
     shard_tokens: int,
 ) -> None:
-    """Foreign corpora have documents without a token, and without an end-of-document token."""
+    """Corpora from elsewhere have empty documents, and documents without an end-of-document token."""
     corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "c", lengths, ended)
     text = np.fromfile(f"{corpus.prefix}.bin", dtype="uint16").tolist()
     found = contexts(DocumentWork(corpus, EOD, window, batch_tokens, shard_tokens))
@@ -116,26 +117,33 @@ def test_imported_log_probabilities_are_losses_of_the_tokens_in_order(
             assert np.array_equal(found, np.arange(15)[first * shard_tokens :])
 
 
+def assert_refused(path: Path, corpus: Corpus, reason: str) -> None:
+    """Check that reading an import raises an error that names the file and matches `reason`."""
+    with pytest.raises(UserError) as caught:
+        read_all(path, corpus, 100)
+    assert (caught.value.setting, caught.value.value) == ("--import", path)
+    assert re.search(reason, caught.value.reason)
+
+
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "reason"),
     [
-        ('{"logprobs": [-1, -2, null]}', r"line 2, is not|no log-probability"),
-        ('{"logprobs": [-1, -2]}', "line 2, holds 2 log-probabilities, and document 2 of .* has 3 tokens"),
-        ('{"logprob": [-1]}', "line 2, is not"),
-        ("nonsense", "line 2, is not"),
-        ('{"logprobs": [-1, 2, -3]}', "gives 2.0 for token 4"),
-        ('{"logprobs": [-1, -Infinity, -3]}', "gives -inf for token 4"),
-        ('{"logprobs": [-1, -2, -3]}\n{"logprobs": []}', "has 3 lines, and .* 2 documents"),
-        ("", "has 1 lines, and .* 2 documents"),
-        (f'{{"logprobs": [-1, -{"9" * 400}, -3]}}', "line 2, is not"),
+        ('{"logprobs": [-1, -2, null]}', "line 2 is not|not a log-probability"),
+        ('{"logprobs": [-1, -2]}', "line 2 holds 2 log-probabilities, and document 2 of .* has 3 tokens"),
+        ('{"logprob": [-1]}', "line 2 is not"),
+        ("nonsense", "line 2 is not"),
+        ('{"logprobs": [-1, 2, -3]}', "for token 4 is 2.0"),
+        ('{"logprobs": [-1, -Infinity, -3]}', "for token 4 is -inf"),
+        ('{"logprobs": [-1, -2, -3]}\n{"logprobs": []}', "number of lines is 3, and .* has 2 documents"),
+        ("", "number of lines is 1, and .* has 2 documents"),
+        (f'{{"logprobs": [-1, -{"9" * 400}, -3]}}', "line 2 is not"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     corpus = write_corpus(tmp_path / "c", [3, 3])
     path = tmp_path / "all.jsonl"
     path.write_text('{"logprobs": [-1, -2, -3]}\n' + (line + "\n" if line else ""))
-    with pytest.raises(UserError, match=said):
-        read_all(path, corpus, 100)
+    assert_refused(path, corpus, reason)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +159,10 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     corpus = write_corpus(tmp_path / "c", [3, 3])
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"--import .*{name} cannot be read"):
-        read_all(tmp_path / name, corpus, 100)
+    assert_refused(tmp_path / name, corpus, "cannot be read")
 
 
-def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_files_in_other_formats_are_refused(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c", [3, 3])
     np.save(tmp_path / "short.npy", np.zeros(5))
     np.save(tmp_path / "whole.npy", np.zeros(6, dtype=np.int64))
@@ -165,15 +172,14 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.npy").touch()
     with (tmp_path / "several.npy").open("wb") as stream:
         np.savez(stream, np.zeros(6))
-    for name, said in {
-        "short.npy": r"holds float64 \[5\], and .* has 6 tokens",
-        "whole.npy": "holds int64",
-        "broken.npy": "no NumPy array|cannot be read as a NumPy array",
-        "pickled.npy": "NumPy array",
+    for name, reason in {
+        "short.npy": r"float64 values of shape \[5\], and .* has 6 tokens",
+        "whole.npy": "int64 values",
+        "broken.npy": "cannot be read as a NumPy array",
+        "pickled.npy": "cannot be read as a NumPy array",
         "empty.npy": "cannot be read as a NumPy array",
         "several.npy": "cannot be read as a NumPy array",
-        "all.csv": "is neither",
-        "none.npy": "is not there",
+        "all.csv": "suffix",
+        "none.npy": "not a file",
     }.items():
-        with pytest.raises(UserError, match=said):
-            open_import(tmp_path / name, corpus, 100)
+        assert_refused(tmp_path / name, corpus, reason)
