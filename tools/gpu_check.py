@@ -36,8 +36,7 @@ from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, score_batch
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.reference.references import LiveReference, NoReference
-from megatron_slm.reference.scoring import ScoringBatch, Shard
-from megatron_slm.reference.sources import ModelSource
+from megatron_slm.reference.scoring import ModelSource, ScoringBatch, Shard
 from megatron_slm.selection import Rule, SelectionSettings, select_tokens
 from megatron_slm.training.cost import peak_flops, token_flops
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
@@ -308,7 +307,7 @@ def measure_scoring(shape: Shape, world: World) -> dict[str, Any]:
 
         seconds: dict[str, list[float]] = {"scoring": [], "plain forward": []}
         for _ in range(3):
-            seconds["scoring"] += timed(lambda s=source: s.shard(0, lambda done: None), 1, world.device)
+            seconds["scoring"] += timed(lambda s=source: s.values(0, lambda done: None), 1, world.device)
             seconds["plain forward"] += timed(plain, 1, world.device)
         report[f"{larger.micro_batch_size} sequences"] = {
             name: {

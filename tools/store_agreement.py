@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from megatron_slm.reference.sources import ModelSource
 from torch import Tensor
 
 from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus
@@ -28,7 +27,7 @@ from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.dist import World
 from megatron_slm.models.causal_lm import CausalLM, load_pretrained
 from megatron_slm.reference.references import LiveReference
-from megatron_slm.reference.scoring import DocumentWork
+from megatron_slm.reference.scoring import DocumentWork, ModelSource
 from megatron_slm.selection.select import select_tokens
 from megatron_slm.signals import decode, encode
 from megatron_slm.training.objective import competing_tokens
@@ -97,7 +96,7 @@ def score(corpus: Corpus, models: dict[str, CausalLM], length: int, tokens: int,
     packed = torch.from_numpy(decode(encode(live.cpu().numpy(), "fixed16"), "fixed16")).to(world.device)
     eod = load_tokenizer(str(corpus_tokenizer_path(corpus))).eos_token_id
     work = DocumentWork(corpus, eod, length, BATCH_TOKENS, 1 << 40)
-    stored = ModelSource(models["reference"], work, ["loss"], world).shard(0, lambda done: None).values_NC[:, 0]
+    stored = ModelSource(models["reference"], work, ["loss"], world).values(0, lambda done: None).values_NC[:, 0]
     document = torch.from_numpy(stored[batch.label_offset_BT.cpu().numpy()]).to(world.device)
     return Losses(batch, student, live, packed, document)
 

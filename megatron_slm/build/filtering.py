@@ -26,56 +26,52 @@ logger = logging.getLogger(__name__)
 
 
 def filter_documents(config: Config, settings: FilterSettings) -> None:
-    """Rank the documents of all corpora together, and write which are kept.
+    """Rank the documents of all corpora together, and write a keep-list of the best.
 
     Args:
-        config: its corpora.
-        settings: by which stores, how many, and where to.
+        config: the corpora.
+        settings: the stores to rank by, the share to keep, and the file to write.
 
     Raises:
-        UserError: anything that the user can mend; what exists is as it was.
+        UserError: an error that the user can correct; nothing that existed has changed.
     """
     output = Path(settings.output)
     refuse_taken("filter.output", output)
     staging = Staging(output, "filter.output", "filtering")
     with staging.open():
         corpora = open_corpora(config.data)
-        paths = {"filter.base": settings.base, "filter.reference": settings.reference}
-        stores = [_open_store(setting, path, corpora) for setting, path in paths.items()]
-        _refuse_same(*stores)
-        for store in stores:
-            logger.info("%s: %s, scores of %s", store.setting, store.path, store.manifest.scorer)
+        base, reference = _open_stores(settings, corpora)
+        # A corpus may occur twice in a blend. Its documents are ranked once.
         distinct = list({tuple(corpus.sha256.values()): corpus for corpus in corpora.train}.values())
-        found = _excess(distinct, *(_losses(store, distinct) for store in stores))
-        mean_D = np.concatenate([excess.mean_D for excess in found])
-        ends = np.cumsum([corpus.num_documents for corpus in distinct])
-        kept = np.split(highest(mean_D, settings.keep), ends[:-1])
-        _refuse_empty(distinct, kept, mean_D, settings.keep)
-        aside = staging.folder / output.name
-        base, reference = (store.fingerprint() for store in stores)
-        write_keep_list(aside, distinct, kept, {"keep": settings.keep, "base": base, "reference": reference})
+        excess = _excess(distinct, _losses(base, distinct), _losses(reference, distinct))
+        kept = _choose(distinct, excess, settings.keep)
+        origin = {"keep": settings.keep, "base": base.fingerprint(), "reference": reference.fingerprint()}
+        staged = staging.folder / output.name
+        write_keep_list(staged, distinct, kept, origin)
         refuse_taken("filter.output", output)
-        publish(aside, output)
-    _tell(distinct, found, kept)
+        publish(staged, output)
+    _log_kept(distinct, excess, kept)
     logger.info("train with: data.keep=%s", output)
+
+
+def _open_stores(settings: FilterSettings, corpora: Corpora) -> tuple[Store, Store]:
+    """Open both stores, and check that they are of kind document and differ."""
+    base = _open_store("filter.base", settings.base, corpora)
+    reference = _open_store("filter.reference", settings.reference, corpora)
+    if base.fingerprint() == reference.fingerprint():
+        reason = f"it holds the same scores as filter.reference {reference.path}, so every excess loss is 0"
+        remedy = "Name the scores of a model like the student at its start"
+        raise UserError("filter.base", base.path, reason, remedy)
+    return base, reference
 
 
 def _open_store(setting: str, path: str, corpora: Corpora) -> Store:
     store = open_matching_store(path, corpora, setting)
     if store.manifest.kind != "document":
-        raise UserError(
-            f"{setting} is {path}, of kind {store.manifest.kind}, which scores samples and not documents: score the "
-            "corpora with score.kind=document."
-        )
+        reason = f"it is of kind {store.manifest.kind}, which has a score for each token of samples, not of documents"
+        raise UserError(setting, path, reason, "Score the corpora with score.kind=document")
+    logger.info("%s: %s, scores of %s", setting, path, store.manifest.scorer)
     return store
-
-
-def _refuse_same(base: Store, reference: Store) -> None:
-    if base.fingerprint() == reference.fingerprint():
-        raise UserError(
-            f"filter.base is {base.path} and filter.reference is {reference.path}, which hold the same scores, so that "
-            "no document exceeds: name the scores of a young model as filter.base, and those of the reference."
-        )
 
 
 def _losses(store: Store, corpora: list[Corpus]) -> list[StoredLosses]:
@@ -84,43 +80,52 @@ def _losses(store: Store, corpora: list[Corpus]) -> list[StoredLosses]:
 
 
 def _excess(corpora: list[Corpus], bases: list[StoredLosses], references: list[StoredLosses]) -> list[DocumentExcess]:
-    """Of the documents of each corpus."""
-    found, done = [], 0
+    """Return the excess loss of the documents of each corpus."""
+    excess, done = [], 0
     with Meter(sum(corpus.num_tokens for corpus in corpora), "tokens") as meter:
         for corpus, base, reference in zip(corpora, bases, references, strict=True):
-            found.append(document_excess(corpus, base, reference, partial(_tell_meter, meter, done)))
+            excess.append(document_excess(corpus, base, reference, partial(_advance, meter, done)))
             done += corpus.num_tokens
-    return found
+    return excess
 
 
-def _tell_meter(meter: Meter, before: int, done: int) -> None:
+def _advance(meter: Meter, before: int, done: int) -> None:
     meter.reach(before + done)
 
 
-def _refuse_empty(
-    corpora: list[Corpus], kept: list[NDArray[np.bool_]], mean_D: NDArray[np.float64], keep: float
-) -> None:
-    end = 0
-    for corpus, documents in zip(corpora, kept, strict=True):
-        start, end = end, end + len(documents)
-        if not documents.any():
-            least = math.ceil(1e4 * least_share(mean_D, slice(start, end))) / 1e4
+def _choose(corpora: list[Corpus], excess: list[DocumentExcess], keep: float) -> list[NDArray[np.bool_]]:
+    """Return which documents of each corpus to keep, bool `[D]`.
+
+    Raises:
+        UserError: no document of a corpus would be left.
+    """
+    mean_D = np.concatenate([part.mean_D for part in excess])
+    ends = np.cumsum([corpus.num_documents for corpus in corpora])
+    kept = np.split(highest(mean_D, keep), ends[:-1])
+    for corpus, document_D, end in zip(corpora, kept, ends, strict=True):
+        if not document_D.any():
+            # Rounded up: the share in the message must be enough.
+            least = math.ceil(1e4 * least_share(mean_D, slice(int(end) - len(document_D), int(end)))) / 1e4
+            reason = f"it keeps none of the {len(document_D)} documents of {corpus.prefix}"
             raise UserError(
-                f"filter.keep is {keep}, which keeps none of the {len(documents)} documents of {corpus.prefix}: raise "
-                f"it to {least:g} or more, or leave this corpus out of data.train."
+                "filter.keep", keep, reason, f"Use {least:g} or more, or remove this corpus from data.train"
             )
+    return kept
 
 
-def _tell(corpora: list[Corpus], found: list[DocumentExcess], kept: list[NDArray[np.bool_]]) -> None:
-    for corpus, excess, documents in zip(corpora, found, kept, strict=True):
-        tokens = count_tokens(corpus, documents)
+def _log_kept(corpora: list[Corpus], excess: list[DocumentExcess], kept: list[NDArray[np.bool_]]) -> None:
+    for corpus, part, document_D in zip(corpora, excess, kept, strict=True):
         logger.info(
             "%s: kept %s of %s documents, %s of %s tokens; mean excess loss of the kept %s, of the dropped %s",
             corpus.prefix,
-            *(f"{number:,}" for number in (documents.sum(), len(documents), tokens, corpus.num_tokens)),
-            *(_nats(excess.mean_over(part)) for part in (documents, ~documents)),
+            f"{document_D.sum():,}",
+            f"{len(document_D):,}",
+            f"{count_tokens(corpus, document_D):,}",
+            f"{corpus.num_tokens:,}",
+            _nats(part.mean_over(document_D)),
+            _nats(part.mean_over(~document_D)),
         )
 
 
 def _nats(mean: float) -> str:
-    return "undefined" if math.isnan(mean) else f"{mean:.4f} nats a token"
+    return "undefined" if math.isnan(mean) else f"{mean:.4f} nats per token"

@@ -9,7 +9,7 @@ from megatron_slm.reference.references import LiveReference
 from megatron_slm.reference.settings import ReferenceSettings
 from megatron_slm.selection.rule import Rule, ratio_at
 from megatron_slm.selection.scores import find_score
-from megatron_slm.signals import SIGNALS
+from megatron_slm.signals import COLUMNS, SIGNALS, columns_of
 from megatron_slm.training.candidates import Candidates
 from megatron_slm.training.objective import CausalLanguageModeling, Objective, SelectiveLanguageModeling
 from megatron_slm.training.state import Plan
@@ -53,13 +53,16 @@ def objective_at(
 
 
 def _check_mix(settings: ReferenceSettings | None, rule: Rule) -> None:
-    if settings is not None and settings.of and settings.mix != "mean" and "reference.entropy" in rule.needs:
-        raise UserError(
-            "reference.mix",
-            settings.mix,
-            "it mixes losses only, and selection.score needs reference.entropy",
-            "Use reference.mix=mean, or one reference",
-        )
+    if settings is None or not settings.of or settings.mix == "mean":
+        return
+    for column in columns_of("reference", rule.needs):
+        if not COLUMNS[column].is_log_probability:
+            raise UserError(
+                "reference.mix",
+                settings.mix,
+                f"it mixes losses only, and selection.score needs reference.{column}",
+                "Use reference.mix=mean, or one reference",
+            )
 
 
 def _check_score(setting: str, name: str, has_reference: bool) -> None:

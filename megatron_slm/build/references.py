@@ -25,6 +25,7 @@ from megatron_slm.models.fingerprint import weights_fingerprint
 from megatron_slm.reference.references import LiveReference, MixedReference, NoReference, Reference, StoredReference
 from megatron_slm.reference.settings import PartSettings, ReferenceSettings
 from megatron_slm.reference.store import ORDER, ScoreFile, Store, open_store
+from megatron_slm.signals import COLUMNS, columns_of
 
 logger = logging.getLogger(__name__)
 
@@ -153,13 +154,16 @@ def stored_reference(
         UserError: the store is corrupted, lacks a signal, or holds other tokens or another order.
     """
     manifest = store.manifest
-    if "reference.entropy" in needs and "entropy" not in manifest.columns:
-        raise UserError(
-            store.setting,
-            str(store.path),
-            "it holds no entropy, and selection.score needs reference.entropy",
-            "Score the corpora again with score.entropy=true",
-        )
+    for column in columns_of("reference", needs):
+        if column not in manifest.columns:
+            flag = COLUMNS[column].stored_if
+            live = "Set reference.path, because no store holds it"
+            raise UserError(
+                store.setting,
+                str(store.path),
+                f"it holds no {column}, and selection.score needs reference.{column}",
+                f"Score the corpora again with score.{flag}=true" if flag else live,
+            )
     if manifest.kind == "packed":
         _refuse_other_order(store, data, order)
         files = [store.file_of(ORDER)]

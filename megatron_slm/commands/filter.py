@@ -1,9 +1,9 @@
-"""Write which documents of the corpora are worth training on, from the stored losses of two models.
+"""Select the documents that are worth training on, by the stored losses of two models, and write a keep-list.
 
-Documents of all corpora are ranked together by their mean excess loss: the loss of a base model, like the student
-at its start, minus the loss of the reference. Training then builds its samples from the kept ones alone
-(data.keep); no token is copied. The configuration of a run serves; `data.train` and the filter group are all that
-is needed. One process does it, and needs no GPU. docs/filter.md tells more.
+Documents of all corpora are ranked together by their mean excess loss: the loss of a base model, like the student at
+its start, minus the loss of the reference. Training then builds its samples from the kept documents alone (data.keep);
+no token is copied. CONFIG.yaml may be the configuration of a run; data.train and the group filter are enough. The
+command runs as one process and needs no GPU. docs/filter.md explains the ranking.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.launcher import ranks_started
 from megatron_slm.reference.settings import FilterSettings
 
-_EPILOG = """example:
+_EPILOG = """examples:
   megatron-slm score run.yaml score.kind=document reference.path=models/base score.output=scores/base
   megatron-slm score run.yaml score.kind=document reference.path=models/reference score.output=scores/reference
   megatron-slm filter run.yaml filter.base=scores/base filter.reference=scores/reference \\
@@ -31,12 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, or the part that is needed")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of a run; filter reads a part of it")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Rank the documents, and write the list."""
+    """Rank the documents, and write the keep-list."""
     config, settings = agreed(lambda: _read(arguments))
     from megatron_slm.build.filtering import filter_documents
 
@@ -46,13 +46,11 @@ def run(arguments: argparse.Namespace) -> None:
 def _read(arguments: argparse.Namespace) -> tuple[Config, FilterSettings]:
     ranks = ranks_started(os.environ)
     if ranks != "1":
-        raise AgreedError(f"filter was started on {ranks} ranks, but it runs as one process. Start one.")
+        raise AgreedError("number of ranks", ranks, "filter runs as one process", "Start one process")
     config = parse_partial(read_tree(arguments.config, arguments.overrides))
     if config.filter is None:
-        raise UserError(
-            "filter.base, filter.reference and filter.output are not set: name two stores that megatron-slm score "
-            "wrote, and the file to make."
-        )
+        remedy = "Set filter.base and filter.reference to two stores of megatron-slm score, and filter.output to a file"
+        raise UserError("filter", None, "this command needs its settings", remedy)
     for prefix in blend(config.data.train)[0]:
         open_corpus(prefix)
     return config, config.filter

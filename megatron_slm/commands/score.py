@@ -1,9 +1,9 @@
 """Score every token of a run, or of a corpus, with the reference once, so that training reads the losses.
 
-By default, the samples of the run that CONFIG.yaml describes are scored as a live reference would see them. With
-score.kind=document, the corpora are scored document by document, for any order of samples: data.train, reference.path
-and score.output are enough for that. Works alone as one process, and under torchrun, the deepspeed launcher, mpirun and
-srun. After a kill, the same command resumes. docs/score.md compares the two kinds.
+By default, the samples of the run that CONFIG.yaml describes are scored in the context that a live reference would see.
+With score.kind=document, the corpora are scored document by document, for any order of samples; data.train,
+reference.path and score.output are enough for that. Start it as one process, or with torchrun, the deepspeed launcher,
+mpirun or srun. After a kill, the same command resumes. docs/score.md compares the two kinds.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from megatron_slm.commands._partial import parse_partial
 from megatron_slm.config import Config
@@ -30,8 +29,8 @@ _EPILOG = """examples:
   megatron-slm score run.yaml score.output=scores/web score.kind=document --import logprobs.npy
   megatron-slm score run.yaml score.output=scores/run --verify
 
---import: one .npy (a log-probability, in nats, for every token of PREFIX.bin) or .jsonl ({"logprobs": [...]}, a line a
-document, its end-of-document token included) for each corpus of data.train, in their order.
+--import: for each corpus of data.train, in the same order, one .npy (a log-probability in nats for every token of
+PREFIX.bin) or .jsonl (a line {"logprobs": [...]} per document, its end-of-document token included).
 """
 
 
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run's configuration, or the part that is needed")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of a run; score reads a part of it")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
     parser.add_argument(
         "--import",
@@ -48,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         default=[],
-        help="take log-probabilities that were computed elsewhere; once for each corpus",
+        help="store log-probabilities that were computed elsewhere; give it once for each corpus",
     )
-    parser.add_argument("--verify", action="store_true", help="read an existing store, and compare its checksums")
+    parser.add_argument("--verify", action="store_true", help="check all checksums of an existing store")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Score, import or verify."""
+    """Write a store from a model or from imported files, or verify one."""
     config, settings = agreed(lambda: _read(arguments))
     if arguments.verify:
         _verify(settings.output)
@@ -67,22 +66,30 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     score = tree.get("score")
     packed = isinstance(score, dict) and not arguments.verify and score.get("kind", "packed") == "packed"
     if packed and "training" not in tree:
-        raise UserError(
-            "score.kind is packed, which scores the samples of one run, but there is no training group. Add the run's "
-            "training group, or set score.kind=document to score the corpora for any order of samples."
-        )
+        reason = "it scores the samples of one run, and the configuration has no group training"
+        remedy = "Add the group training of the run, or set score.kind=document, which serves any order of samples"
+        raise UserError("score.kind", "packed", reason, remedy)
     config = parse_partial(tree, whole_training=packed)
     if config.score is None:
-        raise UserError("score.output is not set: name the folder to make, as in score.output=scores/web.")
-    if arguments.imports and (packed or config.score.entropy):
-        raise UserError(
-            "--import takes one loss per token of each corpus. Set score.kind=document and no score.entropy."
-        )
-    if arguments.imports and arguments.verify:
-        raise UserError("--verify reads what is there: leave --import out.")
+        raise UserError("score.output", None, "score writes a folder", "Name it, as in score.output=scores/web")
+    _check_imports(arguments, config.score)
     for prefix in blend(config.data.train)[0]:
         open_corpus(prefix)
     return config, config.score
+
+
+def _check_imports(arguments: argparse.Namespace, settings: ScoreSettings) -> None:
+    paths = ", ".join(map(str, arguments.imports))
+    if not paths:
+        return
+    if arguments.verify:
+        raise UserError("--import", paths, "--verify only reads an existing store", "Give one of the two options")
+    if settings.kind != "document":
+        reason = f"score.kind is {settings.kind}, and imports hold one loss per token of each corpus"
+        raise UserError("--import", paths, reason, "Set score.kind=document")
+    if settings.entropy:
+        reason = "score.entropy is true, and imports hold only losses"
+        raise UserError("--import", paths, reason, "Set score.entropy=false")
 
 
 def _verify(path: str) -> None:
@@ -90,16 +97,14 @@ def _verify(path: str) -> None:
     from megatron_slm.reference.store import open_store
 
     store = open_store(path, "score.output")
-    with Meter(sum(entry.rows for entry in store.manifest.files), "tokens") as meter:
-        before = 0
-        for entry in store.manifest.files:
-            for done in store.file_of(entry.name).check_all():
-                meter.reach(before + done)
-            before += entry.rows
-    logging.getLogger(__name__).info("%s is intact: %d tokens", path, before)
+    tokens = sum(entry.rows for entry in store.manifest.files)
+    with Meter(tokens, "tokens") as meter:
+        for checked in store.check_all():
+            meter.reach(checked)
+    logging.getLogger(__name__).info("%s is intact: %d tokens", path, tokens)
 
 
-def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:
+def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> None:
     if is_main_process(os.environ):
         logging.getLogger(__name__).info("loading the libraries, the corpora and the model")
     from transformers.utils.logging import disable_progress_bar
@@ -112,7 +117,9 @@ def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> Any:
         disable_progress_bar()
     try:
         if imports and world.size > 1:
-            raise AgreedError(f"--import was started on {world.size} ranks: start one process.")
+            paths = ", ".join(map(str, imports))
+            reason = f"{world.size} ranks were started, and imports are read by one"
+            raise AgreedError("--import", paths, reason, "Start one process")
         score_corpora(config, settings, world, imports)
     finally:
         disconnect()

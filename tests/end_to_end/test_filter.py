@@ -1,4 +1,4 @@
-"""Whole documents dropped before they cost anything: two scorings, a keep-list, and a run that never meets the rest."""
+"""Filtering documents before training: two scorings, a keep-list, and runs on the kept documents alone."""
 
 import json
 import shutil
@@ -181,19 +181,22 @@ def test_scores_of_samples_are_those_of_the_samples_of_kept_documents(
 
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
-    "nothing to do": (["filter=null"], "filter.base, filter.reference and filter.output are not set"),
+    "no settings": (["filter=null"], "filter is not set"),
     "no store": (["filter={output: x}"], "filter.base is not set"),
     "nowhere to write": (["filter.output=."], "filter.output is ., but"),
     "a share of more than all": (["filter.keep=1.5"], "filter.keep is 1.5, but"),
     "a share of nothing": (["filter.keep=0"], "filter.keep is 0, but"),
     "an unknown setting": (["filter.ratio=0.5"], "filter.ratio is 0.5, but there is no such setting"),
     "a corpus that is not there": (["data.train=/nowhere/web"], "/nowhere/web"),
-    "a store that is not there": (["filter.base=/nowhere"], "filter.base is /nowhere, which holds no manifest.json"),
-    "a store of other corpora": (["data.train=CORPORA/web"], "which holds no scores of"),
+    "a store that is not there": (["filter.base=/nowhere"], "filter.base is /nowhere, but it holds no manifest.json"),
+    "a store of other corpora": (["data.train=CORPORA/web"], "it holds no scores of"),
     "a store of another tokenizer": (["data.train=CORPORA/other"], "filter.base is STORES/base, but its tokens are of"),
-    "a store of samples": (["filter.reference=PACKED"], "filter.reference is PACKED, of kind packed, which scores"),
-    "too few to keep": (["filter.keep=0.001"], "filter.keep is 0.001, which keeps none of the"),
-    "one store twice": (["filter.base=STORES/reference"], "filter.base is STORES/reference and filter.reference is"),
+    "a store of samples": (["filter.reference=PACKED"], "filter.reference is PACKED, but it is of kind packed"),
+    "too few to keep": (["filter.keep=0.001"], "filter.keep is 0.001, but it keeps none of the"),
+    "one store twice": (
+        ["filter.base=STORES/reference"],
+        "filter.base is STORES/reference, but it holds the same",
+    ),
     "a file that exists": (["filter.output=STORES/keep"], "filter.output is STORES/keep, but it already exists"),
     "a link to nothing": (["filter.output=STORES/link"], "filter.output is STORES/link, but it is a link to"),
 }
@@ -240,5 +243,5 @@ def test_a_filtering_on_several_ranks_is_refused(corpora: Path, stores: Path, tm
     status, heard = run_ranks(
         command_line_among, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "filter", config
     )[0]
-    assert "filter was started on 2 ranks" in sentence_of("filter", status, heard)
+    assert "number of ranks is 2" in sentence_of("filter", status, heard)
     assert not (tmp_path / "keep").exists()

@@ -1,4 +1,4 @@
-"""Scoring a corpus once, and training on what was stored."""
+"""Scoring a corpus once, and training on the stored losses."""
 
 import errno
 import json
@@ -26,21 +26,21 @@ SHARD = 1024
 
 
 def scoring_tree(corpora: Path, output: Path, **score: Any) -> dict[str, Any]:
-    """Scores of the run's two corpora, in some ten shards."""
+    """Return a configuration that scores two corpora in about ten shards."""
     tree = training_tree(corpora, output.parent / "run")
     tree["reference"] |= {"micro_batch_size": 8}
     return tree | {"score": {"output": str(output), "kind": "document", "shard_tokens": SHARD} | score}
 
 
 def training_tree(corpora: Path, run_dir: Path, stage: int = 0) -> dict[str, Any]:
-    """A selective run on two small corpora."""
+    """Return the configuration of a selective run on two small corpora."""
     tree = config_tree(corpora, run_dir, stage)
     tree["data"] |= {"train": [0.7, str(corpora / "books"), 0.3, str(corpora / "held_out")], "valid": {}}
     return tree
 
 
 def smallest_config(corpora: Path, folder: Path) -> str:
-    """The path of a configuration of three lines, which are enough to score."""
+    """Write a configuration of the three groups that are enough to score, and return its path."""
     tree = {
         "data": {"train": str(corpora / "books"), "seq_length": 32},
         "reference": {"path": str(corpora / "reference")},
@@ -68,7 +68,7 @@ def values_of(store: Store, name: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def stored(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the stores `documents` (two bytes) and `exact` (float32, with entropies)."""
+    """Return a folder with the stores `documents` (two bytes) and `exact` (float32, with entropies)."""
     folder = tmp_path_factory.mktemp("stores")
     run_ranks(score_in_process, 1, scoring_tree(corpora, folder / "documents"))
     run_ranks(score_in_process, 1, scoring_tree(corpora, folder / "exact", encoding="float32", entropy=True))
@@ -76,7 +76,7 @@ def stored(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_scores(_: World, corpora: Path) -> dict[str, np.ndarray]:
-    """Loss and entropy of each token of `books`, by Hugging Face's own logits, a document at a time."""
+    """Return loss and entropy of each token of `books`, from Hugging Face's own logits, one document at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_slm.data.corpus import open_corpus, open_tokens
@@ -98,7 +98,7 @@ def plain_scores(_: World, corpora: Path) -> dict[str, np.ndarray]:
     return {"loss": np.array(losses), "entropy": np.array(entropies)}
 
 
-def test_a_store_holds_what_the_model_says_of_each_token_in_its_document(corpora: Path, stored: Path) -> None:
+def test_a_store_holds_loss_and_entropy_of_each_token_in_its_document(corpora: Path, stored: Path) -> None:
     expected = run_ranks(plain_scores, 1, corpora)[0]
     found = values_of(open_store(str(stored / "exact")), "books")
     assert found.shape == (len(expected["loss"]), 2)
@@ -106,7 +106,7 @@ def test_a_store_holds_what_the_model_says_of_each_token_in_its_document(corpora
         assert np.abs(found[:, column] - expected[name]).max() < 1e-4
 
 
-def test_two_bytes_are_off_by_no_more_than_the_manifest_says(stored: Path) -> None:
+def test_two_bytes_are_within_the_error_in_the_manifest(stored: Path) -> None:
     exact, short = (open_store(str(stored / name)) for name in ("exact", "documents"))
     for name in ("books", "held_out"):
         off = np.abs(values_of(short, name)[:, 0] - values_of(exact, name)[:, 0])
@@ -127,7 +127,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
 
 
 def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
-    """Note every shard that a model is run for."""
+    """Score, and record every shard that the model computes."""
     from megatron_slm.reference.scoring import ModelSource
 
     original = ModelSource.values
@@ -142,15 +142,15 @@ def scored_shards(world: World, tree: dict[str, Any], count: Path) -> None:
 
 
 def score_until_killed(world: World, tree: dict[str, Any], count: Path, moment: str) -> None:
-    """Die at the third passing of a moment, or at the first of one that there is once."""
+    """Score until a moment is reached the given number of times, then kill this process."""
     from megatron_slm.io.staging import Journal
-    from megatron_slm.reference import attempt
+    from megatron_slm.reference import store_writer
 
     owner, name, passing = {
-        "before a shard is flushed": (attempt, "sync", 3),
-        "before the journal knows of it": (Journal, "write", 3),
+        "before a shard is flushed": (store_writer, "sync", 3),
+        "before it is in the journal": (Journal, "write", 3),
         "before the checksums are written": (BlockChecksums, "table", 2),
-        "before the store is there": (attempt, "publish", 1),
+        "before the store is published": (store_writer, "publish", 1),
     }[moment]
     original, calls = getattr(owner, name), []
 
@@ -168,12 +168,12 @@ def score_until_killed(world: World, tree: dict[str, Any], count: Path, moment: 
     "moment",
     [
         "before a shard is flushed",
-        "before the journal knows of it",
+        "before it is in the journal",
         "before the checksums are written",
-        "before the store is there",
+        "before the store is published",
     ],
 )
-def test_a_killed_scoring_goes_on_and_repeats_one_shard_at_most(
+def test_a_killed_scoring_resumes_and_repeats_one_shard_at_most(
     corpora: Path, stored: Path, tmp_path: Path, moment: str
 ) -> None:
     tree, count = scoring_tree(corpora, tmp_path / "documents"), tmp_path / "count"
@@ -188,20 +188,20 @@ def test_a_killed_scoring_goes_on_and_repeats_one_shard_at_most(
     assert not (tmp_path / ".documents.scoring").exists()
 
 
-def test_an_attempt_at_something_else_is_not_gone_on_with(corpora: Path, tmp_path: Path) -> None:
+def test_unfinished_work_of_other_settings_is_not_resumed(corpora: Path, tmp_path: Path) -> None:
     tree, count = scoring_tree(corpora, tmp_path / "documents"), tmp_path / "count"
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
+        run_ranks(score_until_killed, 1, tree, count, "before it is in the journal")
     with pytest.raises(RankError, match=r"score\.entropy was false and is true"):
         run_ranks(score_in_process, 1, tree | {"score": tree["score"] | {"entropy": True}})
     assert (tmp_path / ".documents.scoring").exists()
 
 
-def test_shards_of_samples_are_not_gone_on_with_at_another_size(corpora: Path, tmp_path: Path) -> None:
-    """Of 32 samples at 8 a batch, of 30 at 3: the second attempt would leave a gap."""
+def test_shards_of_samples_are_not_resumed_at_another_size(corpora: Path, tmp_path: Path) -> None:
+    """A shard has 32 samples at 8 per batch, and 30 at 3 per batch, so resuming would leave a gap."""
     tree, count = scoring_tree(corpora, tmp_path / "packed", kind="packed"), tmp_path / "count"
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
+        run_ranks(score_until_killed, 1, tree, count, "before it is in the journal")
     longer = tree | {"training": tree["training"] | {"train_tokens": 40 * 8 * 32}}
     longer |= {"data": tree["data"] | {"order_tokens": 20 * 8 * 32}}
     smaller = tree | {"reference": tree["reference"] | {"micro_batch_size": 3}}
@@ -213,12 +213,12 @@ def test_shards_of_samples_are_not_gone_on_with_at_another_size(corpora: Path, t
             run_ranks(score_in_process, 1, other)
 
 
-def test_documents_with_other_ends_are_another_attempt(corpora: Path, tmp_path: Path) -> None:
-    """The same .bin beside another .idx; and a corpus that moved would leave a file of its former name."""
+def test_unfinished_work_on_other_documents_is_not_resumed(corpora: Path, tmp_path: Path) -> None:
+    """The `.bin` is the same, the `.idx` is not."""
     copy = Path(shutil.copytree(corpora, tmp_path / "corpora"))
     tree, count = scoring_tree(copy, tmp_path / "documents"), tmp_path / "count"
     with pytest.raises(RankError, match="exit code -9"):
-        run_ranks(score_until_killed, 1, tree, count, "before the journal knows of it")
+        run_ranks(score_until_killed, 1, tree, count, "before it is in the journal")
     description = copy / "books.json"
     described = json.loads(description.read_text())
     described["sha256"][".idx"] = "0" * 64
@@ -227,40 +227,41 @@ def test_documents_with_other_ends_are_another_attempt(corpora: Path, tmp_path: 
         run_ranks(score_in_process, 1, tree)
 
 
-def score_on_a_full_disk(world: World, tree: dict[str, Any]) -> str:
-    """The sentence that this rank hears; rank 0 alone writes."""
-    from megatron_slm.reference import attempt
+def score_on_a_full_disk(world: World, tree: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the error of this rank; only rank 0 writes."""
+    from megatron_slm.reference import store_writer
 
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    attempt.sync = full  # type: ignore[assignment]
-    with pytest.raises(AgreedError) as heard:
+    store_writer.sync = full  # type: ignore[assignment]
+    with pytest.raises(AgreedError) as caught:
         score_in_process(world, tree)
-    return str(heard.value)
+    return caught.value.args
 
 
-def test_a_full_disk_is_one_sentence_of_all_ranks(corpora: Path, tmp_path: Path) -> None:
-    heard = run_ranks(score_on_a_full_disk, 2, scoring_tree(corpora, tmp_path / "scores"))
-    assert heard[0] == heard[1]
-    assert heard[0].startswith(f"score.output is {tmp_path}/scores, but it cannot be written ([Errno 28] No space left")
+def test_a_full_disk_is_the_same_error_on_all_ranks(corpora: Path, tmp_path: Path) -> None:
+    errors = run_ranks(score_on_a_full_disk, 2, scoring_tree(corpora, tmp_path / "scores"))
+    assert errors[0] == errors[1]
+    setting, value, reason, _ = errors[0]
+    assert (setting, value) == ("score.output", tmp_path / "scores") and "No space left" in reason
 
 
 def score_and_be_killed_at_the_end(world: World, tree: dict[str, Any]) -> None:
-    """The store is there, and what was needed to make it is not yet gone."""
-    from megatron_slm.reference.attempt import Attempt
+    """Kill this process after the store is published, before the staging folder is removed."""
+    from megatron_slm.reference.store_writer import StoreWriter
 
-    original = Attempt.publish
+    original = StoreWriter.publish
 
     def deadly(*args: Any) -> None:
         original(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Attempt.publish = deadly  # type: ignore[method-assign]
+    StoreWriter.publish = deadly  # type: ignore[method-assign]
     score_in_process(world, tree)
 
 
-def test_a_store_that_was_removed_is_made_again_whatever_its_attempt_left(
+def test_a_removed_store_is_made_again_beside_leftovers_of_the_first_scoring(
     corpora: Path, stored: Path, tmp_path: Path
 ) -> None:
     tree = scoring_tree(corpora, tmp_path / "documents")
@@ -347,7 +348,7 @@ def test_the_command_scores_and_training_reads_it(corpora: Path, tmp_path: Path)
     done = run_ranks(command_line_among, 2, {"MASTER_PORT": free_port()}, "score", config)
     assert [status for status, _ in done] == [0, 0]
     assert "train with: reference.store=" in done[0][1]
-    before_the_first_shard = done[0][1].partition("scoring 6,595 tokens in 1 shards")
+    before_the_first_shard = done[0][1].partition("scoring 6,595 tokens")
     assert "loading the libraries" in before_the_first_shard[0] and "mean loss" in before_the_first_shard[2]
     assert "scores is intact: 6595 tokens" in megatron_slm("score", config, "--verify").stderr
     alone = megatron_slm("score", config, f"score.output={tmp_path}/alone")
@@ -405,10 +406,10 @@ def _entropy(store: Path, corpora: Path, tree: dict[str, Any]) -> None:
 
 
 BAD_STORES: dict[str, tuple[Change, str]] = {
-    "cut short": (_cut, "books.scores has"),
+    "cut short": (_cut, "books.scores, but it has"),
     "not completed": (_remove_manifest, "holds no manifest.json"),
-    "corrupted": (_flip, "books.scores is corrupted: the values of its tokens 0 to 4095"),
-    "of other tokens": (_other_corpus, r"which holds no scores of .*web, but those of .*books, .*held_out"),
+    "corrupted": (_flip, "books.scores, but it is corrupted: the values of its tokens 0 to 4095"),
+    "of other tokens": (_other_corpus, r"it holds no scores of .*web, only of .*books, .*held_out"),
     "of another tokenizer": (_other_tokenizer, "its tokens are of a different tokenizer"),
     "of another model": (_other_model, r"the weights of reference.path .*changed differ"),
     "imported, beside a model": (_imported, "scores of no model, but imported, and the weights of reference.path"),
@@ -469,7 +470,7 @@ def test_imported_log_probabilities_train_like_those_of_the_model(corpora: Path,
     assert open_store(str(tmp_path / "imported")).manifest.reference["imported"] == names
 
 
-def test_what_exists_is_not_overwritten(corpora: Path, stored: Path) -> None:
+def test_an_existing_store_is_not_overwritten(corpora: Path, stored: Path) -> None:
     before = files_of(stored / "documents")
     with pytest.raises(RankError, match=r"score\.output is .*, but it already exists"):
         run_ranks(score_in_process, 1, scoring_tree(corpora, stored / "documents"))
@@ -483,7 +484,7 @@ def test_a_link_to_nothing_is_not_written_through(corpora: Path, tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"link"}
 
 
-def test_a_model_with_answers_that_are_not_finite_is_refused(corpora: Path, tmp_path: Path) -> None:
+def test_a_model_whose_losses_are_not_finite_is_refused(corpora: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     broken = Path(shutil.copytree(corpora / "reference", tmp_path / "broken"))
@@ -525,14 +526,17 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "shards of nothing": (["score.shard_tokens=0"], "score.shard_tokens is 0"),
     "no model": (["reference=null"], "reference.path is not set"),
     "a model that is not there": (["reference.path=/nowhere/model"], "reference.path is /nowhere/model"),
-    "samples of no run": (["score.kind=packed"], "score.kind is packed, which scores the samples of one run"),
+    "samples of no run": (["score.kind=packed"], "score.kind is packed, but it scores the samples of one run"),
     "a corpus that is not there": (["data.train=/nowhere/web"], "/nowhere/web"),
     "a window beyond the model's positions": (["data.seq_length=128"], "the reference has 64 positions"),
-    "imports for another number of corpora": (["--import", "a.npy", "--import", "b.npy"], "names 2 files"),
-    "an import that is not there": (["--import", "nowhere.npy"], "--import nowhere.npy is not there"),
-    "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "--import takes one loss per token"),
-    "an import to look at": (["--verify", "--import", "a.npy"], "leave --import out"),
-    "nothing to look at": (["--verify"], "scores, which holds no manifest.json"),
+    "imports for another number of corpora": (
+        ["--import", "a.npy", "--import", "b.npy"],
+        "--import is a.npy, b.npy, but",
+    ),
+    "an import that is not there": (["--import", "nowhere.npy"], "--import is nowhere.npy, but"),
+    "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "score.entropy is true"),
+    "an import beside --verify": (["--verify", "--import", "a.npy"], "--import is a.npy, but --verify"),
+    "no store to verify": (["--verify"], "scores, but it holds no manifest.json"),
     "a model without its configuration": (["reference.path=BARE"], "whose config.json cannot be read"),
     "a precision that backend plain has not": (
         ["training={precision: bf16, backend: plain}"],
@@ -542,15 +546,15 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
 }
 
 
-def test_mistakes_of_the_command_are_sentences(corpora: Path, tmp_path: Path) -> None:
+def test_mistakes_on_the_command_line_are_errors(corpora: Path, tmp_path: Path) -> None:
     config = smallest_config(corpora, tmp_path)
     bare = tmp_path / "bare"
     shutil.copytree(corpora / "reference", bare)
     (bare / "config.json").unlink()
     given = [[argument.replace("BARE", str(bare)) for argument in arguments] for arguments, _ in COMMANDS.values()]
     answers = run_ranks(command_lines, 1, [["score", config, *arguments] for arguments in given])[0]
-    for (_, said), (status, heard) in zip(COMMANDS.values(), answers, strict=True):
-        assert said in sentence_of("score", status, heard)
+    for (_, expected), (status, stderr) in zip(COMMANDS.values(), answers, strict=True):
+        assert expected in sentence_of("score", status, stderr)
     assert {path.name for path in tmp_path.iterdir()} == {"score.yaml", "bare"}
 
 

@@ -1,0 +1,247 @@
+"""Writing a store: files that grow by whole shards, so that a restart repeats one shard at most.
+
+The journal of the staging folder holds the checksum of every finished shard. When all shards are written, they are read
+back and compared, and the staging folder's `ready` becomes the store.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_slm.data.corpus import Corpus
+from megatron_slm.dist import World, agree, gather_objects
+from megatron_slm.errors import UserError
+from megatron_slm.io.files import publish, sync
+from megatron_slm.io.progress import Meter
+from megatron_slm.io.staging import Journal, Staging
+from megatron_slm.reference.scoring import Source, Values
+from megatron_slm.reference.store import MANIFEST, BlockChecksums, FileEntry, Manifest
+from megatron_slm.signals import ENCODINGS, encode
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """One file to write.
+
+    name    its name, without suffix
+    corpus  the corpus that it scores; None for the order of samples of a run
+    source  its values
+    """
+
+    name: str
+    corpus: Corpus | None
+    source: Source
+
+
+def open_writer(manifest: Manifest, staging: Staging, journal: Journal, world: World) -> "StoreWriter | None":
+    """Return the writer of a store, with the shards that are already on the disk; None on ranks other than 0.
+
+    Every rank calls it.
+
+    Args:
+        manifest: the description of the store, without its files.
+        staging: the staging folder, open on rank 0.
+        journal: the journal in it.
+        world: this rank among all.
+
+    Raises:
+        AgreedError: the journal cannot be read or is of other settings, or the disk is full.
+    """
+    return _agree_writing(staging, lambda: StoreWriter(manifest, staging, journal) if world.is_main else None)
+
+
+def write_store(files: list[NewFile], writer: "StoreWriter | None", staging: Staging, world: World) -> None:
+    """Compute and write the shards that are missing, check the store on the disk, and publish it; every rank calls it.
+
+    Args:
+        files: the files of the store.
+        writer: from `open_writer`.
+        staging: the staging folder, open on rank 0.
+        world: this rank among all.
+
+    Raises:
+        AgreedError: a value is not finite, or the disk is full or returns other bytes than were written.
+    """
+    _write_shards(files, writer, staging, world)
+    _read_back(files, writer, staging)
+    _agree_writing(staging, lambda: writer.publish(files) if writer else None)
+
+
+class StoreWriter:
+    """The files of an unfinished store, and how many shards of each are on the disk; see `open_writer`."""
+
+    def __init__(self, manifest: Manifest, staging: Staging, journal: Journal) -> None:
+        self._staging = staging
+        self._journal = journal
+        self._manifest = manifest
+        if not staging.ready.exists():  # a store was published, and the process killed before the journal was removed
+            journal.remove()
+            staging.ready.mkdir()
+        self._row_bytes = np.dtype(ENCODINGS[manifest.encoding].dtype).itemsize * len(manifest.columns)
+        self._files = self._read_journal()
+        self._checksums: dict[str, int] = {}
+
+    def finished(self, name: str) -> tuple[int, int]:
+        """Return how many shards of a file are on the disk, and how many rows they have."""
+        shards = self._file(name).shards
+        return len(shards), sum(rows for rows, _ in shards)
+
+    def write(self, name: str, values: Values) -> None:
+        """Write the next shard of a file and flush it, then add it to the journal.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        bad = np.flatnonzero(~np.isfinite(values.values_NC).all(-1))
+        if len(bad):
+            reason = f"its loss for token {values.start + bad[0]} of {name} is not finite"
+            remedy = "Check the model's weights, or set training.precision=fp32"
+            raise UserError("reference.path", self._manifest.scorer, reason, remedy)
+        codes = encode(values.values_NC, self._manifest.encoding).tobytes()
+        path = self._path(name)
+        path.touch()
+        with path.open("r+b") as stream:
+            # A killed process may have left part of this shard, which the journal does not list.
+            stream.seek(values.start * self._row_bytes)
+            stream.write(codes)
+        sync(path)
+        self._add_to_journal(name, values.values_NC, zlib.crc32(codes))
+
+    def read_back(self, name: str) -> Iterator[None]:
+        """Compare a file with what was written to it, one shard per step, then append the checksums of its blocks.
+
+        Raises:
+            UserError: the disk returned other bytes.
+        """
+        path, blocks = self._path(name), BlockChecksums(self._row_bytes)
+        with path.open("r+b") as stream:
+            for count, checksum in self._file(name).shards:
+                data = stream.read(count * self._row_bytes)
+                if zlib.crc32(data) != checksum:
+                    reason = f"the disk returned other bytes than were written to {path}"
+                    remedy = f"Remove {self._staging.folder} and score again on another disk"
+                    raise UserError(self._staging.setting, self._staging.output, reason, remedy)
+                blocks.feed(data)
+                yield
+            table = blocks.table()
+            stream.truncate()
+            stream.write(table)
+        self._checksums[name] = zlib.crc32(table)
+        yield
+
+    def publish(self, files: list[NewFile]) -> None:
+        """Write the manifest, move the store to its place in one step, and log what it holds."""
+        manifest = replace(self._manifest, files=[self._entry(file) for file in files])
+        (self._staging.ready / MANIFEST).write_text(manifest.text(), encoding="utf-8")
+        publish(self._staging.ready, self._staging.output)
+        for entry in manifest.files:
+            means = ", ".join(f"{column} {value:.4f}" for column, value in entry.mean.items())
+            clipped = f"; values clipped by {manifest.encoding}: {entry.clipped:,}" if entry.clipped else ""
+            logger.info(
+                "%s/%s: %d tokens, mean %s nats%s", self._staging.output, entry.name, entry.rows, means, clipped
+            )
+        logger.info("train with: reference.store=%s", self._staging.output)
+
+    def _entry(self, new: NewFile) -> FileEntry:
+        file, (_, rows) = self._file(new.name), self.finished(new.name)
+        means = {column: total / rows for column, total in zip(self._manifest.columns, file.sums, strict=True)}
+        prefix, sha256 = (new.corpus.prefix, new.corpus.sha256) if new.corpus else ("", {})
+        return FileEntry(new.name, rows, prefix, sha256, self._checksums[new.name], file.clipped, means)
+
+    def _add_to_journal(self, name: str, values_NC: NDArray[np.float32], checksum: int) -> None:
+        file = self._files.setdefault(name, FileProgress())
+        file.shards.append((len(values_NC), checksum))
+        file.clipped += int((values_NC > ENCODINGS[self._manifest.encoding].largest).sum())
+        totals = values_NC.sum(0, dtype=np.float64).tolist()
+        file.sums = [before + more for before, more in zip(file.sums or [0.0] * len(totals), totals, strict=True)]
+        self._journal.write({"files": {name: asdict(file) for name, file in self._files.items()}})
+
+    def _read_journal(self) -> "dict[str, FileProgress]":
+        progress = self._journal.read()
+        try:
+            files = {} if progress is None else progress["files"]
+            return {name: FileProgress(**fields) for name, fields in files.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._journal.unusable(f"its journal cannot be read ({error})") from error
+
+    def _file(self, name: str) -> "FileProgress":
+        return self._files.get(name, FileProgress())
+
+    def _path(self, name: str) -> Path:
+        return self._staging.ready / f"{name}.scores"
+
+
+@dataclass
+class FileProgress:
+    """The finished part of one file.
+
+    shards   rows and CRC-32 of each finished shard
+    clipped  number of values above what the encoding can hold
+    sums     sum of each column
+    """
+
+    shards: list[tuple[int, int]] = field(default_factory=list)
+    clipped: int = 0
+    sums: list[float] = field(default_factory=list)
+
+
+def _write_shards(files: list[NewFile], writer: StoreWriter | None, staging: Staging, world: World) -> None:
+    """Write the shards that are not on the disk yet."""
+    finished: dict[str, tuple[int, int]]
+    finished = gather_objects({file.name: writer.finished(file.name) for file in files} if writer else {})[0]
+    total = sum(file.source.rows for file in files)
+    left = total - sum(rows for _, rows in finished.values())
+    if world.is_main:
+        if left < total:
+            logger.info("resuming after %s of %s tokens", f"{total - left:,}", f"{total:,}")
+        shards = sum(file.source.num_shards - finished[file.name][0] for file in files)
+        logger.info("scoring %s tokens into %s (shards: %d)", f"{left:,}", staging.output, shards)
+    done = 0
+    with Meter(left, "tokens", shown=world.is_main) as meter:
+        for file in files:
+            for number in range(finished[file.name][0], file.source.num_shards):
+                values = file.source.values(number, partial(_advance, meter, done))
+                _agree_writing(staging, partial(writer.write, file.name, values) if writer else _nothing)
+                done += len(values.values_NC)
+                meter.reach(done)
+
+
+def _advance(meter: Meter, before: int, done: int) -> None:
+    meter.reach(before + done)
+
+
+def _read_back(files: list[NewFile], writer: StoreWriter | None, staging: Staging) -> None:
+    """Check every file on the disk. The ranks meet at every shard, so that none of them times out."""
+    for file in files:
+        steps = writer.read_back(file.name) if writer else repeat(None)
+        for _ in range(file.source.num_shards + 1):
+            _agree_writing(staging, partial(next, steps))
+
+
+def _agree_writing(staging: Staging, work: Callable[[], T]) -> T:
+    """Return the result of `work`; if rank 0 cannot write, every rank raises its error.
+
+    Raises:
+        AgreedError: instead of a UserError or an OSError of any rank.
+    """
+
+    def write() -> T:
+        with staging.writing():
+            return work()
+
+    return agree(write)
+
+
+def _nothing() -> None:
+    """Do nothing, on ranks that do not write."""
