@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_slm.build.models import make_rule
+from megatron_slm.build.objective import make_rule
 from megatron_slm.config import parse_config
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
