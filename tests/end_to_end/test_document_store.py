@@ -1,4 +1,4 @@
-"""Training on a store of kind `document`: tokens whose context the sample cuts off do not compete; it is checked."""
+"""Training on a store of kind `document`: tokens without enough context do not compete, and the store is checked."""
 
 import shutil
 from pathlib import Path
@@ -35,9 +35,7 @@ def log(run_dir: Path) -> str:
     return (run_dir / "log-rank0000.txt").read_text()
 
 
-def test_tokens_that_lack_context_are_left_out_of_the_selection_alone(
-    corpora: Path, store: Path, tmp_path: Path
-) -> None:
+def test_tokens_that_lack_context_are_excluded_from_selection_alone(corpora: Path, store: Path, tmp_path: Path) -> None:
     reference = {"store": str(store), "check_windows": 0}
     every = run(corpora, tmp_path / "every", reference, min_context=0)
     some = run(corpora, tmp_path / "some", reference)
@@ -64,7 +62,7 @@ def test_a_live_reference_and_a_packed_store_ignore_the_setting(corpora: Path, t
         assert_bitwise_equal(default, run(corpora, tmp_path / f"{name}-30", reference, min_context=30), 10)
 
 
-def test_a_run_from_before_the_setting_goes_on_as_it_began(corpora: Path, store: Path, tmp_path: Path) -> None:
+def test_a_run_of_a_version_without_min_context_resumes_without_it(corpora: Path, store: Path, tmp_path: Path) -> None:
     reference = {"store": str(store)}
     whole = run(corpora, tmp_path / "whole", reference, min_context=0)
     run(corpora, tmp_path / "old", reference, min_context=0)
@@ -87,8 +85,8 @@ def test_the_store_is_compared_with_the_model_that_wrote_it(corpora: Path, store
     assert "store check" not in log(run(corpora, tmp_path / "off", {"store": str(store), "check_windows": 0}))
 
 
-def test_a_store_that_cannot_be_trusted_is_warned_of(corpora: Path, store: Path, tmp_path: Path) -> None:
-    """Losses of noise, higher than the student's, from somewhere that cannot be asked."""
+def test_a_store_that_cannot_be_trusted_logs_a_warning(corpora: Path, store: Path, tmp_path: Path) -> None:
+    """Import random losses above the student's, whose model is unknown."""
     draw = np.random.default_rng(0)
     names = [str(tmp_path / f"{name}.npy") for name in ("books", "held_out")]
     for name in names:

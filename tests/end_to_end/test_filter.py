@@ -25,7 +25,7 @@ NAMES = ("books", "held_out")
 
 
 def training_tree(corpora: Path, run_dir: Path, keep: Path | None, **data: Any) -> dict[str, Any]:
-    """A plain run on two small corpora, in proportion to their tokens."""
+    """Return the configuration of a plain run on two small corpora, in proportion to their tokens."""
     tree = config_tree(corpora, run_dir, stage=0) | {"objective": "clm"}
     tree["data"] |= {"train": [str(corpora / name) for name in NAMES], "valid": {}} | data
     if keep is not None:
@@ -39,7 +39,7 @@ def filter_tree(corpora: Path, stores: Path, output: Path, keep: float = 0.4) ->
 
 
 def make_stores(world: World, corpora: Path, folder: Path) -> None:
-    """Scores of two models."""
+    """Score the corpora with two models."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(3)
@@ -68,7 +68,7 @@ def filter_in_process(_: World, *trees: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def stores(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the stores `base` and `reference`, and the lists `keep` of 0.4 and `fewer` of 0.3."""
+    """Return a folder with the stores `base` and `reference`, and the lists `keep` of 0.4 and `fewer` of 0.3."""
     folder = tmp_path_factory.mktemp("stores")
     run_ranks(make_stores, 1, corpora, folder)
     trees = [filter_tree(corpora, folder, folder / name, keep) for name, keep in (("keep", 0.4), ("fewer", 0.3))]
@@ -77,14 +77,14 @@ def stores(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bounds(corpus: Corpus) -> list[slice]:
-    """Offsets of each document."""
+    """Return the offsets of each document in the `.bin`."""
     index = open_tokens(corpus).index
     starts = index.sequence_pointers // index.dtype_size
     return [slice(int(s), int(s) + int(n)) for s, n in zip(starts, index.sequence_lengths, strict=True)]
 
 
 def test_the_documents_of_highest_mean_excess_loss_are_kept(corpora: Path, stores: Path) -> None:
-    """Of both corpora together, against sums of one document after the other."""
+    """Rank both corpora together, and compare with means of one document at a time."""
     base, reference = (open_store(str(stores / name)) for name in ("base", "reference"))
     means = []
     for name in NAMES:
@@ -98,7 +98,7 @@ def test_the_documents_of_highest_mean_excess_loss_are_kept(corpora: Path, store
 
 
 def train_and_look(world: World, tree: dict[str, Any]) -> list[tuple[int, int, int]]:
-    """Train; source, offset and id of every token that this rank was given, those that are context alone too."""
+    """Train, and return source, offset and id of every token in this rank's batches, context included."""
     seen = []
     original = StepLoader._batch
 
@@ -117,7 +117,7 @@ def train_and_look(world: World, tree: dict[str, Any]) -> list[tuple[int, int, i
 
 
 def test_no_token_of_a_dropped_document_is_ever_in_a_batch(corpora: Path, stores: Path, tmp_path: Path) -> None:
-    """Over three passes, on two ranks, which read the same order as one rank; the split is taken first."""
+    """Train for three passes; two ranks read the same tokens as one, and only from the training part of the split."""
     keep_list, kept, dropped = open_keep_list(str(stores / "keep")), set(), set()
     tokens = [np.fromfile(corpora / f"{name}.bin", dtype=np.uint16) for name in NAMES]
     for source, name in enumerate(NAMES):
@@ -142,7 +142,7 @@ def test_no_token_of_a_dropped_document_is_ever_in_a_batch(corpora: Path, stores
     assert share == pytest.approx(sum(source for source, _ in kept) / len(kept), abs=0.03)
 
 
-def test_a_run_goes_on_with_its_list_moved_and_refuses_another(corpora: Path, stores: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_its_list_moved_and_refuses_another(corpora: Path, stores: Path, tmp_path: Path) -> None:
     for name in ("keep", "fewer"):
         shutil.copy(stores / name, tmp_path / name)
     tree = training_tree(corpora, tmp_path / "run", tmp_path / "keep", order_tokens=20 * 8 * 32)
@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_its_list_moved_and_refuses_another(corpora: Path, st
     half = tree | {"training": tree["training"] | {"train_tokens": 10 * 8 * 32}}
     run_ranks(train_in_process, 1, half)
     for other in (str(tmp_path / "fewer"), None):
-        with pytest.raises(RankError, match=r"change the order of samples: .* data\.keep leaves of them"):
+        with pytest.raises(RankError, match=r"other documents in data\.keep"):
             run_ranks(train_in_process, 1, tree | {"data": tree["data"] | {"keep": other}})
     (tmp_path / "keep").rename(tmp_path / "moved")
     tree["data"]["keep"] = str(tmp_path / "moved")
@@ -161,7 +161,7 @@ def test_a_run_goes_on_with_its_list_moved_and_refuses_another(corpora: Path, st
     assert log.count("documents of books, ") == 2 and "moved: " in log
 
 
-def test_scores_of_samples_are_those_of_the_samples_of_kept_documents(
+def test_a_packed_store_of_kept_documents_serves_runs_on_them_alone(
     corpora: Path, stores: Path, tmp_path: Path
 ) -> None:
     tree = training_tree(corpora, tmp_path / "run", stores / "keep") | {"objective": "slm"}
@@ -208,7 +208,7 @@ TRAINING: dict[str, tuple[list[str], str]] = {
 }
 
 
-def test_mistakes_are_sentences_and_nothing_is_lost(corpora: Path, stores: Path, tmp_path: Path) -> None:
+def test_mistakes_are_errors_and_no_file_changes(corpora: Path, stores: Path, tmp_path: Path) -> None:
     packed = Path(shutil.copytree(stores / "base", tmp_path / "packed"))
     manifest = json.loads((packed / "manifest.json").read_text())
     (packed / "manifest.json").write_text(json.dumps(manifest | {"kind": "packed"}))

@@ -307,7 +307,7 @@ def test_a_document_store_serves_any_order_and_any_number_of_ranks(corpora: Path
         assert first["loss/reference"] == pytest.approx(second["loss/reference"], rel=1e-6)
 
 
-def test_a_run_goes_on_with_its_store_moved_and_refuses_another(corpora: Path, stored: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_its_store_moved_and_refuses_another(corpora: Path, stored: Path, tmp_path: Path) -> None:
     for name in ("documents", "exact"):
         shutil.copytree(stored / name, tmp_path / name)
     tree = training_tree(corpora, tmp_path / "run") | {"reference": {"store": str(tmp_path / "documents")}}

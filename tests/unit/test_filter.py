@@ -185,7 +185,7 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_run_without_a_list_has_the_order_that_it_had_before_there_were_lists() -> None:
-    """The fingerprint is that in the run directories of version 0.1.0."""
+    """Compare with the fingerprint in the run directories of version 0.1.0."""
     corpora = [
         Corpus("data/web", "web", 300, 31549, 1, "t", {".bin": "b", ".idx": "i"}),
         Corpus("data/books", "books", 60, 6595, 1, "t", {".bin": "c", ".idx": "j"}),

@@ -107,7 +107,7 @@ def test_a_store_returns_every_column_that_it_holds(batch: Batch, tmp_path: Path
     lm = AutoModelForCausalLM.from_config(tiny_config("llama")).eval()
     expected = expected_columns(lm, batch)
     flags = {column.stored_if: True for column in COLUMNS.values() if column.stored_if}
-    assert flags.keys() <= {field.name for field in dataclasses.fields(ScoreSettings) if field.type is bool}
+    assert flags.keys() <= {field.name for field in dataclasses.fields(ScoreSettings) if field.default is False}
     columns = stored_columns(ScoreSettings("scores", **flags))  # type: ignore[arg-type]
     assert columns == STORED
     assert stored_columns(ScoreSettings("scores")) == ["loss"]

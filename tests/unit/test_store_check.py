@@ -1,4 +1,4 @@
-"""What a run says of its store at the start, from the sums over all ranks."""
+"""The check of a store at the start of a run: its log line and warnings, from sums over all ranks."""
 
 import pytest
 
@@ -15,7 +15,7 @@ UNTRUSTED = {
 }
 
 
-def heard(caplog: pytest.LogCaptureFixture, sums: dict[str, float]) -> tuple[str, list[str]]:
+def log_of(caplog: pytest.LogCaptureFixture, sums: dict[str, float]) -> tuple[str, list[str]]:
     caplog.clear()
     with caplog.at_level("INFO"):
         report(sums)
@@ -25,22 +25,20 @@ def heard(caplog: pytest.LogCaptureFixture, sums: dict[str, float]) -> tuple[str
 
 
 def test_the_line_has_means_and_shares(caplog: pytest.LogCaptureFixture) -> None:
-    line, warnings = heard(caplog, TRUSTED)
+    line, warnings = log_of(caplog, TRUSTED)
     assert not warnings
     for figure in ("8 samples", "2.0000 stored", "2.5000 of the student", "60%", "65%", "2.1000", "90%"):
         assert figure in line
 
 
-def test_what_is_not_known_is_not_in_the_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_figures_that_are_unknown_are_not_in_the_line(caplog: pytest.LogCaptureFixture) -> None:
     sums = {name: value for name, value in TRUSTED.items() if name not in ("live", "both")}
-    line, warnings = heard(caplog, sums | {"competing_first": 0.0, "selected_first": 0.0})
+    line, warnings = log_of(caplog, sums | {"competing_first": 0.0, "selected_first": 0.0})
     assert "live" not in line and "middle of a document" not in line and not warnings
 
 
 @pytest.mark.parametrize("reason", UNTRUSTED)
-def test_a_store_that_cannot_be_trusted_is_warned_of_by_its_reason(
-    caplog: pytest.LogCaptureFixture, reason: str
-) -> None:
+def test_a_warning_names_why_a_store_cannot_be_trusted(caplog: pytest.LogCaptureFixture, reason: str) -> None:
     changes, said = UNTRUSTED[reason]
-    _, warnings = heard(caplog, TRUSTED | changes)
+    _, warnings = log_of(caplog, TRUSTED | changes)
     assert len(warnings) == 1 and said in warnings[0]
