@@ -34,9 +34,10 @@ MAY_IMPORT = {
     "config": {"errors", "settings", "config_file"} | ROOMS,
     "run_directory": {"config", "dist", "errors", "io", "training"},
     "build": LEAVES | ROOMS | {"config", "run_directory"},
+    "device_check": LEAVES | ROOMS | {"build"},
     "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},
     # One file per verb, on top of all parts but the pages.
-    "commands": LEAVES | ROOMS | {"config", "config_file", "run_directory", "prepare", "build", "demo"},
+    "commands": LEAVES | ROOMS | {"config", "config_file", "run_directory", "prepare", "build", "demo", "device_check"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }
@@ -85,7 +86,7 @@ def test_only_commands_build_objects_from_a_configuration() -> None:
     importers = {
         part(path) for path in sources() if any(name.startswith("megatron_slm.build") for name in imports(path))
     }
-    assert importers == {"commands", "build"}
+    assert importers == {"commands", "build", "device_check"}
 
 
 def test_settings_import_nothing_heavy() -> None:

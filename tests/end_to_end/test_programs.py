@@ -1,5 +1,6 @@
 """What people run beside the tests: the wheel, the README's commands, the programs under tools/."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,7 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_slm.__main__ import main
+from megatron_slm.commands import check_device as check_device_verb
 from megatron_slm.config import load_config
+from megatron_slm.device_check.report import Section
+from megatron_slm.device_check.shapes import PRESETS
+from megatron_slm.errors import UserError
 from tests.runs import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -25,17 +31,52 @@ def test_every_example_is_a_valid_configuration(path: Path) -> None:
     assert load_config(str(path), []).run_dir == yaml.safe_load(path.read_text())["run_dir"]
 
 
-def test_the_accelerator_check_passes_on_a_cpu(tmp_path: Path) -> None:
+def check_device(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "megatron_slm", "check-device", *options, cwd=folder, CUDA_VISIBLE_DEVICES="")
+
+
+def test_the_device_check_passes_on_a_cpu(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    program = str(ROOT / "tools" / "gpu_check.py")
-    ended = run(sys.executable, program, "--preset", "tiny", "--output", str(report), cwd=tmp_path)
+    ended = check_device("--output", str(report), folder=tmp_path)
     assert ended.returncode == 0, ended.stderr
+    assert "no GPU" in ended.stderr
+    assert "against_cpu: ok" in ended.stdout and ended.stdout.endswith("All checks passed.\n")
     found = json.loads(report.read_text())
+    assert found["environment"]["preset"] == "tiny"
     assert found["against_cpu"]["fp32"]["masks_flipped"] == 0
     assert found["training_and_resume"]["resume_is_bitwise"]
     assert found["slm"]["tokens_per_second"] > 0
     assert found["selected_backward"]["ok"]
     assert {"exact@0.6", "rows@0.5", "replay@0.3"} <= found["selected_steps"]["modes"].keys()
+
+
+def test_a_failed_check_ends_the_command_with_status_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = [Section("against_cpu", 1.0, {"ok": False}), Section("clm", 1.0, {"tokens_per_second": 5.0})]
+    monkeypatch.setattr("megatron_slm.device_check.report.run_sections", lambda *_: iter(sections))
+    monkeypatch.setattr("megatron_slm.dist.disconnect", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        main(["check-device", "--output", str(tmp_path / "report.json")])
+    assert end.value.code == 1
+    shown = capsys.readouterr().out
+    assert "against_cpu: FAILED" in shown and shown.endswith("Failed: against_cpu.\n")
+    assert json.loads((tmp_path / "report.json").read_text()) == {section.name: section.values for section in sections}
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"), [(["--micro-batch-size", "0"], "--micro-batch-size"), (["--output", "."], "--output")]
+)
+def test_options_of_the_device_check_are_checked_first(option: list[str], setting: str) -> None:
+    parser = argparse.ArgumentParser()
+    check_device_verb.add_arguments(parser)
+    with pytest.raises(UserError) as caught:
+        check_device_verb.run(parser.parse_args(option))
+    assert caught.value.setting == setting
+
+
+def test_the_presets_of_the_device_check_are_those_of_its_help() -> None:
+    assert tuple(PRESETS) == check_device_verb._PRESETS
 
 
 def test_the_benchmark_of_steps_prints_one_line_of_json(tmp_path: Path) -> None:
