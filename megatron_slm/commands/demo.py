@@ -1,8 +1,8 @@
-"""Show the whole method here, in minutes: real text, a base, a reference, CLM against SLM, and a picture.
+"""Run the whole method on this machine in minutes: a base, a reference, CLM and SLM on real text, and their curves.
 
-The text is on this disk already: docstrings of sympy and mpmath are the mathematics, sources and licences of
-Python and the installed packages the rest. Everything is kept in one folder; a demo that was stopped goes on
-there when it is started again.
+The text is already on this disk: the mathematics comes from docstrings of sympy and mpmath, and the general text
+from sources and licences of Python and the installed packages. All output goes to one folder. A demo that was
+stopped resumes when it is started again.
 """
 
 import argparse
@@ -17,11 +17,11 @@ _EPILOG = """example:
 
 _CLOSING = """
 Look at   {folder}/demo.png       held-out losses over training tokens
-          {folder}/selected.html  held-out text, token by token: what is selected
+          {folder}/selected.html  held-out text with its selected tokens marked
           {bin}tensorboard --logdir {folder}/runs --host 127.0.0.1
-Go on     {bin}megatron-slm export {folder}/runs/slm {folder}/models/slm
-          writes the selectively trained model for transformers
-          {folder}/runs/slm.yaml  is its configuration: change it, and `megatron-slm train` it in a run_dir of its own
+Continue  {bin}megatron-slm export {folder}/runs/slm {folder}/models/slm
+          exports the selectively trained model for transformers
+          {folder}/runs/slm.yaml  is its configuration: change it and its run_dir, and train with `megatron-slm train`
           README.md, "Your own text, from the laptop to the cluster"
 """
 
@@ -31,25 +31,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("demo"), help="folder to make (default: %(default)s)"
+        "--output", metavar="DIR", type=Path, default=Path("demo"), help="folder to create (default: %(default)s)"
     )
-    parser.add_argument("--ranks", metavar="N", type=int, default=2, help="processes a run (default: %(default)s)")
+    parser.add_argument("--ranks", metavar="N", type=int, default=2, help="processes per run (default: %(default)s)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few steps on a little text: every stage runs, but the losses say nothing",
+        help="a few steps on a little text: every stage runs, but the losses mean nothing",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Check, run the stages, and say what came out and where it is.
+    """Check the machine and the options, run the stages, and print the results and their paths.
 
     Raises:
-        UserError: the machine or the options will not do, or a stage failed.
+        UserError: the machine or the options do not allow a demo, or a stage failed.
     """
     from megatron_slm.demo.chain import FULL, QUICK, SAMPLES_PER_STEP, Folders, demo_stages
     from megatron_slm.demo.machine import check_folder, check_machine, check_ranks, hold_folder
-    from megatron_slm.demo.stages import Stages, StoppedError, stop_on_signals
+    from megatron_slm.demo.processes import StoppedError, stop_on_signals
+    from megatron_slm.demo.stages import Stages
 
     folder = arguments.output.absolute()
     options = {"ranks": arguments.ranks, "quick": arguments.quick}
@@ -62,16 +63,14 @@ def run(arguments: argparse.Namespace) -> None:
         with hold_folder(folder, options), stop_on_signals() as stop:
             Stages(folders.stages, stages, arguments.ranks).run(stop)
     except StoppedError as stopped:
-        sys.stderr.write(
-            f"megatron-slm demo: {stopped}; nothing is left running. The same command goes on from here.\n"
-        )
+        sys.stderr.write(f"megatron-slm demo: {stopped}. No process is left running. Run the same command to resume.\n")
         sys.exit(stopped.status)
     summary = folders.summary.read_text(encoding="utf-8")
-    sys.stdout.write(f"\n{summary}{_CLOSING.format(folder=arguments.output, bin=_place())}")
+    sys.stdout.write(f"\n{summary}{_CLOSING.format(folder=arguments.output, bin=_command_folder())}")
 
 
-def _place() -> str:
-    """What stands before a command that the shell does not find: nothing, or the folder of this environment."""
+def _command_folder() -> str:
+    """Return the folder of this environment's commands, or nothing if the shell finds them."""
     if shutil.which("megatron-slm"):
         return ""
     folder = Path(sys.executable).parent

@@ -1,4 +1,4 @@
-"""The demo's five training runs: what each starts from, reads, and how long it goes on."""
+"""The demo's chain: its five training runs with their models, data and lengths, and the stages around them."""
 
 import platform
 from dataclasses import astuple, dataclass, field, replace
@@ -25,14 +25,14 @@ SEQ_LENGTH = 256
 SAMPLES_PER_STEP = 16
 TOKENS_PER_STEP = SAMPLES_PER_STEP * SEQ_LENGTH
 RATIO = 0.5
-"""Of the tokens, in the selective run."""
+"""The share of tokens that the selective run keeps."""
 COMPARED = {"clm": "CLM", "slm": "SLM", "clm_curated": "CLM + curated text"}
-"""Runs that start from one base, and what they are called."""
+"""The titles of the runs that start from the same base."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How much of everything: bytes of text, and optimizer steps of the base, the reference and each compared run."""
+    """Bytes of text, optimizer steps of base, reference and each compared run, and steps between evaluations."""
 
     sizes: Sizes = field(default_factory=Sizes)
     base: int = 160
@@ -45,11 +45,11 @@ FULL = Lengths()
 QUICK = Lengths(
     Sizes(general=600_000, curated=200_000, held_out=6_000), base=4, reference=4, compared=6, eval_interval=3
 )
-"""Every stage, too short for any result."""
+"""Runs every stage, but too briefly for a result."""
 
 
 class Folders:
-    """Where the demo keeps what it makes, below one folder."""
+    """The files and folders of a demo, below one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -59,15 +59,15 @@ class Folders:
 
 
 def steps(name: str, lengths: Lengths) -> int:
-    """Optimizer steps of the run `name`."""
+    """Return the optimizer steps of a run."""
     return {"base": lengths.base, "reference": lengths.reference}.get(name, lengths.compared)
 
 
 def configuration(name: str, folders: Folders, lengths: Lengths, ranks: int) -> dict[str, Any]:
-    """The configuration of the run `name`, as `megatron-slm train` reads it.
+    """Return the configuration of a run, as `megatron-slm train` reads it.
 
-    The compared runs see the same samples in the same order, but for the curated text that one of
-    them has mixed in, in proportion to its size.
+    The compared runs see the same samples in the same order, except for the curated text that is mixed into one of
+    them, in proportion to its size.
     """
     config = run_config(
         folders.runs / name,
@@ -87,7 +87,7 @@ def configuration(name: str, folders: Folders, lengths: Lengths, ranks: int) -> 
 def run_config(
     run_dir: Path, model: dict[str, Any], data: dict[str, Any], lr: float, steps: int, eval_interval: int, ranks: int
 ) -> dict[str, Any]:
-    """A CLM run of `steps` steps under ZeRO-3, `SAMPLES_PER_STEP` samples each, whatever the number of ranks."""
+    """Return the configuration of a CLM run under ZeRO-3 with `SAMPLES_PER_STEP` samples per step over all ranks."""
     return {
         "run_dir": str(run_dir),
         "objective": "clm",
@@ -132,7 +132,7 @@ _START_SECONDS = 14.0
 
 
 def demo_stages(folders: Folders, lengths: Lengths, ranks: int) -> list[Stage]:
-    """All stages in order."""
+    """Return all stages in order."""
     runs = {name: _training(name, folders, lengths, ranks) for name in _TITLES}
     exports = {name: export_stage(folders.runs / name, folders.models / name) for name in ("base", "reference")}
     return [
@@ -148,12 +148,12 @@ def demo_stages(folders: Folders, lengths: Lengths, ranks: int) -> list[Stage]:
 
 def _texts(folders: Folders, lengths: Lengths) -> Stage:
     sizes = astuple(lengths.sizes)
-    # The texts are a function of what is installed, this package too.
+    # The texts are a function of the installed packages, including this one.
     installed = sorted(f"{found.name} {found.version}" for found in metadata.distributions())
     return Stage(
         name="corpora",
         title="prepare the texts",
-        command=("-m", "megatron_slm.demo.corpora", str(folders.corpora), *map(str, sizes)),
+        command=("-m", "megatron_slm.demo.texts", str(folders.corpora), *map(str, sizes)),
         outputs=(folders.corpora,),
         recipe=[platform.python_version(), sizes, installed],
         seconds=25.0,

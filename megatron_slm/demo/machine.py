@@ -1,4 +1,4 @@
-"""Whether this machine and the named folder will do, asked before anything is written."""
+"""Checks of the machine and the output folder, before anything is written."""
 
 import contextlib
 import json
@@ -19,78 +19,93 @@ MARK = "demo.json"
 
 
 def check_machine(folder: Path) -> None:
-    """Refuse what would fail after minutes.
+    """Raise an error for conditions under which the demo would fail after minutes.
 
     Raises:
-        UserError: Python, memory or disk do not suffice.
+        UserError: the Python version, the memory or the disk space is insufficient.
     """
-    there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     check_python(sys.version_info[:2])
-    check_space(psutil.virtual_memory().available / 2**30, shutil.disk_usage(there).free / 2**30, there)
+    check_space(psutil.virtual_memory().available / 2**30, shutil.disk_usage(existing).free / 2**30, existing)
 
 
 def check_python(version: tuple[int, ...]) -> None:
-    """Raises:
-    UserError: it is none that this package's libraries support.
+    """Raise an error if the libraries do not support this version of Python.
+
+    Raises:
+        UserError: the version is not supported.
     """
     if not PYTHONS[0] <= version <= PYTHONS[1]:
         low, high, found = (".".join(map(str, one)) for one in (*PYTHONS, version))
-        raise UserError(f"This is Python {found}: install Python {low} to {high} and run the demo with it.")
+        raise UserError(
+            "Python", found, f"the libraries support {low} to {high}", "Install one of these and run the demo with it"
+        )
 
 
 def check_space(memory: float, disk: float, folder: Path) -> None:
-    """Args:
+    """Raise an error if memory or disk space is too small.
+
+    Args:
         memory: available, in GiB.
         disk: free at `folder`, in GiB.
+        folder: an existing folder on the disk of the output.
 
     Raises:
-        UserError: either is too small.
+        UserError: the memory or the disk space is too small.
     """
     if memory < MEMORY_GIB:
         raise UserError(
-            f"{memory:.1f} GiB of memory are available and the demo needs {MEMORY_GIB:g}: close other programs first."
+            "available memory", f"{memory:.1f} GiB", f"the demo needs {MEMORY_GIB:g} GiB", "Close other programs"
         )
     if disk < DISK_GIB:
         raise UserError(
-            f"--output is on a disk with {disk:.1f} GiB free ({folder}) and the demo needs {DISK_GIB:g}: "
-            "free some, or name a folder on another disk."
+            "free disk space",
+            f"{disk:.1f} GiB",
+            f"the demo needs {DISK_GIB:g} GiB at {folder}",
+            "Free some, or choose an --output on another disk",
         )
 
 
 def check_ranks(ranks: int, samples: int) -> None:
-    """Raises:
-    UserError: the samples of a step cannot be dealt to so many ranks evenly.
+    """Raise an error if the samples of a step cannot be divided evenly among the ranks.
+
+    Raises:
+        UserError: the ranks do not divide the samples.
     """
     if ranks < 1 or samples % ranks:
         possible = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
-        raise UserError(f"--ranks is {ranks}, and a step has {samples} samples: use one of {possible}.")
+        raise UserError(
+            "--ranks",
+            ranks,
+            f"it must divide the {samples} samples of a step",
+            f"Use one of {possible}",
+        )
 
 
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """A new or empty folder, or one where a demo of the same options stands.
+    """Raise an error unless the folder is new, empty, or holds a demo with the same options.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the folder holds something else.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError(f"--output is {folder}, which is a file: name a folder, or a path where nothing is.")
+        raise UserError("--output", folder, "it is a file", "Choose a folder, or a path that does not exist")
     if (folder / MARK).exists():
         if (found := _read_options(folder)) not in (None, options):
-            raise UserError(
-                f"--output is {folder}, a demo of other options ({_shown(found)}): name another folder, or remove it."
-            )
+            reason = f"it holds a demo with other options ({_as_text(found)})"
+            raise UserError("--output", folder, reason, "Choose another folder, or remove it")
     elif any(folder.iterdir()):
-        raise UserError(f"--output is {folder}, which holds something else than a demo: name another folder.")
+        raise UserError("--output", folder, "it holds other files", "Choose another folder")
 
 
 @contextlib.contextmanager
 def hold_folder(folder: Path, options: dict[str, Any]) -> Iterator[None]:
-    """Make the folder, say in it what it is, and keep others out while this process lives.
+    """Create the folder, write its options, and lock it for the life of this process.
 
     Raises:
-        UserError: it cannot be made, or another demo runs in it.
+        UserError: the folder cannot be created, or another demo runs in it.
     """
     busy = UserError("--output", folder, "another demo is running there", "Wait until it has ended, or choose another")
     with contextlib.ExitStack() as held:
@@ -106,13 +121,13 @@ def hold_folder(folder: Path, options: dict[str, Any]) -> Iterator[None]:
 
 
 def _read_options(folder: Path) -> Any:
-    """None where a start was killed while it wrote them: nothing was made yet."""
+    """Return the options of a demo; None if it was killed while it wrote them, before anything else."""
     try:
         return json.loads((folder / MARK).read_text(encoding="utf-8"))
     except ValueError:
         return None
 
 
-def _shown(options: Any) -> str:
+def _as_text(options: Any) -> str:
     named = options.items() if isinstance(options, dict) else ()
-    return ", ".join(f"{name}: {value}" for name, value in named) or "not readable"
+    return ", ".join(f"{name}: {value}" for name, value in named) or "unreadable"

@@ -1,4 +1,4 @@
-"""Held-out text with the loss of each token under base and reference, and what selection would keep of it."""
+"""The demo's report: tables and curves of its runs, and a page of held-out text with its selected tokens."""
 
 import json
 import sys
@@ -14,10 +14,10 @@ from torch import Tensor
 from megatron_slm.data.corpus import load_corpus_tokenizer, open_corpus
 from megatron_slm.data.loader import EvaluationStream
 from megatron_slm.demo.chain import COMPARED, RATIO, SEQ_LENGTH, Folders
-from megatron_slm.demo.corpora import COUNTS
-from megatron_slm.demo.texts import HELD_OUT
+from megatron_slm.demo.texts import COUNTS, HELD_OUT
 from megatron_slm.models.causal_lm import CausalLM, load_pretrained, score_batch
 from megatron_slm.reporting.charts import Curve, draw_curves
+from megatron_slm.reporting.records import read_records
 from megatron_slm.reporting.tokens import Token, escape_html, legend_html, page_html, token_texts, tokens_html
 from megatron_slm.selection import select_tokens
 from megatron_slm.types import Batch
@@ -27,7 +27,7 @@ WINDOWS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Passages:
-    """Of one held-out set: tokens of some windows, and the share of all its tokens that is selected."""
+    """Tokens of some windows of a held-out set, and the share of all its tokens that is selected."""
 
     passages: list[list[Token]]
     share: float
@@ -36,15 +36,15 @@ class Passages:
 def held_out_passages(
     corpora: dict[str, Path], models: dict[str, Path], ratio: float, seq_length: int, count: int, length: int
 ) -> dict[str, Passages]:
-    """Score held-out corpora and select from all of them together, as if they were one pool.
+    """Score held-out corpora, and select from all of them together as from one pool.
 
     Args:
-        corpora: prefixes by name, of one tokenizer.
+        corpora: prefixes by name, all with the same tokenizer.
         models: Hugging Face folders of `student` and `reference`.
-        ratio: share of the tokens that is selected.
-        seq_length: tokens a window, as in training.
-        count: passages of each corpus, evenly spread over it.
-        length: tokens a passage, at most `seq_length`; it begins where a window does.
+        ratio: share of the tokens to select.
+        seq_length: tokens per window, as in training.
+        count: passages per corpus, evenly spread over it.
+        length: tokens per passage, at most `seq_length`; a passage begins at the start of a window.
     """
     opened = {name: open_corpus(str(prefix)) for name, prefix in corpora.items()}
     tokenizer = load_corpus_tokenizer(next(iter(opened.values())))
@@ -67,7 +67,7 @@ def held_out_passages(
 
 @torch.no_grad()
 def _losses(folder: Path, batch: Batch) -> Tensor:
-    """float32 `[B, T]`."""
+    """Return the loss of every token, float32 `[B, T]`."""
     module = CausalLM(load_pretrained(str(folder), "model", False, dtype=torch.float32)).eval()
     starts = range(0, len(batch.tokens_BT), WINDOWS_AT_ONCE)
     return torch.cat([score_batch(module, batch.rows(start, start + WINDOWS_AT_ONCE))["loss"] for start in starts])
@@ -76,7 +76,7 @@ def _losses(folder: Path, batch: Batch) -> Tensor:
 def _tokens(
     tokenizer: Any, batch: Batch, row: int, losses: dict[str, Tensor], kept_BT: Tensor, length: int
 ) -> list[Token]:
-    """The labels of one window, each with what was scored; ends of documents have no loss."""
+    """Return the labels of one window with their losses; ends of documents have no loss."""
     # Padding follows the last label of a stream.
     labels = [int(label) for label in batch.labels_BT[row, :length][batch.label_offset_BT[row, :length] >= 0]]
     texts = token_texts(tokenizer, labels)
@@ -88,28 +88,26 @@ def _tokens(
     ]
 
 
-Records = list[dict[str, Any]]
-
 SELECTED = "selection/ratio/"
 
 
-def read_records(runs: Path, name: str) -> Records:
-    """What the run `name` logged."""
-    return [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def run_records(runs: Path, name: str) -> list[dict[str, Any]]:
+    """Return the records of the run `name` in the folder `runs`."""
+    return read_records(runs / name / "metrics.jsonl")
 
 
 def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str]) -> str:
-    """Markdown: held-out losses (nats a token) and bits a byte at the end of each run.
+    """Return a Markdown table of held-out losses (nats per token) and bits per byte at the end of each run.
 
     Args:
-        runs: folder of the run folders.
-        names: runs, and what they are called in the table.
-        held_out: evaluation sets, and what they are called.
+        runs: folder of the run directories.
+        names: titles of the runs.
+        held_out: titles of the evaluation sets.
     """
     columns = [f"{title}: {unit}" for title in held_out.values() for unit in ("loss", "bits/byte")]
     lines = [f"| run | tokens that count | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, title in names.items():
-        last = read_records(runs, name)[-1]
+        last = run_records(runs, name)[-1]
         figures = [last[f"eval/{key}/{unit}"] for key in held_out for unit in ("loss", "bits_per_byte")]
         counted = last.get("consumed_selected_tokens", last["consumed_tokens"])
         lines.append(f"| {title} | {counted:,} | {' | '.join(f'{figure:.3f}' for figure in figures)} |")
@@ -117,9 +115,9 @@ def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, s
 
 
 def overtaking(runs: Path, held_out: str) -> str:
-    """When SLM's held-out loss is first no higher than CLM's final one, and how many tokens CLM took."""
+    """Return a sentence on when SLM's held-out loss first reached CLM's final loss, and how many tokens CLM took."""
     key = f"eval/{held_out}/loss"
-    clm, slm = ([r for r in read_records(runs, name) if key in r] for name in ("clm", "slm"))
+    clm, slm = ([r for r in run_records(runs, name) if key in r] for name in ("clm", "slm"))
     end, total = clm[-1][key], clm[-1]["consumed_tokens"]
     passed = next((record["consumed_tokens"] for record in slm if record[key] <= end), None)
     if passed is None:
@@ -129,8 +127,8 @@ def overtaking(runs: Path, held_out: str) -> str:
 
 
 def selected_table(runs: Path) -> str:
-    """Markdown: the share of the tokens of each source that SLM selected, over all logged steps and at the end."""
-    records = read_records(runs, "slm")
+    """Return a Markdown table of the share that SLM selected of each source, over all logged steps and at the end."""
+    records = run_records(runs, "slm")
     sources = [key.removeprefix(SELECTED) for key in records[-1] if key.startswith(SELECTED)]
     lines = ["| source | selected, whole run | last fifth |", "|---|---|---|"]
     for source in sources:
@@ -140,17 +138,17 @@ def selected_table(runs: Path) -> str:
 
 
 def draw_held_out(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str], path: Path) -> None:
-    """A picture of held-out losses over training tokens; every curve begins at the base's loss."""
+    """Draw held-out losses over training tokens; every curve begins at the base's loss."""
     panels = {
         title: [_curve(runs, *run, f"eval/{key}/loss") for run in names.items()] for key, title in held_out.items()
     }
-    draw_curves(panels, "training tokens (thousands)", "loss (nats a token)", path)
+    draw_curves(panels, "training tokens (thousands)", "loss (nats per token)", path)
 
 
 def _curve(runs: Path, name: str, title: str, key: str) -> Curve:
     points: Sequence[tuple[float, float]] = [
-        (0.0, read_records(runs, "base")[-1][key]),
-        *((r["consumed_tokens"] / 1e3, r[key]) for r in read_records(runs, name) if key in r),
+        (0.0, run_records(runs, "base")[-1][key]),
+        *((r["consumed_tokens"] / 1e3, r[key]) for r in run_records(runs, name) if key in r),
     ]
     return Curve(title, [tokens for tokens, _ in points], [loss for _, loss in points])
 
@@ -161,7 +159,7 @@ PASSAGES, PASSAGE_TOKENS = 12, 160
 
 
 def write_report(folders: Folders) -> None:
-    """Write what finished runs show to the demo's folder."""
+    """Write summary, curves and page of a demo whose runs are finished."""
     folders.summary.write_text(_summary(folders), encoding="utf-8")
     titles = {name: f"Held-out {title}" for name, title in TITLES.items()}
     draw_held_out(folders.runs, COMPARED, titles, folders.picture)
@@ -175,12 +173,12 @@ def _summary(folders: Folders) -> str:
     counts = json.loads((folders.corpora / COUNTS).read_text(encoding="utf-8"))
     dropped = " and ".join(f"{counts[name]['dropped']} of {title}" for name, title in TITLES.items())
     return (
-        "Held-out text at the end of each run: loss (nats a token) and bits a byte.\n\n"
+        "Held-out text at the end of each run: loss (nats per token) and bits per byte.\n\n"
         f"{results_table(folders.runs, RUNS, TITLES)}\n\n"
         f"{overtaking(folders.runs, HELD_OUT[0])}\n\n"
-        "What SLM selected of each source of the general text:\n\n"
+        "The share of each source of the general text that SLM selected:\n\n"
         f"{selected_table(folders.runs)}\n\n"
-        f"Held-out documents dropped, because they share 13 words in a row with a training text: {dropped}.\n"
+        f"Held-out documents dropped because they share 13 consecutive words with a training text: {dropped}.\n"
     )
 
 
@@ -194,8 +192,8 @@ def _page(found: dict[str, Passages]) -> str:
     introduction = (
         "<p>Excess loss is the loss of the base model minus that of the reference, which was trained further on "
         f"curated mathematics. Of the tokens of both held-out sets together, the {RATIO:.0%} of highest excess "
-        f"loss are selected: {escape_html(shares)}. Tokens in grey italics are not scored. A pointer that rests on a "
-        f"token shows its losses.</p>\n<section>{legend_html()}</section>"
+        f"loss are selected: {escape_html(shares)}. Tokens in grey italics are not scored. Point at a token to see its "
+        f"losses.</p>\n<section>{legend_html()}</section>"
     )
     return page_html("Which tokens are worth learning?", "\n".join([introduction, *sections]))
 

@@ -1,13 +1,17 @@
-"""Real text that is on every disk where PyTorch is installed: mathematics, and everything else.
+"""The demo's corpora: real text that every machine with PyTorch has on its disk.
 
-The mathematics is what the docstrings of sympy and mpmath explain, which PyTorch installs. The rest is
-the sources of the running Python's library and of the other installed packages, and licences.
-Files are dealt by the hash of their names, so the same installed packages give the same texts.
+The mathematics comes from the docstrings of sympy and mpmath, which are installed with PyTorch. The general text comes
+from the sources of Python's library and of the other installed packages, and from licences. The hash of its name
+decides what a file is used for, so the same installed packages give the same texts.
+
+`python -m megatron_slm.demo.texts FOLDER GENERAL CURATED HELD_OUT` makes all corpora in one process, because starting a
+process takes longer than preparing a corpus.
 """
 
 import ast
 import hashlib
 import json
+import logging
 import re
 import sys
 import sysconfig
@@ -24,9 +28,11 @@ from megatron_slm.errors import UserError
 from megatron_slm.prepare.contamination import word_ngrams
 
 GENERAL = ("stdlib", "packages", "licences", "mathematics")
-"""Entries of the noisy blend; the last one is what there is to find in it."""
+"""The entries of the noisy blend; selection should find the mathematics in it."""
 HELD_OUT = ("held_out_mathematics", "held_out_general")
 MATHEMATICS = ("mpmath", "sympy")
+VOCABULARY = 2048
+COUNTS = "texts.json"
 
 _OWN = "megatron_slm"
 _SKIPPED = {"test", "tests", "testing", "idlelib", "site-packages", "dist-packages"}
@@ -41,7 +47,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of text, at most: each general source in proportion to its weight, the curated text, each held-out set."""
+    """Upper limits in bytes: the general text, divided by `WEIGHTS`; the curated text; each held-out set."""
 
     general: int = 8_000_000
     curated: int = 1_800_000
@@ -49,27 +55,52 @@ class Sizes:
 
 
 WEIGHTS = {"stdlib": 0.4, "packages": 0.35, "licences": 0.1, "mathematics": 0.15}
-"""Shares of the general text."""
+"""The share of each source in the general text."""
 
 
 class SourceFile(NamedTuple):
-    """A file that text is taken from; its name, the same on every machine, decides what it is used for."""
+    """A source of text; its name is the same on every machine and decides what the file is used for."""
 
     path: Path
     name: str
 
     @property
     def draw(self) -> float:
+        """A number in [0, 1) that depends on the name only."""
         return _uniform(self.name)
+
+
+def make_corpora(folder: Path, sizes: Sizes) -> None:
+    """Write the texts, train a tokenizer on the general ones, and prepare a corpus from each.
+
+    Raises:
+        UserError: sympy or mpmath is not installed, or a corpus cannot be prepared.
+    """
+    from megatron_slm.data.tokenizer import train_tokenizer
+    from megatron_slm.prepare.prepare import prepare_corpus
+
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = write_texts(folder, sizes)
+    model = folder / "tokenizer.model"
+    train_tokenizer(_read_texts(folder, GENERAL), VOCABULARY, model)
+    for name in (*GENERAL, "curated", *HELD_OUT):
+        prepare_corpus([str(folder / f"{name}.jsonl")], str(folder / name), tokenizer=str(model))
+    (folder / COUNTS).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_texts(folder: Path, names: tuple[str, ...]) -> Iterator[str]:
+    for name in names:
+        for line in (folder / f"{name}.jsonl").open(encoding="utf-8"):
+            yield json.loads(line)["text"]
 
 
 def write_texts(folder: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
     """Write NAME.jsonl for `curated`, each of `GENERAL` and each of `HELD_OUT`.
 
-    Held-out documents that share 13 consecutive words with any training document are dropped.
+    Held-out documents that share 13 consecutive words with a training document are dropped.
 
     Returns:
-        For each name its `documents` and `bytes`, and for held-out ones how many were `dropped`.
+        For each name the number of `documents` and `bytes`, and for held-out sets how many documents were `dropped`.
 
     Raises:
         UserError: sympy or mpmath is not installed.
@@ -81,31 +112,31 @@ def write_texts(folder: Path, sizes: Sizes) -> dict[str, dict[str, int]]:
     counts = {name: _write(folder, name, texts) for name, texts in training.items()}
     for name, texts in candidates.items():
         kept = [text for text in texts if not word_ngrams(text) & shared]
-        counts[name] = _write(folder, name, _take(kept, sizes.held_out)) | {"dropped": len(texts) - len(kept)}
+        counts[name] = _write(folder, name, _up_to(kept, sizes.held_out)) | {"dropped": len(texts) - len(kept)}
     return counts
 
 
 def _training(
     mathematics: list[SourceFile], general: dict[str, list[SourceFile]], sizes: Sizes
 ) -> dict[str, list[str]]:
-    """Of the mathematics, half of the files are curated and two fifths are in the noisy blend."""
+    """Return the training texts. Half of the mathematics files are curated, and two fifths are in the noisy blend."""
     curated = [file for file in mathematics if 0.1 <= file.draw < 0.6]
     mixed = [file for file in mathematics if file.draw >= 0.6]
-    texts = {"curated": _take(_explanations(curated), sizes.curated)}
+    texts = {"curated": _up_to(_explanations(curated), sizes.curated)}
     for name, files in general.items():
         found = _contents([file for file in files if file.draw >= _GENERAL_HELD_OUT], _LONGEST_DOCUMENT)
-        texts[name] = _take(found, int(sizes.general * WEIGHTS[name]))
-    return texts | {"mathematics": _take(_explanations(mixed), int(sizes.general * WEIGHTS["mathematics"]))}
+        texts[name] = _up_to(found, int(sizes.general * WEIGHTS[name]))
+    return texts | {"mathematics": _up_to(_explanations(mixed), int(sizes.general * WEIGHTS["mathematics"]))}
 
 
 def _held_out(
     mathematics: list[SourceFile], general: dict[str, list[SourceFile]], sizes: Sizes
 ) -> dict[str, list[str]]:
-    """More than is needed, in an order that no file dominates: what overlaps is dropped from it."""
+    """Return candidates, twice as many bytes as needed because some are dropped, in an order that mixes the files."""
     explained = _explanations([file for file in mathematics if file.draw < 0.1])
     held_out = [file for files in general.values() for file in files if file.draw < _GENERAL_HELD_OUT]
     texts = (sorted(found, key=_uniform) for found in (explained, _contents(held_out, _LONGEST_HELD_OUT)))
-    return {name: _take(found, 2 * sizes.held_out) for name, found in zip(HELD_OUT, texts, strict=True)}
+    return {name: _up_to(found, 2 * sizes.held_out) for name, found in zip(HELD_OUT, texts, strict=True)}
 
 
 def _write(folder: Path, name: str, texts: list[str]) -> dict[str, int]:
@@ -115,24 +146,24 @@ def _write(folder: Path, name: str, texts: list[str]) -> dict[str, int]:
 
 
 def _shared_ngrams(training: Iterable[str], held_out: Iterable[str]) -> set[int]:
-    """Runs of 13 words that are in both; the training text is passed by once, not held."""
+    """Return the runs of 13 words that occur in both. The training texts are read once and not kept in memory."""
     wanted = set().union(*map(word_ngrams, held_out))
     return set().union(*(word_ngrams(text) & wanted for text in training))
 
 
-def _take(documents: Iterable[str], limit: int) -> list[str]:
-    """Documents up to the first that would exceed `limit` bytes."""
-    taken: list[str] = []
+def _up_to(documents: Iterable[str], limit: int) -> list[str]:
+    """Return the documents before the first one that exceeds `limit` bytes in total."""
+    chosen: list[str] = []
     for text in documents:
         limit -= len(text.encode())
         if limit < 0:
             break
-        taken.append(text)
-    return taken
+        chosen.append(text)
+    return chosen
 
 
 def _contents(files: Iterable[SourceFile], longest: int) -> Iterator[str]:
-    """The beginning of each file, without the comments that head a source: they are licences again."""
+    """Yield the beginning of each file, without the comments at the top of a source, which repeat licences."""
     for file in sorted(files, key=lambda file: file.draw):
         content = file.path.read_bytes()[: 2 * longest] if file.path.is_file() else b""
         text = _HEADING.sub("", content.decode("utf-8", errors="ignore"))[:longest].strip()
@@ -141,7 +172,7 @@ def _contents(files: Iterable[SourceFile], longest: int) -> Iterator[str]:
 
 
 def _explanations(files: Iterable[SourceFile]) -> Iterator[str]:
-    """Docstrings: a document for each module, and one for each definition in it with those of its methods."""
+    """Yield docstrings: a document per module, and one per definition with the docstrings of its methods."""
     for file in sorted(files, key=lambda file: file.draw):
         module = _parse(file.path.read_bytes())
         definitions = [node for node in module.body if isinstance(node, _DOCUMENTED)]
@@ -156,10 +187,10 @@ def _docstrings(nodes: Sequence[ast.AST]) -> list[str]:
 
 
 def _parse(source: bytes) -> ast.Module:
-    """An empty module where it is no Python of this version."""
+    """Parse a source; return an empty module if it is not valid in this version of Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in strings of other people's sources
+            warnings.simplefilter("ignore")  # invalid escapes in strings of third-party sources
             return ast.parse(source)
     except (SyntaxError, ValueError):
         return ast.Module([], [])
@@ -170,19 +201,24 @@ def _mathematics_files() -> list[SourceFile]:
 
 
 def _uniform(text: str) -> float:
-    """In [0, 1), a function of the text."""
+    """Return a number in [0, 1) that depends on the text only."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
 
 
 def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(f"{package} is not installed, whose docstrings the demo trains on: pip install {package}.")
+        raise UserError(
+            "package",
+            package,
+            "it is not installed; the demo trains on its docstrings",
+            f"Install it: pip install {package}",
+        )
     return Path(spec.origin).parent
 
 
 def _general_files() -> dict[str, list[SourceFile]]:
-    """Files of every general source but the mathematics."""
+    """Return the files of every general source except the mathematics."""
     installed = [*_installed_files()]
     return {
         "stdlib": _python_files(Path(sysconfig.get_paths()["stdlib"]), "stdlib"),
@@ -192,8 +228,8 @@ def _general_files() -> dict[str, list[SourceFile]]:
 
 
 def _installed_files() -> Iterator[SourceFile]:
-    """What the installed packages recorded, without the mathematics, tests, and this package."""
-    # Other entries come and go while a program runs: setuptools adds the packages that it carries.
+    """Yield the recorded files of the installed packages, except for the mathematics, tests, and this package."""
+    # Other entries of sys.path change while a program runs: setuptools adds the packages that it vendors.
     installed = [entry for entry in sys.path if Path(entry).name in _INSTALLED]
     for distribution in metadata.distributions(path=installed):
         if distribution.name in (*MATHEMATICS, _OWN):
@@ -206,3 +242,8 @@ def _installed_files() -> Iterator[SourceFile]:
 def _python_files(folder: Path, prefix: str) -> list[SourceFile]:
     paths = ((path, path.relative_to(folder)) for path in folder.rglob("*.py"))
     return [SourceFile(path, f"{prefix}/{name}") for path, name in paths if not _SKIPPED & set(name.parts)]
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    make_corpora(Path(sys.argv[1]), Sizes(*map(int, sys.argv[2:])))

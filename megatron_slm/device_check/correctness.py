@@ -133,7 +133,7 @@ def _selective_step(device: torch.device, dtype: torch.dtype) -> dict[str, Tenso
     with torch.no_grad():
         excess_BT = loss_BT - score_batch(reference, batch)["loss"]
     selection = select_tokens(excess_BT, batch.valid_BT, RATIO)
-    (loss_BT * selection.weights).sum().div(selection.num_selected).backward()
+    torch.autograd.backward((loss_BT * selection.weights).sum() / selection.num_selected)
     found = {
         "loss": loss_BT.detach(),
         "excess": excess_BT,

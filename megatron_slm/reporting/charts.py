@@ -1,4 +1,4 @@
-"""Curves in a picture, readable in print and without colour."""
+"""Line charts that are readable in print and without colour."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ _LOOKS: tuple[tuple[str, Any, str], ...] = (
     ("#803080", (0, (7, 2)), "v"),
     ("#806000", (0, (4, 1, 1, 1, 1, 1)), "x"),
 )
-"""Colour, line and marker of each curve in turn."""
+"""The colour, line and marker of each curve."""
 
 
 class Curve(NamedTuple):
-    """Points of one labelled curve, and the lowest and the highest of what `y` is the mean of, if there are several."""
+    """The points of a labelled curve, and the range of the values whose mean is `y`, if there are several."""
 
     label: str
     x: Sequence[float]
@@ -29,9 +29,13 @@ class Curve(NamedTuple):
 
 
 def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str, path: Path) -> None:
-    """One panel a title, side by side; curves of one place in the lists look alike in all panels.
+    """Draw panels side by side, with the last value of each curve beside its end.
 
-    The last value of each curve stands beside its end.
+    Args:
+        panels: curves by title. Curves at the same place of their lists look the same in all panels.
+        xlabel: of all panels.
+        ylabel: of all panels.
+        path: of the picture.
     """
     from matplotlib.figure import Figure
 
@@ -63,7 +67,7 @@ def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
     placed: list[tuple[float, float]] = []
     for index in sorted(range(len(curves)), key=lambda i: (round(curves[i].y[-1], 2), -curves[i].x[-1])):
         end, last = curves[index].x[-1], curves[index].y[-1]
-        # Values that end close together would be printed over each other.
+        # Values of curves that end close together would overlap.
         near = [below for other, below in placed if abs(other - end) < 0.1 * width]
         place = max([last, *(below + 0.06 * height for below in near)])
         placed.append((end, place))

@@ -1,4 +1,4 @@
-"""Text of tokens made harmless: it comes from corpora, and may hold markup, control characters, reversed writing."""
+"""Tokens as HTML and Markdown, with escaped text: text of corpora may hold markup and control characters."""
 
 import html
 import re
@@ -13,20 +13,20 @@ _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 
 
 def visible(text: str) -> str:
-    """Characters that show nothing, or change how others show, spelled out; newlines and tabs stay."""
+    """Return text with invisible and direction-changing characters spelled out; newlines and tabs stay."""
     return "".join(_spelled(character) for character in text)
 
 
 def escape_html(text: str) -> str:
-    """Text for the inside of an HTML element or a quoted attribute."""
+    """Return text for the inside of an HTML element or a quoted attribute."""
     return html.escape(visible(text))
 
 
 def escape_markdown(text: str) -> str:
-    """Text for one line of Markdown, a table's cell too: no character of it is markup or HTML.
+    """Return text for one line of Markdown, such as a table's cell, in which no character is markup or HTML.
 
-    A newline becomes a return sign, a tab an arrow. Dialects differ in what a backslash escapes; all
-    of them read character references.
+    A newline becomes a return sign, and a tab an arrow. Character references are used because all dialects read them;
+    dialects differ in what a backslash escapes.
     """
     line = visible(text).replace("\n", "⏎").replace("\t", "⇥")
     return _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", line).replace("  ", " &#160;")
@@ -39,7 +39,7 @@ def _spelled(character: str) -> str:
 
 
 SHADES = (0.0, 0.5, 1.0, 2.0)
-"""Excess loss, in nats, at which the shade deepens."""
+"""The excess losses, in nats, at which the shade deepens."""
 
 STYLE = """
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.9 ui-monospace, "DejaVu Sans Mono", monospace }
@@ -49,17 +49,17 @@ STYLE = """
 .tokens .kept { font-weight: 700; text-decoration: underline 2px; text-underline-offset: 4px; color: #000 }
 .tokens .none { color: #666; font-style: italic; opacity: 0.8 }
 """
-"""CSS of `tokens_html` and `legend_html`."""
+"""The CSS of `tokens_html` and `legend_html`."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a text.
+    """A token of a text.
 
-    text       what it adds to the decoded text
-    student    its loss under the student, in nats; None where it has none (a stream's first token)
-    reference  its loss under the reference; None where there is none
-    selected   it counts
+    text       what the token adds to the decoded text
+    student    its loss under the student, in nats; None if it has none, such as the first token of a stream
+    reference  its loss under the reference, in nats; None if it has none
+    selected   whether the token counts toward the loss
     """
 
     text: str
@@ -73,10 +73,10 @@ class Token:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text, for any Hugging Face tokenizer.
+    """Return what each token adds to the decoded text, for any Hugging Face tokenizer.
 
-    Of a character that is spelled in several tokens, the last one carries it and the others are
-    empty. Time grows with the square of the length: for passages, not for corpora.
+    The last token of a character that spans several tokens carries the character; the others are empty. The time grows
+    with the square of the length, so this is for passages, not for corpora.
     """
     texts: list[str] = []
     shown = ""
@@ -90,18 +90,18 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def tokens_html(tokens: Iterable[Token]) -> str:
-    """A passage as HTML, to be shown with `STYLE`; its text is escaped, its losses are in tooltips."""
+    """Return a passage as HTML for a page with `STYLE`; the text is escaped, and the losses are in tooltips."""
     return f'<div class="tokens">{"".join(map(_span, tokens))}</div>'
 
 
 def tokens_markdown(tokens: Iterable[Token]) -> str:
-    """A passage as one line of Markdown, selected tokens bold."""
+    """Return a passage as one line of Markdown with the selected tokens in bold."""
     line = "".join(_bold(token.text) if token.selected else escape_markdown(token.text) for token in tokens)
-    return line.lstrip(" ")  # four of them would begin a block of code
+    return line.lstrip(" ")  # four spaces would begin a block of code
 
 
 def legend_html() -> str:
-    """What the marks and shades mean."""
+    """Return a legend of the marks and shades as HTML."""
     names = ["excess loss up to 0", *(f"above {shade:g}" for shade in SHADES)]
     shades = " ".join(f'<span class="x{index}">{name}</span>' for index, name in enumerate(names))
     none = '<span class="none">without a loss</span>'
@@ -118,12 +118,12 @@ def _span(token: Token) -> str:
 
 
 def _shade(excess: float) -> int:
-    """0 for the reference knowing no better than the student, up to `len(SHADES)`."""
+    """Return the shade, from 0 for no excess loss to `len(SHADES)`."""
     return bisect_right(SHADES, excess)
 
 
 def _bold(text: str) -> str:
-    """Markdown sets no bold around outer spaces."""
+    """Return bold Markdown; outer spaces stay outside, because Markdown allows none inside the marks."""
     inner = text.strip(" ")
     if not inner:
         return text
@@ -156,7 +156,7 @@ h3 {{ margin: 0 0 .5rem; font-size: 1rem }}
 
 
 def page_html(title: str, body: str) -> str:
-    """A whole page around `body`, which is HTML already; the title is text."""
+    """Return a complete page. `body` is HTML; `title` is text."""
     return _PAGE.format(title=escape_html(title), style=STYLE, body=body)
 
 
@@ -165,9 +165,9 @@ _SPACES = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
 def tokens_table(tokens: Sequence[Token]) -> str:
-    """The passage as text, selected tokens bold, and below it a row a token: losses in nats.
+    """Return a passage as HTML text with the selected tokens in bold, and a table with a row per token (losses in nats).
 
-    Whitespace is visible in the rows. A token that holds a part of a character has no text of its own.
+    The rows show whitespace. A token that holds a part of a character has no text of its own.
     """
     rows = "".join(_row(number, token) for number, token in enumerate(tokens))
     head = "".join(f"<th>{name}</th>" for name in _COLUMNS)

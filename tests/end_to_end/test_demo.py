@@ -1,4 +1,4 @@
-"""The demo itself, a few steps long: interrupted, gone on with, and started again, without a compiler."""
+"""The demo with a few steps: interrupted, resumed, and started again, without a compiler."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.reader import Reader
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
-    """No program is on the path: neither a compiler, nor ninja, nor git."""
+    """Start a demo with an empty path: no compiler, no ninja, no git."""
     variables = os.environ | {"PATH": "/nowhere", "CC": "/bin/false", "CXX": "/bin/false"}
     command = [sys.executable, "-m", "megatron_slm", "demo", "--output", str(folder), "--quick"]
     return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -28,7 +28,7 @@ def wait_for(path: Path, demo: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_is_interrupted_without_a_trace_and_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_an_interrupted_demo_leaves_no_process_and_resumes_to_its_end(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     demo = start(folder)
     wait_for(folder / "runs" / "base" / "metrics.jsonl", demo)
@@ -36,7 +36,7 @@ def test_the_demo_is_interrupted_without_a_trace_and_goes_on_to_its_end(tmp_path
     assert len(started) >= 3  # torchrun and two ranks
     demo.send_signal(signal.SIGINT)
     _, said = demo.communicate(timeout=60)
-    assert demo.returncode == 130 and "goes on from here" in said
+    assert demo.returncode == 130 and "to resume" in said
     assert not psutil.wait_procs(started, timeout=5)[1]
 
     demo = start(folder)

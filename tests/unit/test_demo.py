@@ -1,4 +1,4 @@
-"""The demo's parts: its texts, its checks, and a chain of stages that is stopped, resumed and told other things."""
+"""The demo's parts: its texts, its checks, its chain of stages, and its report."""
 
 import json
 import os
@@ -18,8 +18,9 @@ from megatron_slm.config import parse_config
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.demo.chain import COMPARED, FULL, QUICK, Folders, configuration, demo_stages
 from megatron_slm.demo.machine import check_folder, check_python, check_space, hold_folder
+from megatron_slm.demo.processes import StoppedError, StopRequest, stop_on_signals
 from megatron_slm.demo.report import held_out_passages, overtaking, results_table, selected_table
-from megatron_slm.demo.stages import Stage, Stages, StoppedError, StopRequest, stop_on_signals
+from megatron_slm.demo.stages import Stage, Stages
 from megatron_slm.demo.texts import GENERAL, HELD_OUT, Sizes, _installed_files, write_texts
 from megatron_slm.errors import UserError
 from megatron_slm.prepare.contamination import word_ngrams
@@ -66,7 +67,7 @@ def test_a_held_out_document_that_quotes_a_training_text_is_dropped(
     assert all(documents(tmp_path, name) == [own] and counts[name]["dropped"] == 1 for name in HELD_OUT)
 
 
-def test_packages_that_another_package_carries_are_no_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packages_that_another_package_vendors_are_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     carried = tmp_path / "carrier" / "_vendor"
     (carried / "odd-1.dist-info").mkdir(parents=True)
     (carried / "odd-1.dist-info" / "METADATA").write_text("Name: odd\nVersion: 1\n")
@@ -84,7 +85,7 @@ def test_a_seventh_of_the_general_text_is_mathematics(texts: Path) -> None:
 
 
 def test_the_same_packages_give_the_same_texts(texts: Path, tmp_path: Path) -> None:
-    """In another process, with another seed of Python's own hashes."""
+    """The second process has another seed of Python's hashes."""
     program = (
         "import sys; from pathlib import Path; from megatron_slm.demo.texts import Sizes, write_texts;"
         "write_texts(Path(sys.argv[1]), Sizes(*map(int, sys.argv[2:])))"
@@ -102,19 +103,23 @@ def test_the_same_packages_give_the_same_texts(texts: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("version", [(3, 10), (3, 14)])
 def test_another_python_is_refused(version: tuple[int, int]) -> None:
-    with pytest.raises(UserError, match=rf"This is Python 3\.{version[1]}: install Python 3\.11 to 3\.13"):
+    with pytest.raises(UserError) as caught:
         check_python(version)
+    assert (caught.value.setting, caught.value.value) == ("Python", f"3.{version[1]}")
+    assert "3.11 to 3.13" in caught.value.reason
 
 
 def test_too_little_memory_or_disk_is_refused(tmp_path: Path) -> None:
     check_space(4.0, 1.0, tmp_path)
-    with pytest.raises(UserError, match=r"3\.9 GiB of memory"):
+    with pytest.raises(UserError) as caught:
         check_space(3.9, 1.0, tmp_path)
-    with pytest.raises(UserError, match=r"0\.9 GiB free"):
+    assert (caught.value.setting, caught.value.value) == ("available memory", "3.9 GiB")
+    with pytest.raises(UserError) as caught:
         check_space(4.0, 0.9, tmp_path)
+    assert (caught.value.setting, caught.value.value) == ("free disk space", "0.9 GiB")
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(SystemExit) as end:
         main(["demo", "--output", str(tmp_path)])
@@ -131,20 +136,23 @@ def test_ranks_that_do_not_divide_a_step_are_refused(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_demo_of_other_options_is_not_replaced(tmp_path: Path) -> None:
+def test_a_demo_with_other_options_is_not_replaced(tmp_path: Path) -> None:
     with hold_folder(tmp_path / "demo", OPTIONS):
         check_folder(tmp_path / "demo", OPTIONS)
-        with pytest.raises(UserError, match="a demo of other options"):
+        with pytest.raises(UserError) as caught:
             check_folder(tmp_path / "demo", OPTIONS | {"quick": True})
+        assert (caught.value.setting, caught.value.value) == ("--output", tmp_path / "demo")
+        assert "quick: False" in caught.value.reason
 
 
-def test_one_demo_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+def test_one_demo_at_a_time_runs_in_a_folder(tmp_path: Path) -> None:
     with (
         hold_folder(tmp_path, OPTIONS),
-        pytest.raises(UserError, match="another demo is running"),
+        pytest.raises(UserError) as caught,
         hold_folder(tmp_path, OPTIONS),
     ):
         pass
+    assert caught.value.setting == "--output" and "another demo" in caught.value.reason
 
 
 # Stages
@@ -155,12 +163,12 @@ def stage(folder: Path, name: str, program: str, recipe: object = "", **others: 
 
 
 def append(folder: Path, name: str) -> str:
-    """A program that says so in a file each time it runs, and makes its output."""
+    """Return a program that appends its name to the file `ran`, and writes its output."""
     return f"open({str(folder / 'ran')!r}, 'a').write('{name} '); open({str(folder / name)!r}, 'w')"
 
 
-def lives(pid: int) -> bool:
-    """A zombie is only a name that its parent has not asked for yet."""
+def is_running(pid: int) -> bool:
+    """Return whether a process exists and is not a zombie."""
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
@@ -176,14 +184,14 @@ def test_finished_stages_are_not_run_again(tmp_path: Path) -> None:
     assert (tmp_path / "ran").read_text() == "first second "
 
 
-def test_other_inputs_run_a_stage_and_all_after_it_again(tmp_path: Path) -> None:
+def test_a_changed_recipe_runs_a_stage_and_all_later_ones_again(tmp_path: Path) -> None:
     for recipe in ("", "other packages"):
         two_stages(tmp_path, recipe).run(StopRequest())
     assert (tmp_path / "ran").read_text() == "first second first second "
 
 
-def test_other_inputs_are_not_forgotten_by_a_stop_in_between(tmp_path: Path) -> None:
-    """The first stage is made anew and the second is not: it was finished on what the first one made before."""
+def test_a_changed_recipe_survives_a_stop_in_between(tmp_path: Path) -> None:
+    """The first stage has run again; the second finished on the first one's old output, so it has to run again."""
     two_stages(tmp_path).run(StopRequest())
     changed = stage(tmp_path, "first", append(tmp_path, "first"), "other packages")
     Stages(tmp_path / "stages", [changed], 1).run(StopRequest())
@@ -191,22 +199,24 @@ def test_other_inputs_are_not_forgotten_by_a_stop_in_between(tmp_path: Path) -> 
     assert (tmp_path / "ran").read_text() == "first second first second "
 
 
-def test_a_lost_output_is_made_again(tmp_path: Path) -> None:
+def test_a_deleted_output_is_made_again(tmp_path: Path) -> None:
     two_stages(tmp_path).run(StopRequest())
     (tmp_path / "second").unlink()
     two_stages(tmp_path).run(StopRequest())
     assert (tmp_path / "ran").read_text() == "first second second "
 
 
-def test_a_failed_stage_names_its_log_and_says_what_it_said(tmp_path: Path) -> None:
+def test_a_failed_stage_reports_its_error_and_its_log(tmp_path: Path) -> None:
     failing = stage(tmp_path, "one", "raise ValueError('no more paper')")
-    with pytest.raises(UserError, match=r"make one, ended with status 1: ValueError: no more paper") as error:
+    with pytest.raises(UserError) as caught:
         Stages(tmp_path / "stages", [failing], 1).run(StopRequest())
-    assert str(tmp_path / "stages" / "one.log") in str(error.value)
+    assert (caught.value.setting, caught.value.value) == ("stage", "make one")
+    assert "status 1: ValueError: no more paper" in caught.value.reason
+    assert str(tmp_path / "stages" / "one.log") in caught.value.reason
     assert not Stages(tmp_path / "stages", [failing], 1).is_finished(0)
 
 
-def test_half_made_outputs_are_removed_but_a_half_trained_run_goes_on(tmp_path: Path) -> None:
+def test_incomplete_outputs_are_removed_but_an_incomplete_run_is_kept(tmp_path: Path) -> None:
     for name, metrics in (("text", None), ("run", tmp_path / "run" / "metrics.jsonl")):
         folder = repr(str(tmp_path / name))
         program = f"import os; print('left', os.path.exists({folder})); os.makedirs({folder}); 1/0"
@@ -219,7 +229,7 @@ def test_half_made_outputs_are_removed_but_a_half_trained_run_goes_on(tmp_path: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ctrl_c_a_request_to_end_and_a_closed_terminal_are_heard(number: int) -> None:
+def test_ctrl_c_a_request_to_terminate_and_a_closed_terminal_stop(number: int) -> None:
     before = signal.getsignal(number)
     with stop_on_signals() as request:
         os.kill(os.getpid(), number)
@@ -228,19 +238,20 @@ def test_ctrl_c_a_request_to_end_and_a_closed_terminal_are_heard(number: int) ->
     assert stopped.value.status == 128 + number and signal.getsignal(number) == before
 
 
-def test_a_run_that_a_signal_stopped_early_is_not_taken_for_a_finished_one(tmp_path: Path) -> None:
+def test_a_run_that_a_signal_stopped_early_is_not_finished(tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
     program = (
         f"import os; os.mkdir({str(metrics.parent)!r});"
         f"open({str(metrics)!r}, 'a').write('{{\"step\": 1}}\\n'); print('stopped')"
     )
     made = Stages(tmp_path / "stages", [stage(tmp_path, "run", program, metrics=metrics, steps=2)], 1)
-    with pytest.raises(UserError, match=r"ended with status 0: stopped"):
+    with pytest.raises(UserError) as caught:
         made.run(StopRequest())
+    assert "status 0: stopped" in caught.value.reason
     assert not made.is_finished(0)
 
 
-def test_a_stop_that_comes_while_a_stage_ends_is_not_lost(tmp_path: Path) -> None:
+def test_a_stop_that_arrives_while_a_stage_ends_takes_effect(tmp_path: Path) -> None:
     request = StopRequest()
 
     class Late(StopRequest):
@@ -254,13 +265,13 @@ def test_a_stop_that_comes_while_a_stage_ends_is_not_lost(tmp_path: Path) -> Non
         ending.run(Late())
 
 
-def test_a_stop_ends_what_was_started_in_other_sessions_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torchrun starts its ranks; and one of them does not listen."""
-    monkeypatch.setattr("megatron_slm.demo.stages.GRACE_SECONDS", 1.0)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+def test_a_stop_ends_descendants_in_other_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts its ranks in other sessions; one descendant ignores SIGTERM."""
+    monkeypatch.setattr("megatron_slm.demo.processes.GRACE_SECONDS", 1.0)
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     program = (
         "import subprocess, sys, time, pathlib;"
-        f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], start_new_session=True);"
+        f"child = subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True);"
         f"time.sleep(0.5); pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid)); time.sleep(600)"
     )
     request = StopRequest()
@@ -274,10 +285,10 @@ def test_a_stop_ends_what_was_started_in_other_sessions_too(tmp_path: Path, monk
     with pytest.raises(StoppedError) as stopped:
         Stages(tmp_path / "stages", [stage(tmp_path, "one", program)], 1).run(Stopping())
     assert stopped.value.status == 143
-    assert not lives(int((tmp_path / "pid").read_text()))
+    assert not is_running(int((tmp_path / "pid").read_text()))
 
 
-def test_ranks_share_the_cores_and_nothing_is_fetched(tmp_path: Path) -> None:
+def test_ranks_share_the_cores_and_run_offline(tmp_path: Path) -> None:
     program = (
         "import os; print(os.environ['OMP_NUM_THREADS'], os.environ['HF_HUB_OFFLINE'], os.getsid(0) == os.getpid())"
     )
@@ -304,7 +315,7 @@ def test_the_compared_runs_differ_in_nothing_else(tmp_path: Path) -> None:
     assert curated["data"]["train"] == [*clm["data"]["train"], str(tmp_path / "corpora" / "curated")]
 
 
-def test_a_demo_that_was_moved_is_still_finished(tmp_path: Path) -> None:
+def test_a_demo_that_was_moved_stays_finished(tmp_path: Path) -> None:
     first, second = (demo_stages(Folders(tmp_path / name), QUICK, 2) for name in ("here", "there"))
     assert [stage.recipe for stage in first] == [stage.recipe for stage in second]
 
@@ -318,26 +329,26 @@ def write_records(runs: Path, name: str, losses: list[float], **others: float) -
     (runs / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_overtaking_is_the_first_evaluation_that_is_no_worse(tmp_path: Path) -> None:
+def test_overtaking_is_the_first_evaluation_with_no_higher_loss(tmp_path: Path) -> None:
     write_records(tmp_path, "clm", [5.0, 4.8, 4.7, 4.6])
     write_records(tmp_path, "slm", [4.9, 4.6, 4.5, 4.4])
     assert "by token 200; CLM took 400, 2.0 times as many" in overtaking(tmp_path, "math")
 
 
-def test_a_run_that_does_not_overtake_is_said_not_to(tmp_path: Path) -> None:
+def test_a_run_that_does_not_overtake_is_reported(tmp_path: Path) -> None:
     write_records(tmp_path, "clm", [5.0, 4.0])
     write_records(tmp_path, "slm", [5.0, 4.1])
     assert "did not reach" in overtaking(tmp_path, "math")
 
 
-def test_the_tables_show_the_last_losses_and_what_was_selected(tmp_path: Path) -> None:
+def test_the_tables_show_the_last_losses_and_the_selected_shares(tmp_path: Path) -> None:
     write_records(tmp_path, "slm", [5.0, 4.25], **{"consumed_selected_tokens": 1234, "selection/ratio/a": 0.75})
     table = results_table(tmp_path, {"slm": "SLM"}, {"math": "mathematics"})
     assert table.splitlines()[-1] == "| SLM | 1,234 | 4.250 | 2.125 |"
     assert selected_table(tmp_path).splitlines()[-1] == "| a | 75% | 75% |"
 
 
-def test_passages_are_the_held_out_text_with_the_share_that_is_selected(corpora: Path) -> None:
+def test_passages_are_held_out_text_with_its_selected_share(corpora: Path) -> None:
     sets = {name: corpora / name for name in ("held_out", "books")}
     model = corpora / "reference"
     found = held_out_passages(sets, {"student": model, "reference": model}, 0.5, 32, 3, 20)
@@ -354,7 +365,7 @@ def test_passages_are_the_held_out_text_with_the_share_that_is_selected(corpora:
     assert {token.selected for token in tokens} == {True, False}
 
 
-def test_time_left_is_shown_in_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+def test_without_a_terminal_the_time_left_is_logged(tmp_path: Path) -> None:
     """Half of an hour's stages after a minute that half an hour's work took."""
     from megatron_slm.io.progress import StageMeter
 

@@ -1,4 +1,4 @@
-"""Token pages and curves: nothing in a corpus can break out of them, and no mark is colour alone."""
+"""Token pages and curves: text of a corpus is always escaped, and no mark relies on colour alone."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.reporting.charts import Curve, draw_curves
+from megatron_slm.reporting.records import last_record, read_records
 from megatron_slm.reporting.tokens import (
     SHADES,
     Token,
@@ -23,19 +24,19 @@ from tests.reader import Reader
 NASTY = "<script>alert(1)</script> \"'&amp; </span>"
 
 
-def test_foreign_text_makes_no_element() -> None:
+def test_markup_in_text_makes_no_element() -> None:
     page = Reader(tokens_html([Token(NASTY, 2.0, 1.0, True)]))
     assert page.text == NASTY
     assert [tag for tag, _ in page.elements] == ["div", "span"]
     assert Reader(page_html(NASTY, "")).text.count(NASTY) == 2  # the title, twice
 
 
-def test_foreign_text_ends_no_attribute() -> None:
+def test_quotes_in_text_end_no_attribute() -> None:
     (_, attributes), *others = Reader(f'<p title="{escape_html(NASTY)}">').elements
     assert attributes == {"title": NASTY} and not others
 
 
-def test_characters_that_change_how_others_show_are_spelled_out() -> None:
+def test_invisible_and_direction_changing_characters_are_spelled_out() -> None:
     assert visible("a\u202eb\x1bc\ud800\n\t") == "a\\u202eb\\u001bc\\ud800\n\t"
     assert visible("é 数 ∑") == "é 数 ∑"
 
@@ -44,7 +45,7 @@ def test_characters_that_change_how_others_show_are_spelled_out() -> None:
     "text", ["<b>", "**x**", "[a](b)", "`x`", "a|b", "# x", "1. x", "&lt;", "$x$", "~~x~~", "<!--"]
 )
 @pytest.mark.parametrize("dialect", ["markdown", "markdown_it"])
-def test_markdown_shows_foreign_text_as_it_is(text: str, dialect: str) -> None:
+def test_markdown_shows_markup_as_text(text: str, dialect: str) -> None:
     module = pytest.importorskip(dialect)
     render = module.markdown if dialect == "markdown" else module.MarkdownIt().render
     shown = Reader(render(escape_markdown(text)))
@@ -79,7 +80,7 @@ def test_selected_tokens_are_bold_in_markdown() -> None:
     assert tokens_markdown([Token(" a*", 1.0, 0.0, True), Token(" b"), Token(" ", 1.0, 0.0, True)]) == "**a&#42;** b "
 
 
-def test_token_texts_make_up_the_decoded_text(corpora: Path) -> None:
+def test_token_texts_join_to_the_decoded_text(corpora: Path) -> None:
     from megatron_slm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(corpora / "web.tokenizer"))
@@ -89,7 +90,7 @@ def test_token_texts_make_up_the_decoded_text(corpora: Path) -> None:
     assert "🙂" in texts and "\ufffd" not in "".join(texts)
 
 
-def test_token_texts_end_in_the_middle_of_a_character(corpora: Path) -> None:
+def test_token_texts_may_end_within_a_character(corpora: Path) -> None:
     from megatron_slm.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(corpora / "web.tokenizer"))
@@ -97,7 +98,7 @@ def test_token_texts_end_in_the_middle_of_a_character(corpora: Path) -> None:
     assert "".join(token_texts(tokenizer, ids[:-1])).startswith("a")
 
 
-def test_curves_are_told_apart_without_colour(tmp_path: Path) -> None:
+def test_curves_differ_without_colour(tmp_path: Path) -> None:
     from megatron_slm.reporting import charts
 
     looks = [(line, marker) for _, line, marker in charts._LOOKS]
@@ -106,3 +107,14 @@ def test_curves_are_told_apart_without_colour(tmp_path: Path) -> None:
     curves.append(Curve("of seeds", [0, 1, 2], [5.0, 4.4, 4.2], [5.0, 4.3, 4.1], [5.0, 4.5, 4.4]))
     draw_curves({"mathematics": curves, "general": curves}, "tokens", "loss", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_last_record_is_the_last_complete_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert last_record(path) is None
+    path.write_text('{"step": 1')
+    assert last_record(path) is None
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert last_record(path) == {"step": 2}
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    assert read_records(path) == [{"step": 1}, {"step": 2}]
