@@ -21,7 +21,7 @@ from torch.profiler import profile
 
 from megatron_slm.device_check.correctness import BACKWARDS
 from megatron_slm.device_check.shapes import STEP_PRESETS, Shape
-from megatron_slm.device_check.step_costs import PLAIN, RATIOS, StepBench, measure_steps, selective_kinds
+from megatron_slm.device_check.step_costs import PLAIN, RATIOS, StepBench, measure_steps, selective_kinds, steps_table
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
         sys.stdout.write(profile_step(shape, device, options.profile) + "\n")
         return
     found = measure_steps(shape, device, options.modes, options.ratios) | {"environment": environment(device)}
-    sys.stdout.write((json.dumps(found) if options.json else table(found)) + "\n")
+    sys.stdout.write((json.dumps(found) if options.json else steps_table(found)) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,20 +45,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", metavar="MODE@RATIO", help="show where the time of this step goes instead")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     return parser.parse_args()
-
-
-def table(found: dict[str, Any]) -> str:
-    lines = [found["shape"], f"{'':28} {'seconds':>8} {'from - to':>15} {'of CLM':>7} {'of chkpt':>8} {'peak GiB':>8}"]
-    for name, row in (found["plain"] | found["modes"]).items():
-        if row["of_clm"] is None:
-            lines.append(f"{name:28} out of memory")
-            continue
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:8.2f}"
-        spread = f"{row['min']:.3f} - {row['max']:.3f}"
-        ratios = f"{row['of_clm']:7.3f} {row['of_checkpointed']:8.3f}"
-        lines.append(f"{name:28} {row['seconds']:8.3f} {spread:>15} {ratios} {peak:>8}")
-    lines.append(f"the optimizer takes {found['optimizer']:.3f} s; plain: {found['tokens_per_second']:,.0f} tokens/s")
-    return "\n".join(lines)
 
 
 def profile_step(shape: Shape, device: torch.device, name: str) -> str:

@@ -1,8 +1,9 @@
-"""Run the whole method on this machine in minutes: a base, a reference, CLM and SLM on real text, and their curves.
+"""Run the whole method on this machine in minutes, on real text.
 
-The text is already on this disk: the mathematics comes from docstrings of sympy and mpmath, and the general text
-from sources and licences of Python and the installed packages. All output goes to one folder. A demo that was
-stopped resumes when it is started again.
+The stages prepare the text, train a base, a reference, and from the same base CLM, SLM, and CLM with the curated
+text mixed in, and draw the curves of their losses. The text is already on this disk: the mathematics comes from
+docstrings of sympy and mpmath, and the general text from sources and licences of Python and the installed packages.
+All output goes to one folder. A demo that was stopped resumes when it is started again.
 """
 
 import argparse

@@ -17,9 +17,10 @@ from megatron_slm.device_check.correctness import (
 )
 from megatron_slm.device_check.shapes import PRESETS, STEP_PRESETS
 from megatron_slm.device_check.speed import measure_scoring, measure_step, measure_threshold
-from megatron_slm.device_check.step_costs import measure_steps
+from megatron_slm.device_check.step_costs import measure_steps, steps_table
 from megatron_slm.dist import World
 
+_STEPS = "selected_steps"
 _STEP_PRESET = {"tiny": "tiny", "tinyllama": "gpu-1b", "llama-7b": "gpu-7b"}
 """The shape whose kinds of backward are compared, for each preset of `check-device`."""
 
@@ -37,8 +38,11 @@ class Section(NamedTuple):
 
     def __str__(self) -> str:
         verdict = {True: ": ok", False: ": FAILED", None: ""}[self.values.get("ok")]
-        lines = [f"{self.name}{verdict} ({self.seconds:.0f} s)"]
-        return "\n".join([*lines, *(f"  {name:44} {value}" for name, value in _flat(self.values) if name != "ok")])
+        if self.name == _STEPS:
+            lines = steps_table(self.values).splitlines()
+        else:
+            lines = [f"{name:44} {value}" for name, value in _flat(self.values) if name != "ok"]
+        return "\n  ".join([f"{self.name}{verdict} ({self.seconds:.0f} s)", *lines])
 
 
 def run_sections(preset: str, micro_batch_size: int | None, world: World) -> Iterator[Section]:
@@ -61,7 +65,7 @@ def run_sections(preset: str, micro_batch_size: int | None, world: World) -> Ite
         "slm": lambda: measure_step(shape, True, world),
         "scoring": lambda: measure_scoring(shape, world),
         "threshold": lambda: measure_threshold(shape, world),
-        "selected_steps": lambda: measure_steps(STEP_PRESETS[_STEP_PRESET[preset]], device),
+        _STEPS: lambda: measure_steps(STEP_PRESETS[_STEP_PRESET[preset]], device),
     }
     for name, section in sections.items():
         start = time.perf_counter()
@@ -91,6 +95,6 @@ def _text(value: Any) -> str:
         return "-"
     if isinstance(value, list):
         return " ".join(map(_text, value))
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
+    if isinstance(value, float) and abs(value) < 1000:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -138,6 +138,21 @@ def measure_steps(
     }
 
 
+def steps_table(found: dict[str, Any]) -> str:
+    """Return what `measure_steps` returned as a text table."""
+    lines = [found["shape"], f"{'':28} {'seconds':>8} {'from - to':>15} {'of CLM':>7} {'of chkpt':>8} {'peak GiB':>8}"]
+    for name, row in (found["plain"] | found["modes"]).items():
+        if row["of_clm"] is None:
+            lines.append(f"{name:28} out of memory")
+            continue
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:8.2f}"
+        spread = f"{row['min']:.3f} - {row['max']:.3f}"
+        ratios = f"{row['of_clm']:7.3f} {row['of_checkpointed']:8.3f}"
+        lines.append(f"{name:28} {row['seconds']:8.3f} {spread:>15} {ratios} {peak:>8}")
+    lines.append(f"the optimizer takes {found['optimizer']:.3f} s; plain: {found['tokens_per_second']:,.0f} tokens/s")
+    return "\n".join(lines)
+
+
 def _seconds(work: partial[None], device: torch.device) -> float | None:
     """Return the seconds of a step, or None if the GPU has too little memory for it."""
     try:

@@ -165,7 +165,7 @@ _SPACES = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 
 
 def tokens_table(tokens: Sequence[Token]) -> str:
-    """Return a passage as HTML text with the selected tokens in bold, and a table with a row per token (losses in nats).
+    """Return a passage as HTML text with the selected tokens in bold, and a table of the losses in nats.
 
     The rows show whitespace. A token that holds a part of a character has no text of its own.
     """
