@@ -1,8 +1,8 @@
-"""Host memory of `megatron-slm export`, in units of the folder that it writes.
+"""Host memory of `megatron-slm export`, as a multiple of the size of the exported folder.
 
-Trains one step of a model of random weights under ZeRO, on `--ranks` processes, in a temporary folder, and exports it
-in float32 and in bf16. Prints the peak of the resident set, of which mapped files are a part, and of anonymous memory,
-each over what the process held when the libraries were imported.
+Trains one step of a model with random weights under ZeRO, on `--ranks` processes, in a temporary folder, and exports it
+in float32 and in bf16. Prints the peak of the resident set, which includes mapped files, and of anonymous memory, each
+minus what the process held after importing the libraries.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import option_parser
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8},
@@ -27,7 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def resident() -> dict[str, int]:
-    """Return the bytes of this process that are resident, and those of them that are anonymous."""
+    """Return the resident and the anonymous bytes of this process."""
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     kilobytes = {line[0]: int(line[1]) for line in lines if line[0] in ("VmRSS:", "RssAnon:")}
     return {"resident": kilobytes["VmRSS:"] * 1024, "anonymous": kilobytes["RssAnon:"] * 1024}
@@ -42,7 +43,7 @@ def export(run: str, output: str, dtype: str) -> None:
 
     config = AutoConfig.from_pretrained(f"{run}/model")
     config.num_hidden_layers, config.hidden_size = 1, 64
-    AutoModelForCausalLM.from_config(config)  # the architecture's own modules
+    AutoModelForCausalLM.from_config(config)  # imports the modules of the architecture
     AutoTokenizer.from_pretrained(f"{run}/tokenizer")
     before, peak, over = resident(), resident(), threading.Event()
 
@@ -84,10 +85,10 @@ def make_run(folder: Path, model: str, layers: int, stage: int, ranks: int) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--model", choices=SHAPES, default="llama", help="architecture; default: %(default)s")
-    parser.add_argument("--layers", type=int, default=16, help="of the model; default: %(default)s")
-    parser.add_argument("--stage", type=int, default=3, help="of ZeRO; default: %(default)s")
+    parser.add_argument("--layers", type=int, default=16, help="layers of the model; default: %(default)s")
+    parser.add_argument("--stage", type=int, default=3, help="stage of ZeRO; default: %(default)s")
     parser.add_argument("--ranks", type=int, default=2, help="processes that train; default: %(default)s")
     parser.add_argument("--export", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -106,7 +107,7 @@ def main() -> None:
             shards = len(list((folder / dtype).glob("*.safetensors")))
             peaks = ", ".join(f"{part} {found[part] / size:.2f}" for part in ("resident", "anonymous"))
             sys.stdout.write(
-                f"{dtype}: peak of memory, in folders of {size / 1e9:.2f} GB in {shards} shards: {peaks}; "
+                f"{dtype}: peak memory over the folder's {size / 1e9:.2f} GB in {shards} shards: {peaks}; "
                 f"{found['seconds']:.0f} s\n"
             )
 

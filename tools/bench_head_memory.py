@@ -1,4 +1,4 @@
-"""Peak memory of the head and its loss: chunked (this package) against full logits, forward and backward."""
+"""Peak memory of the head and its loss, forward and backward: chunked (this package) against full logits."""
 
 import argparse
 import json
@@ -36,17 +36,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Each way is measured in a process of its own: on CUDA the allocator's peak, on the CPU the resident "
-        "set's. What was there before the forward does not count, nor does the gradient of the weight. Full logits "
-        "need about 3 x tokens x vocab numbers: choose smaller sizes where memory is short.",
+        epilog="Each way is measured in its own process: the allocator's peak on CUDA, the peak of the resident set on "
+        "the CPU. Memory from before the forward and the gradient of the weight do not count. Full logits need about "
+        "3 x tokens x vocab numbers: choose smaller sizes if memory is short.",
     )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
     parser.add_argument("--hidden", type=int, default=2048, help="hidden size")
     parser.add_argument("--vocab", type=int, default=128_000, help="vocabulary size")
     parser.add_argument("--ratio", type=float, default=1.0, help="share of the tokens with a gradient")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu", help="where")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-    parser.add_argument("--rounds", type=int, default=0, help="also time so many rounds, the ways in turn")
+    parser.add_argument("--rounds", type=int, default=0, help="also time both ways, alternating, for so many rounds")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -64,12 +64,12 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], None]] = {"chunked": 
 
 
 def measure_alone(way: str) -> int:
-    """In a fresh process, for a peak cannot be taken back."""
+    """Measure in a fresh process, because a peak cannot be reset."""
     return int(subprocess.check_output([sys.executable, *sys.argv, "--way", way], text=True))
 
 
 def peak_bytes(options: argparse.Namespace) -> int:
-    """Memory beyond the inputs at the highest point, less the gradient of the weight."""
+    """Return the peak memory minus the inputs and the gradient of the weight."""
     WAYS[options.way](*make_inputs(options, tokens=8, hidden=8, vocab=8))
     inputs = make_inputs(options, options.tokens, options.hidden, options.vocab)
     before = memory_peak(options.device)
@@ -95,7 +95,7 @@ def memory_peak(device: str) -> int:
 
 
 def time_in_turn(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each round, after one that does not count."""
+    """Return the seconds of each round, after a first one."""
     inputs = make_inputs(options, options.tokens, options.hidden, options.vocab)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for index in range(options.rounds + 1):

@@ -1,12 +1,11 @@
 """Host memory of a pretrained student under ZeRO-3: read whole and then partitioned, or partitioned as it is read.
 
-Writes a model of random weights to a temporary folder, reads it in both ways on `--ranks` processes
-each, and prints the resident set's peak of each rank over what it was before, in units of the model.
+Writes a model with random weights to a temporary folder, reads it both ways on `--ranks` processes each, and prints how
+much the resident set of each rank grew at its peak, as a multiple of the model's size.
 """
 
 import argparse
 import json
-import os
 import re
 import resource
 import subprocess
@@ -15,6 +14,7 @@ import tempfile
 
 import psutil
 import torch
+from common import option_parser
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_slm.backend import EngineSettings
@@ -31,7 +31,7 @@ def write_model(folder: str, layers: int) -> None:
 
 
 def load(way: str, folder: str) -> None:
-    """One rank: read the model, partition it, and report the peak."""
+    """Read the model on this rank, partition it, and print the peak."""
     world = connect()
     backend = DeepSpeedBackend(world, {"zero_optimization": {"stage": 3}}, torch.float32)
     before = psutil.Process().memory_info().rss
@@ -49,9 +49,9 @@ def load(way: str, folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=2, help="processes; default: %(default)s")
-    parser.add_argument("--layers", type=int, default=12, help="of the model, 28M weights each; default: %(default)s")
+    parser.add_argument("--layers", type=int, default=12, help="layers of 28M weights; default: %(default)s")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -63,8 +63,8 @@ def main() -> None:
         for way, label in WAYS.items():
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
             command = [sys.executable, *launcher, __file__, "--way", way, "--folder", folder]
-            found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ})
-            # DeepSpeed writes to the same stream, and does not always end its lines.
+            found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            # DeepSpeed writes to the same stream and does not always end its lines.
             ranks = [json.loads(text) for text in re.findall(r'\{"rank.*?\}', found.stdout)]
             peaks = " ".join(f"{rank['models']:.2f}" for rank in sorted(ranks, key=lambda rank: rank["rank"]))
             sys.stdout.write(f"{label}: peak of each rank {peaks} models of {ranks[0]['model_bytes'] / 1e9:.2f} GB\n")

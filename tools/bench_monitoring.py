@@ -1,11 +1,10 @@
-"""What it costs to watch a run: seconds of all monitoring callbacks against the seconds of a step."""
+"""The cost of monitoring a run: seconds of all monitoring callbacks against the seconds of a step."""
 
 import argparse
 import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import is_rank, start_ranks
 
 from megatron_slm.build.run import Run, build_run
 from megatron_slm.config import parse_config
@@ -28,15 +28,15 @@ from megatron_slm.training.trainer import Callback
 BLOCK = 10
 WAYS = {"not watched": 0, "log_interval 10": 10, "log_interval 1": 1}
 INTERVALS = {"ExcessHistogram": 50, "TokenTable": 500}
-"""Of what has an interval of its own, the defaults."""
+"""The default intervals of the callbacks that have one."""
 
 
 def main() -> None:
     options = parse_arguments()
-    if "RANK" not in os.environ:
+    if not is_rank():
         with tempfile.TemporaryDirectory() as folder:
             prepare(Path(folder))
-            sys.exit(start_ranks(options.ranks, folder))
+            sys.exit(start_ranks(options.ranks, "--folder", folder))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = connect()
     run = build_run(parse_config(configuration(Path(options.folder), world.size)), world)
@@ -50,24 +50,18 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog=f"Blocks of {BLOCK} steps take turns: not watched, every tenth step logged, every step logged. The "
-        "ranks meet before the callbacks, so that waiting for a slower rank's step is not counted.",
+        epilog=f"Blocks of {BLOCK} steps alternate: not watched, every tenth step logged, every step logged. A barrier "
+        "before the callbacks keeps the wait for a slower rank's step out of their time.",
     )
-    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; torchrun decides if it runs")
-    parser.add_argument("--rounds", type=int, default=4, help="blocks of each way, after one that is not counted")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; ignored under torchrun")
+    parser.add_argument("--rounds", type=int, default=4, help="measured blocks of each kind, after a first one")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def start_ranks(ranks: int, folder: str) -> int:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*torchrun, *sys.argv, "--folder", folder]
-    return subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
-
-
 def prepare(folder: Path) -> None:
-    """Two corpora of this Python's own sources, and a reference with random weights: what it says costs the same."""
+    """Make two corpora of Python's own sources, and a reference with random weights, which costs the same."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
@@ -88,7 +82,7 @@ def prepare(folder: Path) -> None:
 
 
 def configuration(folder: Path, ranks: int) -> dict[str, Any]:
-    """The quickstart's selective run, which never ends; whatever has an interval comes once a block."""
+    """Return a selective run that never ends, in which every callback with an interval runs once per block."""
     return {
         "run_dir": str(folder / "run"),
         "model": {"config": MODEL},
@@ -106,10 +100,13 @@ def configuration(folder: Path, ranks: int) -> dict[str, Any]:
     }
 
 
-class Timed(Callback):
-    """Another callback, and the seconds that each of its step ends took on this rank.
+class TimedCallback(Callback):
+    """A callback that measures the step ends of another one on this rank.
 
-    Before the first of a step, ranks meet; rank 0 has more of them than the others.
+    Args:
+        inner: the other callback.
+        meets: whether the ranks meet in a barrier first. The first callback of a step does, because rank 0 has more
+            callbacks than the others.
     """
 
     def __init__(self, inner: Callback, meets: bool) -> None:
@@ -137,9 +134,9 @@ class Timed(Callback):
 
 
 def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
-    """Seconds of each step by way, and of each callback's step ends by way and callback, on this rank."""
+    """Return the seconds of each step, and of each callback's step ends, by log interval, on this rank."""
     trainer, state = run.trainer, run.state
-    watching = [Timed(callback, meets=index == 0) for index, callback in enumerate(trainer._callbacks)]
+    watching = [TimedCallback(callback, meets=index == 0) for index, callback in enumerate(trainer._callbacks)]
     for callback in watching:
         callback.on_train_start(state)
     steps: dict[str, list[float]] = defaultdict(list)
@@ -160,26 +157,26 @@ def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, di
     return steps, ends
 
 
-def seconds_a_step(name: str, seconds: list[float], log_interval: int) -> float:
-    """The median of a callback's busy step ends, spread over its interval."""
+def seconds_per_step(name: str, seconds: list[float], log_interval: int) -> float:
+    """Return the median of the step ends at which a callback works, divided by its interval."""
     measured, default = (BLOCK, INTERVALS[name]) if name in INTERVALS else (log_interval, log_interval)
     return statistics.median(sorted(seconds)[-(len(seconds) // measured) :]) / default
 
 
 def report(steps: dict[str, list[float]], ends: dict[str, dict[str, list[float]]], world: World, as_json: bool) -> None:
-    """Milliseconds a step, and the share that watching takes at the defaults of the intervals."""
+    """Print milliseconds per step, and the share that monitoring takes at the default intervals."""
     step = statistics.median(steps["not watched"])
-    a_step = {
-        way: {name: seconds_a_step(name, seconds, WAYS[way]) for name, seconds in found.items()}
+    per_step = {
+        way: {name: seconds_per_step(name, seconds, WAYS[way]) for name, seconds in found.items()}
         for way, found in ends.items()
     }
-    shares = {way: sum(found.values()) / step for way, found in a_step.items()}
+    shares = {way: sum(found.values()) / step for way, found in per_step.items()}
     if as_json:
-        print(json.dumps({"ranks": world.size, "step_seconds": step, "callback_seconds": a_step, "shares": shares}))
+        print(json.dumps({"ranks": world.size, "step_seconds": step, "callback_seconds": per_step, "shares": shares}))
         return
     print(f"{world.size} ranks on {world.device.type}, median step not watched: {1e3 * step:.0f} ms")
-    for way, found in a_step.items():
-        print(f"\n{way}: {1e3 * sum(found.values()):.2f} ms a step, {shares[way]:.2%} of it; of that")
+    for way, found in per_step.items():
+        print(f"\n{way}: {1e3 * sum(found.values()):.2f} ms per step, {shares[way]:.2%} of it; of that")
         for name, seconds in found.items():
             print(f"  {name:18}{1e3 * seconds:8.2f}")
 

@@ -1,13 +1,12 @@
-"""Compare `megatron-slm prepare` with the tokenizer's own batch speed, and watch its memory as the text grows.
+"""Speed of `megatron-slm prepare` against the tokenizer alone, and its memory as the text grows.
 
-The tokenizer gets its share of the same text in memory, in as many processes, and writes nothing. Both
-take turns. Peak memory is the sum of the resident sets of all processes, shared pages counted in each.
+The tokenizer alone encodes the same text from memory, in as many processes, and writes nothing. Both alternate. Peak
+memory is the sum of the resident sets of all processes; shared pages count in each.
 
     python tools/bench_prepare.py --data web.jsonl.gz [--megabytes 100] [--rounds 3] [--workers 2]
 """
 
 import argparse
-import contextlib
 import gzip
 import json
 import multiprocessing
@@ -15,16 +14,16 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
+from common import CommandCost, measure_command, option_parser
 
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
@@ -34,7 +33,7 @@ BATCH = 256  # documents
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--data", required=True, help="jsonl.gz with real text under 'text'")
     parser.add_argument("--megabytes", type=float, default=100, help="of text, for the comparison of speed")
     parser.add_argument("--memory-megabytes", type=float, nargs="*", default=[100, 1000], help="of text, for memory")
@@ -59,14 +58,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         size = write(varied(texts, megabytes), folder / "long.jsonl")
         run = prepare(folder / "long.jsonl", tokenizer, folder / "long", arguments.workers)
         print(
-            f"{size / 1e6:.0f} MB of text: peak memory {run.peak / 1e6:.0f} MB, {run.tokens:,} tokens in "
-            f"{run.seconds:.1f} s ({run.cpu:.1f} CPU s)",
+            f"{size / 1e6:.0f} MB of text: peak memory {run.cost.peak_bytes / 1e6:.0f} MB, {run.tokens:,} tokens in "
+            f"{run.cost.seconds:.1f} s ({run.cpu:.1f} CPU s)",
             flush=True,
         )
 
 
 def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, folder: Path) -> None:
-    """Speed of both, in turn, on the same text."""
+    """Compare the speed of both on the same text, alternating."""
     some = list(varied(texts, arguments.megabytes))
     write(iter(some), folder / "web.jsonl")
     write(iter(some[:1]), folder / "one.jsonl")
@@ -77,12 +76,16 @@ def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, fo
         whole = prepare(folder / "web.jsonl", tokenizer, folder / "web", arguments.workers)
         assert whole.tokens == tokens + len(some)  # end tokens
         ratios.append(
-            (alone / whole.seconds, alone / (whole.seconds - start.seconds), alone_cpu / (whole.cpu - start.cpu))
+            (
+                alone / whole.cost.seconds,
+                alone / (whole.cost.seconds - start.cost.seconds),
+                alone_cpu / (whole.cpu - start.cpu),
+            )
         )
         print(
             f"round {number + 1}: tokenizer alone {tokens / alone:,.0f} tokens/s ({alone_cpu:.1f} CPU s), "
-            f"prepare {tokens / whole.seconds:,.0f} ({whole.cpu:.1f} CPU s), of which its start takes "
-            f"{start.seconds:.1f} s ({start.cpu:.1f} CPU s)",
+            f"prepare {tokens / whole.cost.seconds:,.0f} ({whole.cpu:.1f} CPU s), of which its start takes "
+            f"{start.cost.seconds:.1f} s ({start.cpu:.1f} CPU s)",
             flush=True,
         )
     whole_ratio, ratio, cpu_ratio = (statistics.median(column) for column in zip(*ratios, strict=True))
@@ -94,7 +97,7 @@ def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, fo
 
 
 def varied(texts: list[str], megabytes: float) -> Iterator[str]:
-    """Documents up to a size; when all have come, they come again, turned about a place of their own."""
+    """Yield documents up to a size; repeated documents are rotated, each by a number of characters of its own."""
     size = turn = 0
     while True:
         for number, text in enumerate(texts):
@@ -107,7 +110,7 @@ def varied(texts: list[str], megabytes: float) -> Iterator[str]:
 
 
 def write(texts: Iterator[str], path: Path) -> int:
-    """Write jsonl; return the bytes of its text."""
+    """Write jsonl, and return the bytes of its text."""
     size = 0
     with path.open("w", encoding="utf-8") as stream:
         for text in texts:
@@ -116,35 +119,29 @@ def write(texts: Iterator[str], path: Path) -> int:
     return size
 
 
-class Run(NamedTuple):
-    """What one run of the command took: CPU seconds and peak bytes of all its processes."""
+class PrepareRun(NamedTuple):
+    """One run of the command: its cost, the CPU seconds of all its processes, and the tokens that it wrote."""
 
-    seconds: float
+    cost: CommandCost
     cpu: float
-    peak: int
     tokens: int
 
 
-def prepare(path: Path, tokenizer: Path, output: Path, workers: int) -> Run:
-    """Run the command, and remove what it made."""
-    verb = ["prepare", "--input", str(path), "--tokenizer", str(tokenizer), "--output", str(output)]
-    start, before = time.perf_counter(), children_cpu()
-    process = psutil.Popen(
-        [sys.executable, "-m", "megatron_slm", *verb, "--workers", str(workers)], stderr=subprocess.DEVNULL
-    )
-    peak = 0
-    while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            peak = max(peak, sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))
-        time.sleep(0.1)
-    seconds, cpu = time.perf_counter() - start, children_cpu() - before
-    if process.returncode:
-        raise SystemExit("prepare failed")
+def prepare(path: Path, tokenizer: Path, output: Path, workers: int) -> PrepareRun:
+    """Measure one run of the command, and remove its output."""
+    options = ["--input", str(path), "--tokenizer", str(tokenizer), "--output", str(output), "--workers", str(workers)]
+    before = children_cpu()
+    cost = measure_command(["prepare", *options], tree_bytes, interval=0.1)
+    cpu = children_cpu() - before
     tokens = open_corpus(str(output)).num_tokens
     for suffix in (".bin", ".idx", ".json"):
         Path(f"{output}{suffix}").unlink()
     shutil.rmtree(f"{output}.tokenizer")
-    return Run(seconds, cpu, peak, tokens)
+    return PrepareRun(cost, cpu, tokens)
+
+
+def tree_bytes(process: psutil.Process) -> int:
+    return sum(member.memory_info().rss for member in (process, *process.children(recursive=True)))
 
 
 def children_cpu() -> float:
@@ -153,7 +150,7 @@ def children_cpu() -> float:
 
 
 def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[float, float, int]:
-    """Seconds, CPU seconds and tokens of `encode_batch` on equal shares that each process holds."""
+    """Return seconds, CPU seconds and tokens of `encode_batch`, with an equal share of the texts per process."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(workers + 1), context.Queue()
     processes = [
@@ -171,7 +168,7 @@ def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[fl
     return seconds, cpu, tokens
 
 
-def encode_share(texts: list[str], tokenizer: Path, barrier: object, queue: object) -> None:
+def encode_share(texts: list[str], tokenizer: Path, barrier: Any, queue: Any) -> None:
     encoder = load_encoder(str(tokenizer / "tokenizer.json"))
     barrier.wait()
     start_cpu = time.process_time()

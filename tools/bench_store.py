@@ -1,17 +1,15 @@
-"""What a store of reference scores costs and changes, on the sizes of a run.
+"""The cost of a store of reference scores, and its effect on the selection, at the sizes of a run.
 
     python tools/bench_store.py demo/runs/slm.yaml [--ranks 2] [--tokens 1M] [--rounds 20]
 
-Scores what the run trains on (packed in float32 and in two bytes, and by document), then, on the same ranks:
-steps with the live reference, with a store and plain (CLM) take turns; reading is timed alone, once with the pages
-that were never read before; and the selections from each store are compared with the live reference's.
+Scores the samples of the run (packed in float32 and in two bytes, and by document). Then, on the same ranks, steps with
+the live reference, with each store, and plain steps (CLM) alternate. Reading is also timed alone, the first time with
+pages that were never read before. The selections from each store are compared with the live reference's.
 """
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import is_rank, option_parser, start_ranks
 
 from megatron_slm.build.corpora import open_corpora
 from megatron_slm.build.references import Order, open_matching_store, stored_reference
@@ -45,17 +44,9 @@ NEAR = 1e-5
 
 def main() -> None:
     options = parse_arguments()
-    if "RANK" not in os.environ:
+    if not is_rank():
         with tempfile.TemporaryDirectory() as folder:
-            torchrun = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={options.ranks}",
-            ]
-            command = [*torchrun, *sys.argv, "--folder", folder]
-            sys.exit(subprocess.run(command, env={"OMP_NUM_THREADS": "1", **os.environ}).returncode)
+            sys.exit(start_ranks(options.ranks, "--folder", folder))
     world = connect()
     found = measure(options, world)
     if world.is_main:
@@ -64,14 +55,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("config", help="YAML of a selective run with a live reference")
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start here; default: 2")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; default: 2")
     parser.add_argument(
-        "--tokens", type=parse_quantity, default=1_000_000, help="to compare selections of; default: 1M"
+        "--tokens", type=parse_quantity, default=1_000_000, help="tokens whose selections are compared; default: 1M"
     )
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each way; default: 20")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="of stores; default: all")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each kind; default: 20")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), help="kinds of stores; default: all")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -113,7 +104,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
 
 
 def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world: World) -> tuple[Reference, float]:
-    """Score the run's corpora, and open the store; also the seconds that scoring took."""
+    """Score the run's corpora, and return the opened store and the seconds that scoring took."""
     from megatron_slm.reference.settings import ScoreSettings
 
     output = folder / name.replace(" ", "-")
@@ -128,7 +119,7 @@ def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world:
 
 
 def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> dict[str, float]:
-    """Median seconds to read a step's scores: the first time, when blocks are checked, and again."""
+    """Return the median seconds to read a step's scores: the first time, when blocks are verified, and again."""
     steps = [loader.take(turn * config.training.global_batch_size) for turn in range(rounds)]
     found = {}
     for name in ("first", "again"):
@@ -142,7 +133,7 @@ def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> 
 
 
 def steps_by_way(live: TrainingStep, stores: dict[str, Reference], world: World) -> dict[str, TrainingStep]:
-    """The same engine, stepped with each reference; the rate is 0, so that all do the same work."""
+    """Return steps with each reference on the same engine. At a learning rate of 0 all do the same work."""
     common: dict[str, Any] = {"seed": 1, "num_sources": live._num_sources, "world": world}
     ways = {"plain": TrainingStep(live._engine, NoReference(), **common), "live": live}
     return ways | {name: TrainingStep(live._engine, store, **common) for name, store in stores.items()}
@@ -152,7 +143,7 @@ def steps_by_way(live: TrainingStep, stores: dict[str, Reference], world: World)
 def compare(
     step: TrainingStep, loader: Any, stores: dict[str, Reference], config: Config, steps: int
 ) -> dict[str, dict[str, float]]:
-    """How the masks from each store differ from the live reference's, over all ranks, at the run's first weights."""
+    """Compare the masks from each store with the live reference's, over all ranks, at the initial weights."""
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in stores}
     for turn in range(steps):
         batches = loader.take(turn * config.training.global_batch_size)
@@ -189,7 +180,7 @@ def compare(
 
 
 def table(found: dict[str, Any]) -> str:
-    """All of it as text."""
+    """Return the report as text."""
     plain = found["step_seconds"]["plain"]
     lines = [f"{found['ranks']} ranks on {found['device']}; a plain step takes {1e3 * plain:.0f} ms", ""]
     for name, seconds in found["step_seconds"].items():

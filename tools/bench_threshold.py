@@ -1,16 +1,16 @@
-"""Selecting tokens over all ranks: this package's radix threshold against gathering all scores and sorting them."""
+"""Time of the radix threshold over all ranks, against gathering all scores and sorting them."""
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from common import is_rank, start_ranks
 from torch import Tensor
 
 from megatron_slm.dist import World, connect, disconnect
@@ -19,9 +19,9 @@ from megatron_slm.selection import plan_k, select_tokens
 
 def main() -> None:
     options = parse_arguments()
-    if "RANK" not in os.environ:
+    if not is_rank():
         sys.exit(start_ranks(options.ranks))
-    # Ranks that share a host share its cores: one thread each, unless the launcher says otherwise.
+    # Ranks on one host share its cores: one thread each, unless the launcher sets another number.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     world = connect()
     torch.manual_seed(world.rank)
@@ -38,20 +38,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="All ways take turns within each round, so that a busy machine slows all of them. Exit status 1 if "
-        "any way disagrees on the mask. Alone it starts its ranks on this host; under torchrun it is one of them.",
+        epilog="All ways alternate within each round, so that a busy machine slows all of them. The exit status is 1 "
+        "if the masks differ. Without a launcher the program starts its ranks; under torchrun it is one of them.",
     )
-    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; torchrun decides if it runs")
-    parser.add_argument("--scores", type=int, default=1_000_000, help="scores a rank")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; ignored under torchrun")
+    parser.add_argument("--scores", type=int, default=1_000_000, help="scores per rank")
     parser.add_argument("--ratio", type=float, default=0.6, help="share that is selected")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds, after two that are not")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, after two that are not")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     return parser.parse_args()
-
-
-def start_ranks(ranks: int) -> int:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return subprocess.run([*torchrun, *sys.argv], env={"OMP_NUM_THREADS": "1", **os.environ}).returncode
 
 
 def radix(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
@@ -69,7 +64,7 @@ def gather_and_topk(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
 
 
 def gather(scores: Tensor, valid: Tensor, ratio: float) -> tuple[Tensor, int]:
-    """All scores of all ranks, invalid ones last, and how many are kept."""
+    """Return the scores of all ranks, with invalid ones last, and the number of tokens to select."""
     num_valid = valid.sum()
     dist.all_reduce(num_valid)
     everyone = scores.new_empty(dist.get_world_size(), len(scores))
@@ -85,14 +80,14 @@ WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def check(scores: Tensor, valid: Tensor, ratio: float) -> None:
-    """All ways give one mask, unless scores tie at the threshold: sorting values alone cannot break a tie."""
+    """Exit if the masks differ, as they may for a tie at the threshold: sorting values cannot break ties."""
     masks = [way(scores, valid, ratio) for way in WAYS.values()]
     if any(not torch.equal(mask, masks[0]) for mask in masks):
         sys.exit("The masks differ: a bug, or a tie at the threshold.")
 
 
 def measure(scores: Tensor, valid: Tensor, ratio: float, rounds: int, world: World) -> dict[str, list[float]]:
-    """Seconds of each round, of the slowest rank."""
+    """Return the seconds of each round on the slowest rank."""
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for index in range(rounds + 2):
         for name, way in WAYS.items():

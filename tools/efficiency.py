@@ -1,18 +1,17 @@
-"""What the backward of a selective step may leave out: loss against cost, for CLM and each way to pay less.
+"""Loss against cost of CLM and of each way to spend less compute on unselected tokens.
 
-Trains a base on a part of noisy general text, and a reference (the base, continued on curated mathematics).
-Scores another part with both, and keeps the better half of its documents. Then, from the same base, on
-that part, for equal tokens and over several seeds: CLM; SLM with the backward exact, rows and replay; rows
-on the documents that were kept, and rows on the better half of the sequences that are read. Compares the
-gradients too. Writes tables and a picture.
+Trains a base on a part of noisy general text, and a reference (the base, trained further on curated mathematics).
+Scores another part with both, and keeps the better half of its documents. Then trains, from the same base, on that
+part, for equal tokens and over several seeds: CLM; SLM with the backward exact, rows and replay; rows on the kept
+documents; and rows on the better half of the sequences that are read. Also compares the gradients. Writes tables and a
+picture.
 
     python tools/efficiency.py --data DIR --output runs/efficiency
 
-DIR holds `quickstart/` (jsonl.gz); SLM_DATA names it too. Two runs go on at a time, one process and one
-thread each, so that all meet the same load. A stage that is finished is not run again.
+DIR holds `quickstart/` (jsonl.gz); it can also be set by SLM_DATA. Two runs train at a time, with one process and one
+thread each, so that all runs have the same load. Finished stages are not run again.
 """
 
-import argparse
 import gzip
 import json
 import os
@@ -23,20 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import exit_on_stop, option_parser, parse_with_data, prepare_stage
 from efficiency_report import ARMS, HELD_OUT, write_report
-from quickstart import begin, prepare_stage
 
 from megatron_slm.demo.chain import SEQ_LENGTH, run_config
-from megatron_slm.demo.stages import (
-    Stage,
-    Stages,
-    StoppedError,
-    StopRequest,
-    export_stage,
-    stop_on_signals,
-    training_stage,
-)
-from megatron_slm.errors import UserError
+from megatron_slm.demo.processes import StopRequest
+from megatron_slm.demo.stages import Stage, Stages, export_stage, training_stage
 
 MODEL = {
     "model_type": "llama",
@@ -48,17 +39,19 @@ MODEL = {
     "max_position_embeddings": SEQ_LENGTH,
     "tie_word_embeddings": False,
 }
-"""A Llama of 5.6M parameters at a vocabulary of 2,048; embedding and head apart, so that their gradients are."""
+"""A Llama of 5.6M parameters at a vocabulary of 2,048, with separate gradients of embedding and head."""
 
-SAMPLES, RATIO, KEEP = 8, 0.5, 0.5
-"""Of a step of the compared runs; share of tokens that is kept, and of documents."""
+SAMPLES = 8
+"""The samples of a step of the compared runs."""
+RATIO, KEEP = 0.5, 0.5
+"""The shares of tokens that are selected and of documents that are kept."""
 AT_ONCE = 2
 TOOLS = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Text:
-    """Documents `first`, `first + every`, ... of a file, the first `longest` characters of each."""
+    """The documents `first`, `first + every`, ... of a file, and of each the first `longest` characters."""
 
     file: str
     first: int
@@ -66,7 +59,7 @@ class Text:
     longest: int | None = None
 
     def read(self, data: Path, thin: int) -> str:
-        """As JSON lines, one document in `thin` of them."""
+        """Return every `thin`-th of these documents as JSON lines."""
         with gzip.open(data / "quickstart" / self.file, "rt", encoding="utf-8") as lines:
             texts = [json.loads(line)["text"] for line in lines][self.first :: self.every * thin]
         return "".join(json.dumps({"text": text[: self.longest]}) + "\n" for text in texts)
@@ -79,17 +72,17 @@ TEXTS = {
     "math": Text("eval_math.jsonl.gz", 0, 6),
     "held_out": Text("general_noisy.jsonl.gz", 3, 64, 1000),
 }
-"""What the compared runs read, what the base reads, what the reference reads, and what is held out of all of them."""
+"""The texts of the compared runs, of the base, of the reference, and the two held-out sets."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """How much of everything.
+    """The lengths of the runs.
 
-    base, reference, compared  optimizer steps; of each compared run
-    eval_interval              of these
+    base, reference, compared  optimizer steps; `compared` is for each compared run
+    eval_interval              steps between evaluations of the compared runs
     batches                    micro-batches whose gradients are compared
-    thin                       one document in so many of each text is used
+    thin                       only every so many-th document of each text is used
     """
 
     base: int = 160
@@ -101,15 +94,15 @@ class Lengths:
 
 
 QUICK = Lengths(base=4, reference=4, compared=20, eval_interval=10, batches=2, thin=12)
-"""Every stage, too short for any result."""
+"""Runs every stage, but too briefly for a result."""
 
 
 class Chain:
-    """All stages.
+    """All stages of the comparison.
 
     Args:
-        data: folder of `quickstart/`.
-        folder: for everything that is made.
+        data: folder that holds `quickstart/`.
+        folder: for all outputs.
         lengths: of the runs.
         seeds: of the compared runs.
     """
@@ -121,17 +114,17 @@ class Chain:
         self._seeds = seeds
 
     def start(self) -> list[Stage]:
-        """The corpora, and the base that everything else begins with."""
+        """Return the stages that make the corpora and the base."""
         base = self._run("base", "earlier", self._lengths.base, 2.0e-3, {"config": MODEL})
         return [*map(self._prepare, TEXTS), base, self._export("base")]
 
     def reference(self) -> list[Stage]:
-        """The reference, and what it says of the corpus."""
+        """Return the stages that train the reference and score the corpus with it."""
         run = self._run("reference", "curated", self._lengths.reference, 1.0e-3, self._model("base"))
         return [run, self._export("reference"), self.score("reference")]
 
     def score(self, name: str) -> Stage:
-        """What a model says of every token that the compared runs may read."""
+        """Return the stage that scores every token that the compared runs may read."""
         output = self._folder / f"score-{name}"
         config = {
             "reference": self._model(name) | {"micro_batch_size": 32},
@@ -140,7 +133,7 @@ class Chain:
         return self._command("score", f"score-{name}", config, output, 200.0)
 
     def filter(self) -> Stage:
-        """Which documents are kept; after both scores."""
+        """Return the stage that selects documents; it needs both scores."""
         output = self._folder / "kept.safetensors"
         stores = {name: str(self._folder / f"score-{name}") for name in ("base", "reference")}
         return self._command(
@@ -148,12 +141,12 @@ class Chain:
         )
 
     def compared(self, lane: int) -> list[Stage]:
-        """One half of the arms, or the other, for each seed."""
+        """Return the runs of one lane: half of the arms, for each seed."""
         half = len(ARMS) // AT_ONCE
         return [self._arm(arm, seed) for seed in self._seeds for arm in list(ARMS)[lane * half : (lane + 1) * half]]
 
     def gradients(self) -> list[Stage]:
-        """Compared at the first initialisation, at the base, and in the middle of a run."""
+        """Return the stages that compare gradients: at initialization, at the base, and in the middle of a run."""
         run, half = f"exact-{self._seeds[0]}", self._lengths.compared // 2
         middle = export_stage(self._folder / run, self._folder / "hf-middle")
         middle = replace(middle, command=(*middle.command, "--checkpoint", str(half)), recipe=half)
@@ -175,7 +168,7 @@ class Chain:
         return {"path": str(self._folder / f"hf-{name}")}
 
     def _run(self, name: str, corpus: str, steps: int, lr: float, model: dict[str, Any], **changes: Any) -> Stage:
-        """One run; `changes` are to groups of the configuration, and `training` is changed in parts."""
+        """Return a stage that trains a run; `changes` replaces groups, and updates `training` and `data`."""
         data = {
             "train": str(self._folder / corpus),
             "valid": {held_out: str(self._folder / held_out) for held_out in HELD_OUT},
@@ -201,7 +194,7 @@ class Chain:
             "ratio": RATIO,
             "backward": ARMS[arm].backward,
             "candidates": ARMS[arm].candidates,
-            # The figures of docs/efficiency.md were measured so; these models are too small for it to matter.
+            # The figures of docs/efficiency.md were measured with 0; these models are too small for it to matter.
             "min_context": 0,
         }
         if ARMS[arm].documents:
@@ -218,7 +211,7 @@ class Chain:
 
 
 def run_all(chain: Chain, markers: Path, stop: StopRequest) -> None:
-    """What comes before, and the compared runs, some at a time; gradients after those beside the first exact run."""
+    """Run the common stages, then the compared runs in lanes; the gradients follow the lane of the first exact run."""
     start = chain.start()
     run_beside(markers, [start], stop)
     run_beside(markers, [[*start, *chain.reference()], [*start, chain.score("base")]], stop)
@@ -230,30 +223,24 @@ def run_all(chain: Chain, markers: Path, stop: StopRequest) -> None:
 
 
 def run_beside(markers: Path, lanes: list[list[Stage]], stop: StopRequest) -> None:
-    """Chains of stages, at the same time; what one of them needs of another is finished before."""
+    """Run chains of stages at the same time; what one needs from another must be finished before."""
     with ThreadPoolExecutor(len(lanes)) as threads:
         for lane in [threads.submit(Stages(markers, stages, ranks=AT_ONCE).run, stop) for stages in lanes]:
             lane.result()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--data", default=os.environ.get("SLM_DATA"), help="folder of quickstart/")
     parser.add_argument("--output", default="runs/efficiency", type=Path, help="default: %(default)s")
     parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+", help="default: 1 2 3")
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, too short for any result")
-    arguments = begin(parser, "quickstart/")
-    folder = arguments.output.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    parser.add_argument("--quick", action="store_true", help="run every stage, but too briefly for a result")
+    arguments = parse_with_data(parser, "quickstart/")
     lengths = QUICK if arguments.quick else Lengths()
-    try:
-        with stop_on_signals() as stop:
-            run_all(Chain(Path(arguments.data), folder, lengths, arguments.seeds), folder / "stages", stop)
-    except UserError as error:
-        sys.exit(f"efficiency: {error}")
-    except StoppedError as stopped:
-        sys.exit(stopped.status)
-    sys.stdout.write(write_report(folder, arguments.seeds))
+    chain = Chain(arguments.data, arguments.output, lengths, arguments.seeds)
+    with exit_on_stop("efficiency") as stop:
+        run_all(chain, arguments.output / "stages", stop)
+    sys.stdout.write(write_report(arguments.output, arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the runs of `efficiency.py` say: losses against FLOPs and seconds, as tables and a picture.
+"""The report of `efficiency.py`: losses against FLOPs and seconds, as tables and a picture.
 
-FLOPs are those that a run records (training/cost.py); scoring the corpus is counted by the same convention.
+FLOPs are those that a run records (training/cost.py). Scoring the corpus is counted by the same convention.
 """
 
 import json
@@ -14,22 +14,22 @@ from transformers import AutoModelForCausalLM
 
 from megatron_slm.data.corpus import open_corpus, open_tokens
 from megatron_slm.demo.chain import SEQ_LENGTH
-from megatron_slm.demo.report import read_records
+from megatron_slm.demo.report import run_records
 from megatron_slm.reporting.charts import Curve, draw_curves
 from megatron_slm.training.cost import token_flops
 
 HELD_OUT = {"math": "Held-out mathematics", "held_out": "Held-out general text"}
 LOSS = "eval/math/loss"
-"""Of what the reference knows: the target."""
+"""The loss on the domain of the reference."""
 TERA = 1e12
 
 
 class Arm(NamedTuple):
-    """A way to train.
+    """A compared way to train.
 
-    backward    how it is run
-    documents   whole ones were left out before
-    candidates  sequences that are read for each that is trained on
+    backward    as `selection.backward`
+    documents   whether whole documents were filtered before
+    candidates  sequences that are read per sequence that is trained on
     scorers     models that scored the corpus before
     """
 
@@ -51,7 +51,7 @@ ARMS = {
 
 
 class Point(NamedTuple):
-    """An evaluation: its step, what was spent until then, and the held-out losses."""
+    """An evaluation: its step, the FLOPs spent until then, and the held-out losses."""
 
     step: int
     flops: float
@@ -59,9 +59,9 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Evaluations in order, from the base on; tokens that were selected; seconds of the median step.
+    """The evaluations of a run in order, beginning with the base; its selected tokens; the seconds of its median step.
 
-    Evaluations and checkpoints are no part of a step.
+    Evaluations and checkpoints are not part of a step.
     """
 
     points: list[Point]
@@ -70,8 +70,8 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """One compared run."""
-    base, records = read_records(folder, "base")[-1], read_records(folder, name)
+    """Read a compared run."""
+    base, records = run_records(folder, "base")[-1], run_records(folder, name)
     points = [Point(0, 0.0, _losses(base))]
     points += [Point(r["step"], r["flops"], _losses(r)) for r in records if LOSS in r]
     selected = records[-1].get("consumed_selected_tokens", records[-1]["trained_tokens"])
@@ -83,8 +83,8 @@ def _losses(record: dict) -> dict[str, float]:
 
 
 def scoring_flops(folder: Path) -> float:
-    """Of one model like the base over the compared runs' corpus, in windows that overlap by half (docs/score.md)."""
-    index = open_tokens(open_corpus(str(folder / "general"))).index  # held, for it takes its arrays with it
+    """Return the FLOPs of scoring the corpus with a model like the base, in overlapping windows (docs/score.md)."""
+    index = open_tokens(open_corpus(str(folder / "general"))).index  # keeps the arrays alive
     length_D = index.sequence_lengths.astype(np.int64)
     stride = SEQ_LENGTH // 2
     more_D = -(-np.maximum(0, length_D - SEQ_LENGTH) // stride)
@@ -95,7 +95,7 @@ def scoring_flops(folder: Path) -> float:
 
 
 def reached(run: Run, loss: float, cost: Callable[[Point], float]) -> float | None:
-    """The cost at which the target's loss first came down to this, linear between evaluations."""
+    """Return the cost at which the target's loss first reached `loss`, interpolated linearly between evaluations."""
     for before, after in zip(run.points, run.points[1:], strict=False):
         high, low = before.losses["math"], after.losses["math"]
         if low <= loss:
@@ -105,21 +105,21 @@ def reached(run: Run, loss: float, cost: Callable[[Point], float]) -> float | No
 
 
 def write_report(folder: Path, seeds: list[int]) -> str:
-    """Write efficiency.json, efficiency.png and efficiency.md, and return the last."""
+    """Write efficiency.json, efficiency.png and efficiency.md, and return the text of the last."""
     runs = {arm: [read_run(folder, f"{arm}-{seed}") for seed in seeds] for arm in ARMS}
     scoring = scoring_flops(folder)
     plain = {arm: [run._asdict() | {"points": [p._asdict() for p in run.points]} for run in runs[arm]] for arm in runs}
     found = {"scoring": scoring, "seeds": seeds, "runs": plain}
     (folder / "efficiency.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(runs, scoring, folder / "efficiency.png")
-    said = f"Scoring the corpus: {scoring / TERA:.2f} TFLOP a model."
-    text = "\n\n".join([losses_table(runs), cost_table(runs, scoring), said])
+    note = f"Scoring the corpus: {scoring / TERA:.2f} TFLOP per model."
+    text = "\n\n".join([losses_table(runs), cost_table(runs, scoring), note])
     (folder / "efficiency.md").write_text(text + "\n", encoding="utf-8")
     return text + "\n"
 
 
 def losses_table(runs: dict[str, list[Run]]) -> str:
-    """Markdown: final losses by arm, and their difference from the exact run of the same seed."""
+    """Return a Markdown table of final losses by arm, and their difference from the exact run of the same seed."""
     lines = ["| run | mathematics | from exact, by seed | general text | tokens selected |", "|---" * 5 + "|"]
     for arm, found in runs.items():
         ends = {name: [run.points[-1].losses[name] for run in found] for name in HELD_OUT}
@@ -131,13 +131,13 @@ def losses_table(runs: dict[str, list[Run]]) -> str:
 
 
 def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
-    """Markdown: what was spent, in all, and until the loss was CLM's last, or exact's late one, of the same seed."""
+    """Return a Markdown table of the total cost, and of the cost to reach CLM's last loss, or a late one of exact."""
     late = 2 * len(runs["exact"][0].points) // 3
     targets = {
         "CLM's last loss": [run.points[-1].losses["math"] for run in runs["clm"]],
         f"exact's at step {runs['exact'][0].points[late].step}": [r.points[late].losses["math"] for r in runs["exact"]],
     }
-    titles = ["run", "TFLOP", "scoring", "s a step"]
+    titles = ["run", "TFLOP", "scoring", "s per step"]
     titles += [f"{unit} to {target}" for target in targets for unit in ("TFLOP", "s")]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm, found in runs.items():
@@ -155,12 +155,12 @@ def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
 
 
 def draw(runs: dict[str, list[Run]], scoring: float, path: Path) -> None:
-    """Loss against FLOPs, the mean over the seeds, and a band from the lowest to the highest."""
+    """Draw the loss against FLOPs: the mean over the seeds, and a band from the lowest to the highest."""
     panels = {
         "Training": list(_curves(runs, 0.0)),
         "Training, and scoring the corpus once": list(_curves(runs, scoring)),
     }
-    draw_curves(panels, "10¹² FLOPs", "loss on held-out mathematics (nats a token)", path)
+    draw_curves(panels, "10¹² FLOPs", "loss on held-out mathematics (nats per token)", path)
 
 
 def _curves(runs: dict[str, list[Run]], scoring: float) -> Iterator[Curve]:
@@ -176,7 +176,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _mean(values: Sequence[float | None], digits: int = 2) -> str:
-    """Over the runs that came so far; how many, if not all."""
+    """Return the mean over the runs that reached the loss, and their number if some did not."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

@@ -2,15 +2,14 @@
 
     python tools/gradient_truth.py RUN_DIR --models base=models/base middle=models/middle --output gradients.json
 
-RUN_DIR is of a selective run with a stored reference; its samples are taken from the end of its order. For weights
-from scratch and for each model: every micro-batch is scored once, its tokens are selected by that score, and
-the same tokens go through each backward. `other batch` is what the exact gradients of two micro-batches have in
-common, and `all tokens` that of CLM on the same micro-batch: what an error may be compared with.
+RUN_DIR is the run directory of a selective run with a stored reference; the samples come from the end of its order.
+For weights from scratch and for each model, every micro-batch is scored once, its tokens are selected by that score,
+and the same tokens go through each backward. To put an error in proportion, `other batch` compares the exact gradients
+of two micro-batches, and `all tokens` the exact gradient with that of CLM on the same micro-batch.
 """
 
 import argparse
 import json
-import logging
 import re
 import statistics
 from collections import defaultdict
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import option_parser, show_log_lines
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -46,13 +46,13 @@ PARTS = (
     (r"embed_tokens", "embedding"),
     (r"", "head and last norm"),
 )
-"""Of a parameter's name, the first pattern that is found says its part; of Llama's family."""
+"""Parts of models of Llama's family: the first pattern that matches a parameter's name determines its part."""
 
 Gradient = dict[str, Tensor]
 
 
-class Scored(NamedTuple):
-    """A micro-batch and the reference's columns for it."""
+class ScoredBatch(NamedTuple):
+    """A micro-batch with its reference signals."""
 
     batch: Batch
     reference: dict[str, Tensor]
@@ -63,8 +63,8 @@ def part_of(name: str) -> str:
     return title.format(*(int(number) + 1 for number in found.groups()))
 
 
-def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -> list[Scored]:
-    """The last micro-batches of the run's order, one a step."""
+def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -> list[ScoredBatch]:
+    """Return the last micro-batches of the run's order, one per step."""
     config, plan = settle(config, corpora, world.device.type, reads_document_store=False)
     samples = make_samples(config.data, config.seed, corpora, plan, Path(config.run_dir) / "cache", world)
     settings = config.training
@@ -74,7 +74,7 @@ def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -
     reference, _ = make_reference(config, references, PlainBackend(world))
     starts = [loader.end(0, step) for step in range(plan.total_steps - count, plan.total_steps)]
     batches = [loader.take(start)[0] for start in starts]
-    return [Scored(batch, reference.signals([batch], ())[0]) for batch in batches]
+    return [ScoredBatch(batch, reference.signals([batch], ())[0]) for batch in batches]
 
 
 def students(lm: PreTrainedModel, world: World, seq_length: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def students(lm: PreTrainedModel, world: World, seq_length: int) -> dict[str, An
 
 
 def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor) -> Gradient:
-    """Of the mean loss of the tokens of weight 1, flat and concatenated for each part of the model, and whole."""
+    """Return the gradient of the mean loss of the tokens of weight 1, flat, for each part and for the whole model."""
     lm.zero_grad()
     _, tape = student.score(batch, (), keep=True)
     student.backward(tape, {"loss": weights_BT}, 1 / float(weights_BT.sum()), last=True)
@@ -95,8 +95,10 @@ def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor
     return joined | {WHOLE: torch.cat(list(joined.values()))}
 
 
-def compared(lm: PreTrainedModel, scored: list[Scored], ratio: float, settings: Any, world: World) -> Iterator[dict]:
-    """For each micro-batch the gradients by name."""
+def compared(
+    lm: PreTrainedModel, scored: list[ScoredBatch], ratio: float, settings: Any, world: World
+) -> Iterator[dict[str, Gradient]]:
+    """Yield for each micro-batch the gradients of each kind of backward."""
     ways, rule = students(lm, world, scored[0].batch.tokens_BT.shape[1]), Rule(settings)
     for batch, reference in scored:
         loss_BT = ways["exact"].score(batch, (), keep=False)[0]["loss"]
@@ -107,7 +109,7 @@ def compared(lm: PreTrainedModel, scored: list[Scored], ratio: float, settings: 
 
 
 def measured(gradients: Iterator[Mapping[str, Gradient]]) -> dict[str, Any]:
-    """By part: cosines with the exact gradient and ratios of norms, of every micro-batch and of their sum."""
+    """Return for each part the cosines with the exact gradient and ratios of norms, by micro-batch and of their sum."""
     found: dict[str, Any] = defaultdict(lambda: defaultdict(list))
     total: dict[str, Gradient] = {}
     before: Gradient | None = None
@@ -146,7 +148,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def load(name: str, path: str | None, like: str, config: Config, corpora: Corpora, world: World) -> PreTrainedModel:
-    """The model of a folder; without one, weights from scratch in the shape of the model in `like`."""
+    """Load a model; without a path, build one with weights from scratch in the shape of the model in `like`."""
     model = load_pretrained(path or like, "model", False, dtype=torch.float32)
     if path is None:
         shape = ModelSettings(path=None, config={"model_type": model.config.model_type})
@@ -156,7 +158,7 @@ def load(name: str, path: str | None, like: str, config: Config, corpora: Corpor
 
 
 def table(found: dict[str, Any]) -> str:
-    """Markdown, a table for each model and ratio."""
+    """Return Markdown with a table for each model and ratio."""
     lines: list[str] = []
     for name, ratios in found.items():
         for ratio, parts in ratios.items():
@@ -180,8 +182,8 @@ def _spread(values: list[float]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of a selective run with a stored reference")
+    parser = option_parser(__doc__)
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory of a selective run with a stored reference")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR", help="Hugging Face folders")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.3, 0.5, 0.7], help="default: 0.3 0.5 0.7")
     parser.add_argument("--batches", type=int, default=8, help="micro-batches; default: %(default)s")
@@ -191,8 +193,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megatron_slm").setLevel(logging.INFO)
+    show_log_lines()
     config = load_config(f"{options.run_dir}/config.yaml", [f"run_dir={options.run_dir}"])
     paths: dict[str, str | None] = {SCRATCH: None, **dict(model.split("=", 1) for model in options.models)}
     like = options.models[0].split("=", 1)[1]

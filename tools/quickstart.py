@@ -1,27 +1,25 @@
-"""The method on a folder of real text, with a random choice as a control: does selecting tokens help?
+"""The method on a folder of real text, with a random selection as a control.
 
-Trains a tokenizer, a base model on noisy general text, and a reference (the base, continued on
-curated mathematics). Then, from the same base, on the same data in the same order and for equal
-tokens: CLM, SLM, and a random choice of as many tokens. Prints held-out losses of all of them.
-`megatron-slm demo` shows the same on text that every machine has.
+Trains a tokenizer, a base model on noisy general text, and a reference (the base, trained further on curated
+mathematics). Then trains, from the same base, on the same data in the same order and for equal tokens: CLM, SLM, and a
+run with as many random tokens. Prints held-out losses of all runs. `megatron-slm demo` shows the same on text that
+every machine has.
 
     python tools/quickstart.py --data DIR --output runs/quickstart
 
-DIR holds `quickstart/` and `general/` (jsonl.gz); SLM_DATA names it too. A stage that is
-finished is not run again.
+DIR holds `quickstart/` and `general/` (jsonl.gz); it can also be set by SLM_DATA. Finished stages are not run again.
 """
 
-import argparse
-import logging
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from common import exit_on_stop, option_parser, parse_with_data, prepare_stage
+
 from megatron_slm.demo.chain import MODEL, run_config
 from megatron_slm.demo.report import draw_held_out, overtaking, results_table
-from megatron_slm.demo.stages import Stage, Stages, StoppedError, export_stage, stop_on_signals, training_stage
-from megatron_slm.errors import UserError
+from megatron_slm.demo.stages import Stage, Stages, export_stage, training_stage
 
 FILES = {
     "general": "quickstart/general_noisy.jsonl.gz",
@@ -35,17 +33,8 @@ DEEPER = MODEL | {"num_hidden_layers": 6}
 """A Llama of 1.5M parameters at a vocabulary of 2,048."""
 
 
-def prepare_stage(name: str, text: Path, folder: Path) -> Stage:
-    """The corpus `name`; all share the tokenizer that is trained on the general text."""
-    tokenizer = ("--train-tokenizer", "2048") if name == "general" else ("--tokenizer", f"{folder}/general.tokenizer")
-    prefix = folder / name
-    outputs = tuple(Path(f"{prefix}{suffix}") for suffix in (".json", ".bin", ".idx", ".tokenizer"))
-    command = ("-m", "megatron_slm", "prepare", "--input", str(text), "--output", str(prefix), *tokenizer)
-    return Stage(f"prepare_{name}", f"prepare {name}", command, outputs, str(text.resolve()), 15.0)
-
-
 def run_stage(name: str, corpus: str, steps: int, lr: float, folder: Path, ranks: int, **settings: Any) -> Stage:
-    """One run; `settings` replace groups of the configuration, and `split` is that of the data."""
+    """Return a stage that trains a run; `settings` replaces groups of the configuration, and `split`."""
     data = {
         "train": str(folder / corpus),
         "valid": {held_out: str(folder / held_out) for held_out in TITLES},
@@ -57,7 +46,7 @@ def run_stage(name: str, corpus: str, steps: int, lr: float, folder: Path, ranks
 
 
 def chain(folder: Path, data: Path, ratio: float, ranks: int) -> list[Stage]:
-    """Everything, up to the three runs that are compared."""
+    """Return all stages, up to the three runs that are compared."""
     prepared = [prepare_stage(name, data / file, folder) for name, file in FILES.items()]
     base = run_stage("base", "general", 200, 2.0e-3, folder, ranks, model={"config": DEEPER}, split="25,75,0")
     reference = run_stage("reference", "curated", 250, 1.0e-3, folder, ranks)
@@ -71,35 +60,17 @@ def chain(folder: Path, data: Path, ratio: float, ranks: int) -> list[Stage]:
     return [*prepared, base, exports["base"], reference, exports["reference"], clm, *choices]
 
 
-def begin(parser: argparse.ArgumentParser, holds: str) -> argparse.Namespace:
-    """The arguments, of which --data names a folder that holds this; progress is told from here on."""
-    arguments = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("megatron_slm").setLevel(logging.INFO)
-    if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
-        parser.error(f"--data (or SLM_DATA) must name the folder that holds {holds}")
-    return arguments
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--data", default=os.environ.get("SLM_DATA"), help="folder of quickstart/ and general/")
     parser.add_argument("--output", default="runs/quickstart", type=Path, help="default: %(default)s")
-    parser.add_argument("--ranks", default=2, type=int, help="processes a run; default: %(default)s")
+    parser.add_argument("--ranks", default=2, type=int, help="processes per run; default: %(default)s")
     parser.add_argument("--ratio", default=0.5, type=float, help="share of tokens to keep; default: %(default)s")
-    arguments = begin(parser, "quickstart/ and general/")
-    folder = arguments.output.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    stages = Stages(
-        folder / "stages", chain(folder, Path(arguments.data), arguments.ratio, arguments.ranks), arguments.ranks
-    )
-    try:
-        with stop_on_signals() as stop:
-            stages.run(stop)
-    except UserError as error:
-        sys.exit(f"quickstart: {error}")
-    except StoppedError as stopped:
-        sys.exit(stopped.status)
+    arguments = parse_with_data(parser, "quickstart/ and general/")
+    folder = arguments.output
+    stages = chain(folder, arguments.data, arguments.ratio, arguments.ranks)
+    with exit_on_stop("quickstart") as stop:
+        Stages(folder / "stages", stages, arguments.ranks).run(stop)
     names = {"base": "base", "reference": "reference", **COMPARED}
     draw_held_out(folder, COMPARED, TITLES, folder / "quickstart.png")
     sys.stdout.write(f"\n{results_table(folder, names, TITLES)}\n\n{overtaking(folder, 'math')}\n")

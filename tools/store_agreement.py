@@ -1,12 +1,12 @@
-"""How far the selection from a store agrees with that of the live reference, by the length of samples.
+"""Agreement of the selection from a store with that of the live reference, by the length of samples.
 
     python tools/store_agreement.py --corpus data/web --student models/base --reference models/reference
 
-For each length, the same samples are scored by the student and by the reference, and the corpus is scored document by
-document. The live selection is compared with that from a packed store, and from a document store at several values of
-selection.min_context. Prints two Markdown tables: the selections, and the losses by position in the sample.
+For each length, student and reference score the same samples, and the reference scores the corpus document by document.
+The live selection is compared with the selection from a packed store, and with that from a document store at several
+values of selection.min_context. Prints two Markdown tables: the selections, and the losses by position in the sample.
 
-The corpus should be small: all of it is scored at each length. One process, on the CPU or on one GPU.
+The corpus should be small, because all of it is scored at each length. Runs as one process, on the CPU or one GPU.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import option_parser
 from torch import Tensor
 
 from megatron_slm.data.corpus import Corpus, corpus_tokenizer_path, open_corpus
@@ -36,13 +37,13 @@ from megatron_slm.types import Batch
 BATCH_TOKENS = 4096
 CONTEXTS = (0, 16, 32, 64, 128, 256)
 POSITIONS = (1, 16, 64, 128, 256, 512, 1024)
-"""Where the rows of the second table begin."""
+"""The first positions of the rows of the second table."""
 SELECTION_HEAD = "samples | store | min_context | masked | agreement | student loss, selected | live excess, selected"
 POSITION_HEAD = "samples | tokens before, in the sample | share | student | live | document"
 
 
 class Losses(NamedTuple):
-    """Of the same samples, float32 `[N, T]`: by the student, and by the reference live, packed and by document."""
+    """Losses of the same samples, float32 `[N, T]`: of the student, and of the reference live and from both stores."""
 
     batch: Batch
     student: Tensor
@@ -71,13 +72,13 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = option_parser(__doc__)
     parser.add_argument("--corpus", required=True, metavar="PREFIX", help="a prepared corpus of some 10,000 tokens")
     parser.add_argument("--student", required=True, metavar="DIR", help="a Hugging Face folder")
     parser.add_argument("--reference", required=True, metavar="DIR", help="a Hugging Face folder")
     parser.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 2048], help="default: %(default)s")
     parser.add_argument(
-        "--tokens", type=int, default=40_960, help="in the samples of each length; default: %(default)s"
+        "--tokens", type=int, default=40_960, help="tokens in the samples of each length; default: %(default)s"
     )
     parser.add_argument("--ratio", type=float, default=0.6, help="share to select; default: %(default)s")
     return parser.parse_args()
