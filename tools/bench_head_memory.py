@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def time_in_turn(options: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
-def table(found: dict) -> str:
+def table(found: dict[str, Any]) -> str:
     peak, seconds = found["peak_bytes"], found["seconds"]
     lines = ["{tokens:,} tokens, hidden {hidden:,}, vocabulary {vocab:,}, {dtype} on {device}".format(**found)]
     lines += [f"{way:8} peak {peak[way] / 2**30:8.3f} GiB" for way in WAYS]

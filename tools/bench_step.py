@@ -57,7 +57,7 @@ def profile_step(shape: Shape, device: torch.device, name: str) -> str:
     with profile() as found:
         bench.step(kind)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50)
+    return str(found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -42,7 +42,7 @@ callbacks:
 """
 
 
-def groups(kind: type = Config, name: str = "") -> Iterator[tuple[str, type]]:
+def groups(kind: Any = Config, name: str = "") -> Iterator[tuple[str, type]]:
     """Yield the settings classes, each with the name of its group; the class of the whole run first."""
     yield name, kind
     for field, hint in typing.get_type_hints(kind).items():

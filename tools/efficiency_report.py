@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import AutoModelForCausalLM
@@ -78,7 +78,7 @@ def read_run(folder: Path, name: str) -> Run:
     return Run(points, selected, median(record["step_seconds"] for record in records))
 
 
-def _losses(record: dict) -> dict[str, float]:
+def _losses(record: dict[str, Any]) -> dict[str, float]:
     return {name: record[f"eval/{name}/loss"] for name in HELD_OUT}
 
 
