@@ -4,6 +4,13 @@ The names below are imported on first use, so that `import megatron_slm` stays l
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_slm.commands.train import train
+    from megatron_slm.errors import UserError
+    from megatron_slm.selection import Selection, plan_k, score, select_tokens, selected_loss
+    from megatron_slm.training.trainer import Callback
 
 __version__ = "0.2.0"
 

@@ -188,7 +188,8 @@ class RunDirectory:
 
     def _known_environment(self) -> dict[str, Any]:
         try:
-            return json.loads(self.environment.read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads(self.environment.read_text(encoding="utf-8"))
+            return found
         except FileNotFoundError:
             return {"starts": []}
         except ValueError as error:

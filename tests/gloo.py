@@ -125,7 +125,7 @@ def _rank(rank: int, world_size: int, folder: str, timeout: float, connection: C
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     answer = failure = None
     try:
-        store = dist.FileStore(str(Path(folder, "store")), world_size)
+        store = dist.FileStore(str(Path(folder, "store")), world_size)  # type: ignore[attr-defined]
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )

@@ -154,7 +154,7 @@ class Group:
         if self.settings.unit == "both":
             kept = highest(sequences, first, plan(len(sequences), self.settings.sequence_ratio))
             competing = [token for token in self.valid if token[0] in kept]
-        ranked = {token: self.drawn(scores[token], *token) for token in competing}
+        ranked = {token: self.drawn(scores[token], *token) for token in competing}  # type: ignore[misc]
         chosen = highest(ranked, {(r, t): self.position[r][t] for r, t in competing}, k)
         return chosen, self.weigh(ranked, chosen)
 

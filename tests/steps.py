@@ -61,7 +61,7 @@ class Case:
     checkpointing: bool = False
     backward: str = "exact"
     lr: float = 1e-3
-    model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))
+    model: dict[str, Any] = field(default_factory=lambda: dict(TINY_LLAMA))  # type: ignore[has-type]
     initial: dict[str, Tensor] | None = None
     candidates: int | None = None
     min_context: int = 0

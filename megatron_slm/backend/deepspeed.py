@@ -92,7 +92,8 @@ class DeepSpeedBackend:
         if self.stage < 3:
             return nullcontext()
         partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-        return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+        whole: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0)
+        return whole
 
     def training_engine(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
@@ -114,7 +115,7 @@ class DeepSpeedBackend:
             "stage": 3,
         }
         partition(module, config, self._world.device)
-        engine, *_ = deepspeed.initialize(model=module, config=config)
+        engine: nn.Module = deepspeed.initialize(model=module, config=config)[0]
         self._engines.append(engine)
         engine.eval()
         return engine

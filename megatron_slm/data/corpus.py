@@ -128,7 +128,8 @@ def _write_blocks(stream: IO[bytes], lengths: Path, column: Callable[[np.ndarray
 
 
 def _starts(block: np.ndarray) -> np.ndarray:
-    return np.cumsum(block, dtype=np.int64) - block
+    starts: np.ndarray = np.cumsum(block, dtype=np.int64) - block
+    return starts
 
 
 def _blocks(path: Path, dtype: np.dtype, offset: int, count: int) -> Iterator[np.ndarray]:

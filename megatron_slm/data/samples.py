@@ -93,13 +93,13 @@ def _kept(documents: NDArray[np.bool_], corpus: Corpus, split: str | None) -> Ke
 
 
 @dataclass
-class OrderConfig(GPTDatasetConfig):
+class OrderConfig(GPTDatasetConfig):  # type: ignore[misc]  # megatron-core has no types
     """megatron-core's configuration, and which documents of a PREFIX are kept; all of one that is not named."""
 
     kept: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
-class PackedDocuments(GPTDataset):
+class PackedDocuments(GPTDataset):  # type: ignore[misc]
     """megatron-core's packed samples, with document ids and offsets kept, and of kept documents alone."""
 
     def __init__(
@@ -135,7 +135,7 @@ class PackedDocuments(GPTDataset):
         }
 
     def _document_offset(self, document: int) -> int:
-        return int(self.dataset.index.sequence_pointers[document]) // self.dataset.index.dtype_size
+        return int(self.dataset.index.sequence_pointers[document] // self.dataset.index.dtype_size)
 
 
 class Samples:
@@ -272,7 +272,7 @@ def _refuse_empty_split(settings: DataSettings, corpora: Sequence[Corpus]) -> No
 
 def _split_documents(corpus: Corpus, split: str | None) -> int:
     """The first so many documents are for training; counted as megatron-core does."""
-    return round(parse_and_normalize_split(split or WHOLE)[0] * corpus.num_documents)
+    return round(float(parse_and_normalize_split(split or WHOLE)[0]) * corpus.num_documents)
 
 
 def _refuse_to_skip_more(skip: list[tuple[int, int]], total_samples: int) -> None:
@@ -324,7 +324,8 @@ def _build_cycle(
     with _alone_in(cache) if world.is_main else nullcontext():
         if dist.is_initialized():
             dist.barrier()
-        train, _, _ = BlendedMegatronDatasetBuilder(PackedDocuments, [length, 0, 0], lambda: True, config).build()
+        builder = BlendedMegatronDatasetBuilder(PackedDocuments, [length, 0, 0], lambda: True, config)
+        train: PackedDocuments = builder.build()[0]
     return train
 
 

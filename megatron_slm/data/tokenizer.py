@@ -85,7 +85,8 @@ def load_tokenizer(path: str, end_token: str | None = None) -> "PreTrainedTokeni
 
 def chosen_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
     """Return the end token that was chosen for the tokenizer's documents, or None if it is the tokenizer's own."""
-    return tokenizer.init_kwargs.get(_CHOSEN_END)
+    chosen: str | None = tokenizer.init_kwargs.get(_CHOSEN_END)
+    return chosen
 
 
 def likelier_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
@@ -154,7 +155,7 @@ def auto_tokenizer_agrees(folder: Path) -> bool:
 
 def largest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     """Return the largest id that the tokenizer gives."""
-    return max(tokenizer.get_vocab().values())
+    return int(max(tokenizer.get_vocab().values()))
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
@@ -314,6 +315,6 @@ def _choose_end(tokenizer: "PreTrainedTokenizerFast", end_token: str, path: str)
 def _text_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int] | None:
     """Return the ids of a text in which special tokens are text; None where it cannot be encoded."""
     try:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
     except Exception:  # of the library in Rust, for instance where a piece is unknown and none stands for that
         return None

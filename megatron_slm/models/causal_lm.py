@@ -76,7 +76,8 @@ def score_batch(
     module: nn.Module, batch: Batch, want: tuple[str, ...] = (), brought: Mapping[str, Any] | None = None
 ) -> TokenSignals:
     """The columns of `CausalLM.forward` for a batch; positions that are not valid have loss 0."""
-    return module(batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, want, brought)
+    signals: TokenSignals = module(batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, want, brought)
+    return signals
 
 
 def masked_labels(batch: Batch) -> Tensor:

@@ -113,7 +113,8 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
 
     def change(other_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
         one, other = (module(text_BT, labels_BT, position_ids_BT)["loss"] for text_BT in (tokens_BT, other_BT))
-        return (one - other)[second_BT].norm()
+        distance: Tensor = (one - other)[second_BT].norm()
+        return distance
 
     # The model inside: a DeepSpeed engine forgets its own mode, and would train a frozen model afterwards.
     with torch.no_grad(), evaluating(model):
@@ -142,7 +143,8 @@ def _dropouts(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 def some_tokens(model: PreTrainedModel, sequences: int, length: int) -> Tensor:
     """int64 `[sequences, length]` on the model's device."""
     device = next(model.parameters()).device
-    return (torch.arange(sequences * length, device=device) * 7919 % model.config.vocab_size).view(sequences, length)
+    text_N = torch.arange(sequences * length, device=device) * 7919 % int(model.config.vocab_size)
+    return text_N.view(sequences, length)
 
 
 def straight(tokens_BT: Tensor) -> Tensor:

@@ -114,7 +114,8 @@ def token_loss(
         float32 `[N]` losses, whatever the dtype (float64 for float64), then the columns of `want`, in nats.
     """
     chunk = chunk or max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
-    return TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, want, chunk)
+    columns: tuple[Tensor, ...] = TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, want, chunk)
+    return columns
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:

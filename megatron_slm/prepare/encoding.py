@@ -165,13 +165,13 @@ def _masked(encoding: Encoding, document: Document, encoded: "TokenizerEncoding"
     return Tokens([np.array(ids, dtype=encoding.dtype)], [mask], size)
 
 
-def _encode_long(tokenizer: "Tokenizer", text: str) -> list[array]:
+def _encode_long(tokenizer: "Tokenizer", text: str) -> list["array[int]"]:
     """Encode a long text in overlapping windows: the ids of one pass, without its memory.
 
     Where two windows disagree on the tokens that begin just after their seam, the text has no
     place to cut, and it is encoded in one pass after all.
     """
-    parts: list[array] = []
+    parts: list[array[int]] = []
     expected: list[tuple[int, int]] | None = None  # (first character, id) after the seam, as the last window saw it
     for start in range(0, len(text), _WINDOW):
         low = max(0, start - _OVERLAP)
@@ -199,7 +199,8 @@ def _found(evaluation_file: str, documents: list[Document]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _evaluation(path: str) -> np.ndarray:
-    return np.load(Path(path), mmap_mode="r", allow_pickle=False)
+    hashes: np.ndarray = np.load(Path(path), mmap_mode="r", allow_pickle=False)
+    return hashes
 
 
 def encode_chunks(

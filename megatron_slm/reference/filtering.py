@@ -105,7 +105,7 @@ def highest(mean_D: NDArray[np.float64], keep: float) -> NDArray[np.bool_]:
     """Select the documents of highest mean: exactly floor(keep * D + 0.5), at least 1; ties go to the earlier one."""
     count = max(1, int(np.floor(keep * len(mean_D) + 0.5)))
     threshold = np.partition(mean_D, len(mean_D) - count)[len(mean_D) - count]
-    kept_D = mean_D > threshold
+    kept_D: NDArray[np.bool_] = mean_D > threshold
     kept_D[np.flatnonzero(mean_D == threshold)[: count - kept_D.sum()]] = True
     return kept_D
 

@@ -195,7 +195,7 @@ def _lowest(position_N: Tensor, k: Tensor, ranks: Ranks) -> Tensor:
     highest, negated_lowest = ranks.max(ends.amax(-1)).tolist()
     keys_N = highest - position_N
     found = kth_largest(keys_N, k[None], ranks, bits=max(1, (highest + negated_lowest).bit_length()))
-    return keys_N >= found.key
+    return torch.ge(keys_N, found.key)
 
 
 def _default_position(keys: Tensor, ranks: Ranks) -> Tensor:

@@ -86,7 +86,8 @@ class CheckpointStore:
         state = found / f"rng_rank{self._world.rank:04d}.pt"
         if state.exists():  # A run at more ranks than before starts its new ranks from the seed.
             _set_random_state(torch.load(state, weights_only=True))
-        return json.loads((found / "progress.json").read_text())
+        progress: dict[str, Any] = json.loads((found / "progress.json").read_text())
+        return progress
 
     def newest(self, step: int | None = None) -> Path | None:
         """The newest checkpoint, up to `latest`, whose files are as they were written; every rank calls it.
@@ -186,7 +187,8 @@ def save_checkpoint(store: CheckpointStore, engine: TrainingEngine, state: RunSt
 def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
     """Size and SHA-256 of every file of a checkpoint; None where that is not known."""
     try:
-        return json.loads((checkpoint / MANIFEST).read_text())["files"]
+        files: dict[str, list[Any]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        return files
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

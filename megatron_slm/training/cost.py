@@ -301,4 +301,4 @@ def _live(zero: Mapping[str, Any]) -> int:
 
 
 def _is_offloaded(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"
+    return bool((zero.get(key) or {}).get("device", "none") != "none")

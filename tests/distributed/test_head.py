@@ -93,7 +93,7 @@ def sharded_gradients(world: World, model_type: str, tied: bool) -> list[Gradien
 def assert_split(module: CausalLM) -> None:
     for name, parameter in module.named_parameters():
         assert parameter.numel() == 0, f"{name} is whole between steps"
-        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // RANKS), name
+        assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // RANKS), name  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def hugging_face_weights(world: World, rule: str, folder: str, micro_steps: int)
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
 
-    class InOrder(example("hf_trainer").SelectiveTrainer):
+    class InOrder(example("hf_trainer").SelectiveTrainer):  # type: ignore[misc]
         def _get_train_sampler(self, dataset: Any = None) -> SequentialSampler:
             return SequentialSampler(self.train_dataset)
 

@@ -138,7 +138,7 @@ def finished(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 def garble(name: str) -> Callable[[Path], None]:
-    return lambda run_dir: (run_dir / name).write_text("{ this is not what was written\n") and None
+    return lambda run_dir: (run_dir / name).write_text("{ this is not what was written\n") and None  # type: ignore[return-value]
 
 
 def lose(name: str) -> Callable[[Path], None]:
@@ -193,7 +193,7 @@ def train_on_a_full_disk(world: World, tree: dict[str, Any], config: str) -> tup
     def full(_: object) -> str:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    jsonl.finite = full  # type: ignore[assignment]
+    jsonl.finite = full  # type: ignore[assignment, attr-defined]
     return command_line(world, "train", config)
 
 

@@ -234,7 +234,7 @@ def score_on_a_full_disk(world: World, tree: dict[str, Any]) -> tuple[Any, ...]:
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    store_writer.sync = full  # type: ignore[assignment]
+    store_writer.sync = full  # type: ignore[assignment, attr-defined]
     with pytest.raises(AgreedError) as caught:
         score_in_process(world, tree)
     return caught.value.args

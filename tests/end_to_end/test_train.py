@@ -172,7 +172,7 @@ def train_on_poison(world: World, tree: dict[str, Any], what: str, step: int) ->
                 signals["loss"].register_hook(lambda gradient: gradient * torch.nan)
         return signals
 
-    exact.score_batch = poisoned
+    exact.score_batch = poisoned  # type: ignore[attr-defined]
     try:
         train_in_process(world, tree)
     except UserError as error:

@@ -108,7 +108,7 @@ def test_a_leak_in_the_second_sequence_of_a_batch_alone_is_found() -> None:
     lm = tiny_model("llama")
 
     class FirstRowOnly(CausalLM):
-        def forward(self, tokens_BT: Any, labels_BT: Any, position_ids_BT: Any, want: Any = ()) -> Any:
+        def forward(self, tokens_BT: Any, labels_BT: Any, position_ids_BT: Any, want: Any = ()) -> Any:  # type: ignore[override]
             straight_T = torch.arange(position_ids_BT.shape[1])
             return super().forward(tokens_BT, labels_BT, torch.stack([position_ids_BT[0], straight_T]), want)
 

@@ -80,7 +80,7 @@ def test_the_report_counts_what_brute_force_counts(model, tmp_path, workers):
     report = json.loads((tmp_path / "web.contamination.json").read_text())
     there = set().union(*(brute_force(words_of(text), 13) for text in corpus))
     grams = [
-        set().union(*(brute_force(words_of(text), 13) for text in (one["question"], *one.get("choices", ()))))
+        set().union(*(brute_force(words_of(text), 13) for text in (one["question"], *one.get("choices", ()))))  # type: ignore[attr-defined]
         for one in questions
     ]
     assert [(one["line"], one["ngrams"], one["found"]) for one in report["documents"]] == [

@@ -66,7 +66,7 @@ def make_losses(path: Path, values: np.ndarray, column: int = 0) -> StoredLosses
     """Write a file that holds these losses in the given column."""
     columns = np.stack([np.full_like(values, 77.0), values][1 - column :], axis=-1)
     write_scores(path, columns, "float32")
-    return StoredLosses(ScoreFile(path, *columns.shape, "float32"), column)
+    return StoredLosses(ScoreFile(path, *columns.shape, "float32"), column)  # type: ignore[call-arg]
 
 
 def brute_force(lengths: list[int], excess: np.ndarray, counts: np.ndarray) -> DocumentExcess:

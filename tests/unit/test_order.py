@@ -33,7 +33,7 @@ def build(
 
 
 def samples_of(world: World, *args: Any, split: str | None = None) -> dict[str, Any]:
-    samples = build(world, *args, split)
+    samples = build(world, *args, split)  # type: ignore[call-arg]
     return {"fingerprint": samples.fingerprint, "samples": [samples[n] for n in range(len(samples))]}
 
 

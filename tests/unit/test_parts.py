@@ -99,7 +99,7 @@ def test_intervals_and_the_last_step_decide_what_happens() -> None:
                 steps.append(state.step)
     assert happens == {"logged": [2, 3, 4, 6, 7], "evaluated": [3, 6, 7], "saved": [5, 7]}
     counted = {"step": 7, "consumed_samples": 28, "consumed_selected_tokens": 70, "skipped_updates": 1}
-    counted |= {"skipped_in_a_row": 0, "order_fingerprint": "", "next_sample": 35, "failed_saves": 0, "carried": {}}
+    counted |= {"skipped_in_a_row": 0, "order_fingerprint": "", "next_sample": 35, "failed_saves": 0, "carried": {}}  # type: ignore[dict-item]
     assert state.progress() == counted
     assert state.first_sample == 30
     assert state.consumed_tokens == 28 * 32

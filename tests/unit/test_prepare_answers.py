@@ -200,7 +200,7 @@ def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
     for kind, expected in (("messages", 3), ("text", 1)):
         how = encoding.Encoding(file, end, "uint16", Fields(format=kind))
         content = {"text": "a <|im_end|>", **raw[0][2]}
-        group = encoding.encode_documents(how, [encoding.RawDocument("f", 1, content)]).groups[""]
+        group = encoding.encode_documents(how, [encoding.RawDocument("f", 1, content)]).groups[""]  # type: ignore[attr-defined]
         assert (group.pieces[0] == end).sum() == expected
         assert bool(group.masks) == (kind == "messages")
 

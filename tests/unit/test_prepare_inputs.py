@@ -189,7 +189,7 @@ def test_sources_and_licences_are_counted(model, tmp_path):
     wiki = {
         "documents": 200,
         "tokens": sum(len(tokens[i]) for i in range(0, 400, 2)),
-        "bytes": sum(len(record["text"].encode()) for record in RECORDS[::2]),
+        "bytes": sum(len(record["text"].encode()) for record in RECORDS[::2]),  # type: ignore[misc]
     }
     assert list(corpus.sources) == ["wiki", "arXiv"]
     assert corpus.sources["wiki"] == wiki

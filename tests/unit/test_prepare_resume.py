@@ -128,7 +128,7 @@ def test_finished_files_are_not_read_again(web, evaluation, model, tmp_path, mon
     bad.write_text(bad.read_text().removesuffix("{bad\n"))
     read = []
     real = InputFile.read
-    monkeypatch.setattr(InputFile, "read", lambda self, fields: [read.append(self.path.name), real(self, fields)][1])
+    monkeypatch.setattr(InputFile, "read", lambda self, fields: [read.append(self.path.name), real(self, fields)][1])  # type: ignore[func-returns-value]
     prepared(web, tmp_path / "out" / "web", model, evaluation)
     assert [name for name in read if name[0].isdigit()] == ["3.jsonl", "4.jsonl"]
     prepared(web, tmp_path / "whole" / "web", model, evaluation)

@@ -90,7 +90,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_asking_again_finishes(
         return then
 
     with monkeypatch.context() as patch:
-        patch.setattr(rollback, "write_durably", dies(rollback.write_durably))
+        patch.setattr(rollback, "write_durably", dies(rollback.write_durably))  # type: ignore[attr-defined]
         patch.setattr(shutil, "move", dies(shutil.move))
         with pytest.raises(KeyboardInterrupt):
             go_back(run_dir, 10)

@@ -273,7 +273,7 @@ def test_queries_attend_alike_however_many_together(
     torch.manual_seed(0)
     query, key, value, upstream = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
     inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    found = attend_by_sequence(queries, *inputs, 0.3, window)
+    found = attend_by_sequence(queries, *inputs, 0.3, window)  # type: ignore[call-arg]
     first_R = queries.first_R(window)
     seen_RN = (torch.arange(72) >= first_R[:, None]) & (torch.arange(72) <= index_R[:, None])
     key_HND, value_HND = (tensor.repeat_interleave(2, 0) for tensor in (key, value))

@@ -145,7 +145,7 @@ def test_nan_is_kept_after_minus_infinity_and_counted():
 def test_no_score_of_an_invalid_token_competes():
     selection = select_tokens(torch.tensor([INF, NAN, -5.0]), torch.tensor([False, False, True]), 0.1)
     assert selection.mask.tolist() == [False, False, True]
-    assert (selection.num_valid, selection.num_selected, selection.num_nan) == (1, 1, 0)
+    assert (selection.num_valid, selection.num_selected, selection.num_nan) == (1, 1, 0)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("shape", [(0,), (3,), (2, 0), (2, 3)])
@@ -155,7 +155,7 @@ def test_where_nothing_is_valid_nothing_is_selected_and_the_threshold_is_nan(sha
     assert not selection.mask.any()
     assert selection.threshold.isnan().all()
     assert selection.threshold.shape == (shape[:-1] if scope == "sequence" else ())
-    assert (selection.num_valid, selection.num_selected) == (0, 0)
+    assert (selection.num_valid, selection.num_selected) == (0, 0)  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

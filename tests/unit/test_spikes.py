@@ -26,7 +26,7 @@ def run(losses: list[float], path: Path | None, state: RunState, sigma: float = 
         state.record = {}
         spikes.on_step_end(state, SimpleNamespace(loss=loss))
         counts.append(state.record["loss/spikes"])
-    return counts
+    return counts  # type: ignore[return-value]
 
 
 def fresh() -> RunState:

@@ -61,7 +61,8 @@ def sequence_losses(module: nn.Module, model: PreTrainedModel, length: int, brou
     """
     text_BS = some_tokens(model, 1, length + 1)
     with torch.no_grad(), evaluating(model):
-        return module(text_BS[:, :-1], text_BS[:, 1:], straight(text_BS[:, :-1]), (), brought)["loss"]
+        loss_BT: Tensor = module(text_BS[:, :-1], text_BS[:, 1:], straight(text_BS[:, :-1]), (), brought)["loss"]
+        return loss_BT
 
 
 def check_opening(model: PreTrainedModel, before_BT: Tensor, after_BT: Tensor) -> None:
@@ -133,7 +134,8 @@ def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
 
     def change(brought: dict[str, Any]) -> Tensor:
         one, other = (module(text, labels_BT, straight(text), (), brought)["loss"] for text in (tokens_BT, other_BT))
-        return (one - other)[:, 1:].norm()
+        distance: Tensor = (one - other)[:, 1:].norm()
+        return distance
 
     with torch.no_grad(), evaluating(model):
         leaked, attended = change({"selective": Silent()}), change({})

@@ -173,8 +173,10 @@ def _is_plain(module: nn.Module) -> bool:
 def _forward(linear: nn.Module, rows: Rows, input: Tensor) -> Tensor:
     """Rows that are not those of the batch, as an expert of a mixture gets them, take the linear's own way."""
     if input.shape[:-1] != rows.shape:
-        return type(linear).forward(linear, input)
-    return RowLinear.apply(input, linear.weight, linear.bias, isinstance(linear, Conv1D), rows)
+        output: Tensor = type(linear).forward(linear, input)
+    else:
+        output = RowLinear.apply(input, linear.weight, linear.bias, isinstance(linear, Conv1D), rows)
+    return output
 
 
 @dataclass(frozen=True)
