@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_slm.backend import Backend, EngineSettings
+from megatron_slm.backend import Backend, EngineSettings, Update
 from megatron_slm.backend.plain import PlainBackend
 from megatron_slm.build.models import make_learner
 from megatron_slm.data.loader import StepLoader, accumulation_steps
@@ -22,10 +22,13 @@ from megatron_slm.reference.references import LiveReference, NoReference
 from megatron_slm.selection import Rule, SelectionSettings, score
 from megatron_slm.selection.settings import RankedScore
 from megatron_slm.training.candidates import Candidates
+from megatron_slm.training.cost import StepTokens
 from megatron_slm.training.objective import CausalLanguageModeling, Choice, SelectiveLanguageModeling
 from megatron_slm.training.optimizer import adamw
 from megatron_slm.training.settings import TrainingSettings
-from megatron_slm.training.step import TrainingStep
+from megatron_slm.training.state import Requested
+from megatron_slm.training.statistics import StepStatistics
+from megatron_slm.training.step import StepResult, TrainingStep
 from megatron_slm.types import Batch, TokenSignals
 
 LENGTH, VOCABULARY = 16, 97
@@ -266,6 +269,24 @@ def write_weights(backend: Backend, module: CausalLM, values: dict[str, Tensor])
     with backend.gathered(parameters.values()), torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)
+
+
+def result_of_step(step: int) -> StepResult:
+    """Return a result with the losses of 2 x 8 tokens; the excess loss begins at `step`, and grows by 0.5 per token."""
+    excess = step + torch.arange(16.0).view(2, 8) / 2
+    ids = torch.arange(16).view(2, 8)
+    batch = Batch(
+        ids, ids + 1, torch.ones(2, 8, dtype=torch.bool), ids, ids[:, 0] // 8, ids[:, 0] // 8, ids, ids[:, 0] * 0
+    )
+    statistics = StepStatistics(2, World(0, 1, 0, torch.device("cpu")))
+    signals = {"student.loss": excess + 1, "reference.loss": torch.ones(2, 8)}
+    statistics.add(
+        batch,
+        signals,
+        Choice(excess > step + 3, {"loss": (excess > step + 3).float()}, torch.tensor(3.0), batch.valid_BT),
+    )
+    tokens = StepTokens(candidates=0, trained=16, selected=8, reference=16)
+    return StepResult(8, 1e-3, 1.0, Requested(), Update(True, 1.0), statistics, tokens)
 
 
 def flat(tensors: dict[str, Tensor]) -> Tensor:

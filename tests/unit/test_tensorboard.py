@@ -5,45 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from megatron_slm.backend import Update
-from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.training.cost import StepTokens
 from megatron_slm.training.metrics import StepMetrics
-from megatron_slm.training.objective import Choice
-from megatron_slm.training.state import Plan, Requested, RunState
-from megatron_slm.training.statistics import StepStatistics
-from megatron_slm.training.step import StepResult
+from megatron_slm.training.state import Plan, RunState
 from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, layout, open_event_files, preformatted
-from megatron_slm.types import Batch
+from tests.steps import result_of_step
 
 CLM = ["loss/all", "lr", "grad_norm", "tokens_per_second", "step_seconds", "skipped_updates"]
 SLM = [*CLM, "loss/selected", "loss/unselected", "loss/reference", "selection/threshold", "selection/ratio"]
 SLM += ["selection/ratio/web", "selection/ratio/a|b (c)", "excess/q10", "excess/q50", "excess/q90", "eval/math/loss"]
 CONFIGURATION = "run_dir: runs/a\nmodel: {path: '<script>alert(1)</script> **x** | `y`'}\n"
-
-
-def result_of_step(step: int) -> StepResult:
-    """Losses of 2 x 8 tokens; excess loss from `step` on, 0.5 a token."""
-    excess = step + torch.arange(16.0).view(2, 8) / 2
-    ids = torch.arange(16).view(2, 8)
-    batch = Batch(
-        ids, ids + 1, torch.ones(2, 8, dtype=torch.bool), ids, ids[:, 0] // 8, ids[:, 0] // 8, ids, ids[:, 0] * 0
-    )
-    statistics = StepStatistics(2, World(0, 1, 0, torch.device("cpu")))
-    signals = {"student.loss": excess + 1, "reference.loss": torch.ones(2, 8)}
-    statistics.add(
-        batch,
-        signals,
-        Choice(excess > step + 3, {"loss": (excess > step + 3).float()}, torch.tensor(3.0), batch.valid_BT),
-    )
-    tokens = StepTokens(candidates=0, trained=16, selected=8, reference=16)
-    return StepResult(8, 1e-3, 1.0, Requested(), Update(True, 1.0), statistics, tokens)
 
 
 def train(folder: Path, first: int, last: int) -> None:
