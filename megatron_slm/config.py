@@ -136,10 +136,7 @@ class Config:
     def __post_init__(self) -> None:
         step = self.training.global_batch_size * self.data.seq_length * self.candidates
         if self.data.order_tokens is not None and self.data.order_tokens < step:
-            reason = (
-                f"one step reads {step} tokens (training.global_batch_size * data.seq_length, times "
-                "selection.candidates)"
-            )
+            reason = f"a step reads {step} tokens: training.global_batch_size * data.seq_length * selection.candidates"
             raise UserError("data.order_tokens", self.data.order_tokens, reason, f"Use {step} or more, or remove it")
         _check_deepspeed(self.deepspeed)
         self.deepspeed = _read_deepspeed(self.deepspeed, "deepspeed")
@@ -274,7 +271,7 @@ _PROBLEMS = {
 def _user_error(details: ErrorDetails) -> UserError:
     """Return one error of pydantic with the full name of its setting."""
     kind, location, value = details["type"], details["loc"], details["input"]
-    context = details.get("ctx", {})
+    context = {"message": details["msg"]} | details.get("ctx", {})
     if kind == "missing" and isinstance(location[-1], int):
         kind, location = "too_short", location[:-1]
     name = _name(location)
@@ -283,7 +280,7 @@ def _user_error(details: ErrorDetails) -> UserError:
     if kind in _UNKNOWN:
         value = "null" if value is None else value
         return UserError(name, value, "there is no such setting", _nearest(name, list(setting_names())))
-    reason, remedy = _PROBLEMS.get(kind, (f"it is not valid ({details['msg']})", "Correct it"))
+    reason, remedy = _PROBLEMS.get(kind, ("it is not valid ({message})", "Correct it"))
     return UserError(name, None if kind == "missing" else value, reason.format(**context), remedy.format(**context))
 
 
@@ -293,11 +290,13 @@ def _name(location: Sequence[str | int]) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """Return the remedy for an unknown setting: the nearest one of its group, or all of them."""
+    """Return the remedy for an unknown setting: its place in another group, or the nearest name in its own."""
     group, _, key = name.rpartition(".")
     plain = re.sub(r"\[\d+\]", "", group)
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == plain]
     prefix = f"{group}." if group else ""
+    if len(elsewhere := [other for other in known if other.rpartition(".")[2] == key]) == 1:
+        return f"Did you mean {elsewhere[0]}?"
     if near := difflib.get_close_matches(key, siblings, n=1, cutoff=0.5):
         return f"Did you mean {prefix}{near[0]}?"
     return f"Use one of {', '.join(prefix + sibling for sibling in sorted(siblings))}"

@@ -10,16 +10,21 @@ import pytest
 
 import megatron_slm
 from megatron_slm.dist import World, disconnect
+from megatron_slm.training.trainer import make_callback
 from tests.gloo import run_ranks
 from tests.runs import config_tree, records, write_config
 
 
 class CountedTokens(megatron_slm.Callback):  # type: ignore[name-defined]
-    """Adds to the record, which the writers then write."""
+    """A callback that adds a column to the record, which the writers then write."""
+
+    def __init__(self, name: str = "mine/selected", scale: float = 1.0) -> None:
+        self._name = name
+        self._scale = scale
 
     def on_step_end(self, state: Any, result: Any) -> None:
         if state.record is not None:
-            state.record["mine/selected"] = result.selected_tokens
+            state.record[self._name] = self._scale * result.selected_tokens
 
 
 class Remembering(megatron_slm.Callback):  # type: ignore[name-defined]
@@ -62,10 +67,42 @@ def test_a_program_trains_and_hears_of_every_step(corpora: Path, tmp_path: Path)
     assert run_ranks(train_from_python, 1, config)[0][2] == ["start", "closed"]
 
 
-def test_a_program_gets_an_exception_with_the_sentence(tmp_path: Path) -> None:
+def test_callbacks_in_a_configuration_take_arguments(corpora: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run", train_tokens=8 * 32))
+    config.write_text(
+        config.read_text() + "callbacks:\n"
+        "- tests.end_to_end.test_from_python:CountedTokens\n"
+        "- class: tests.end_to_end.test_from_python:CountedTokens\n"
+        "  args: {name: mine/thousands, scale: 1e-3}\n"
+    )
+    run_ranks(train_from_python, 1, str(config))
+    (record,) = records(tmp_path / "run")
+    assert record["mine/thousands"] == pytest.approx(1e-3 * record["mine/selected"]) and record["mine/selected"] > 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"class": "tests.end_to_end.test_from_python:CountedTokens", "args": {"scael": 2}}, "scael"),
+        ({"class": "tests.end_to_end.test_from_python:Missing", "args": {}}, "cannot be imported"),
+        ("tests.end_to_end.test_from_python:train_from_python", "cannot be made"),
+        ("builtins:dict", "not a callback"),
+        ("json", "cannot be imported"),
+    ],
+)
+def test_a_callback_that_cannot_be_made_is_named(entry: Any, reason: str) -> None:
+    with pytest.raises(megatron_slm.UserError) as caught:
+        make_callback(entry)
+    error = caught.value
+    assert error.setting == "callbacks" and error.value == (entry if isinstance(entry, str) else entry["class"])
+    assert reason in error.reason and error.remedy
+
+
+def test_a_program_gets_an_exception_with_fields(tmp_path: Path) -> None:
     training = {"lr": "fast", "global_batch_size": 8, "train_tokens": 1}
-    with pytest.raises(megatron_slm.UserError, match=r"training\.lr is 'fast'"):
+    with pytest.raises(megatron_slm.UserError) as caught:
         megatron_slm.train({"run_dir": "x", "model": {"path": "x"}, "data": {"train": "x"}, "training": training})
+    assert (caught.value.setting, caught.value.value) == ("training.lr", "fast")
     assert not list(tmp_path.iterdir())
 
 

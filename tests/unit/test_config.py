@@ -91,6 +91,11 @@ def test_every_error_of_a_configuration_is_reported_at_once(file: Path) -> None:
     assert error.remedy == "Did you mean training.lr?" and error.others[0].reason == "it must be above 0"
 
 
+def test_a_setting_in_the_wrong_group_is_found(file: Path) -> None:
+    assert refused(file, "seq_length=64").remedy == "Did you mean data.seq_length?"
+    assert refused(file, "data.warmup_tokens=64").remedy == "Did you mean training.warmup_tokens?"
+
+
 def test_an_unknown_key_that_is_not_text_is_named(file: Path) -> None:
     file.write_text(CONFIG + "5: 6\n")
     assert refused(file).setting == "[5]"
