@@ -1,4 +1,4 @@
-"""What machines, launchers and other programs get wrong: a sentence, exit status 2, nothing lost."""
+"""Faults of machines, launchers and files. Each ends with an error, exit status 2, and nothing lost."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from tests.runs import config_tree, megatron_slm, records, train_in_process, wri
 
 
 def refused_among(environment: dict[str, str], *arguments: str) -> str:
-    """The sentence of a command that was started with these variables."""
+    """Run a command that fails as a launcher that sets these variables would, and return its errors."""
     return sentence_of(arguments[0], *run_ranks(command_line_among, 1, environment, *arguments)[0])
 
 
@@ -69,7 +69,7 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize("mistake", CONFIGURATIONS)
-def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, mistake: str) -> None:
+def test_a_file_that_is_not_a_configuration_is_named(tmp_path: Path, mistake: str) -> None:
     content, expected = CONFIGURATIONS[mistake]
     (tmp_path / "run.yaml").write_bytes(content)
     assert expected in refused("train", str(tmp_path / "run.yaml"))
@@ -130,7 +130,7 @@ def test_a_damaged_part_is_named(corpora: Path, tmp_path: Path, damage: str) -> 
 
 @pytest.fixture(scope="module")
 def finished(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run of two steps, and its configuration."""
+    """Return the directory of a run of two steps, and its configuration."""
     folder = tmp_path_factory.mktemp("finished")
     tree = config_tree(corpora, folder / "run", train_tokens=2 * 8 * 32)
     run_ranks(train_in_process, 1, tree)
@@ -156,7 +156,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("damage", FOLDERS)
-def test_a_damaged_run_directory_is_named_and_left_as_it_is(
+def test_a_damaged_run_directory_is_named_and_left_unchanged(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path, damage: str
 ) -> None:
     harm, expected = FOLDERS[damage]
@@ -187,7 +187,7 @@ def test_garbled_records_that_rank_0_finds_stop_every_rank(
 
 
 def train_on_a_full_disk(world: World, tree: dict[str, Any], config: str) -> tuple[int, str]:
-    """The disk fills while records are written."""
+    """Train while the disk fills as records are written."""
     from megatron_slm.training import metrics as jsonl
 
     def full(_: object) -> str:

@@ -1,4 +1,4 @@
-"""What users get wrong: each a sentence that names the setting, exit status 2, no traceback, nothing lost."""
+"""Mistakes of users. Each ends with an error that names the setting, exit status 2, no traceback, and nothing lost."""
 
 import fcntl
 import io
@@ -30,7 +30,7 @@ from tests.runs import (
 
 
 def command_line(_: World, *arguments: str) -> tuple[int, str]:
-    """Exit status and standard error of a command, in a process that has imported everything already."""
+    """Run a command in this process, which has imported everything already; return exit status and standard error."""
     disconnect()
     heard = io.StringIO()
     with redirect_stderr(heard):
@@ -42,18 +42,18 @@ def command_line(_: World, *arguments: str) -> tuple[int, str]:
 
 
 def command_line_among(world: World, environment: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """The same of a process that a launcher started with these variables."""
+    """Run a command as a launcher that sets these variables would."""
     os.environ.update(environment)
     return command_line(world, *arguments)
 
 
 def command_lines(world: World, many: list[list[str]]) -> list[tuple[int, str]]:
-    """Several commands, one after the other: what is refused early leaves nothing behind in the process."""
+    """Run several commands in one process; one that fails early leaves nothing behind for the next."""
     return [command_line(world, *arguments) for arguments in many]
 
 
 def refused(*arguments: str) -> str:
-    """The error that a command prints."""
+    """Run a command that fails, and return its errors, one per line."""
     return sentence_of(arguments[0], *run_ranks(command_line, 1, *arguments)[0])
 
 
@@ -62,7 +62,7 @@ def sentence_of(verb: str, status: int, heard: str) -> str:
 
 
 def sentences_of(verb: str, status: int, heard: str) -> list[str]:
-    """The errors that a command printed, one per line."""
+    """Return the errors that a failed command printed."""
     start = f"megatron-slm {verb}: error: "
     sentences = [line.removeprefix(start) for line in heard.splitlines() if line.startswith(start)]
     assert status == 2 and sentences and heard.splitlines()[-1].startswith(start), heard
@@ -231,7 +231,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def answers(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, Path]]:
-    """Exit status, standard error and run folder of every mistake."""
+    """Return exit status, standard error and run directory of every mistake."""
     folder = tmp_path_factory.mktemp("mistakes")
     commands, run_dirs = [], []
     for number, (override, _, _) in enumerate(SETTINGS.values()):
@@ -294,7 +294,7 @@ def test_a_score_of_another_shape_is_named(corpora: Path, tmp_path: Path) -> Non
     )
 
 
-def test_a_score_that_reads_what_it_does_not_need_is_named(corpora: Path, tmp_path: Path) -> None:
+def test_a_score_that_reads_a_signal_that_it_does_not_need_is_named(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     said = refused("train", str(config), "selection.score=tests.end_to_end.deadly:reads_more_than_it_says")
     assert (
@@ -302,7 +302,7 @@ def test_a_score_that_reads_what_it_does_not_need_is_named(corpora: Path, tmp_pa
     )
 
 
-def test_a_score_that_is_no_number_is_told_once_and_counted(corpora: Path, tmp_path: Path) -> None:
+def test_a_score_that_is_not_a_number_is_logged_once_and_counted(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run", train_tokens=3 * 8 * 32)
     tree["selection"] = {"score": "tests.end_to_end.deadly:not_a_number"}
     run_ranks(train_in_process, 2, tree)
@@ -316,7 +316,7 @@ def test_bf16_without_partitioning_is_refused(corpora: Path, tmp_path: Path) -> 
     assert "training.precision is bf16" in refused("train", str(config), "training.precision=bf16")
 
 
-def test_a_configuration_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.yaml"
     assert f"configuration is {path}, but it cannot be read (No such file" in refused("train", str(path))
 
@@ -405,7 +405,7 @@ def test_a_run_directory_refuses_another_configuration(
     assert snapshot(folder / "run") == before
 
 
-def test_going_back_to_a_checkpoint_that_is_not_there_names_those_that_are(
+def test_a_rollback_to_a_missing_checkpoint_names_those_that_exist(
     finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, tree = finished
@@ -446,7 +446,7 @@ def test_a_run_directory_that_is_a_link_to_nothing_is_named(corpora: Path, tmp_p
     assert not (tmp_path / "gone").exists()
 
 
-def test_a_folder_with_a_configuration_of_ones_own_is_left_alone(corpora: Path, tmp_path: Path) -> None:
+def test_a_folder_with_a_users_own_configuration_is_left_unchanged(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", config_tree(corpora, tmp_path))
     before = config.read_bytes()
     assert "its config.yaml was not written by a run" in refused("train", str(config))
@@ -461,8 +461,8 @@ def test_a_run_directory_in_use_is_refused(corpora: Path, tmp_path: Path) -> Non
         assert "another process is training in it" in refused("train", str(config))
 
 
-def test_a_start_that_failed_binds_nobody(corpora: Path, tmp_path: Path) -> None:
-    """The first start got as far as an empty metrics.jsonl."""
+def test_a_start_that_failed_does_not_fix_the_configuration(corpora: Path, tmp_path: Path) -> None:
+    """A start that failed after it made an empty metrics.jsonl does not fix the configuration."""
     tree = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=8 * 32)
     run_ranks(train_in_process, 1, tree)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
@@ -471,7 +471,7 @@ def test_a_start_that_failed_binds_nobody(corpora: Path, tmp_path: Path) -> None
     assert run_ranks(train_in_process, 1, tree)[0]["step"] == 1
 
 
-def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
+def test_export_names_what_is_missing(tmp_path: Path, finished: tuple[Path, dict[str, Any]]) -> None:
     assert "holds no config.yaml" in refused("export", str(tmp_path), str(tmp_path / "out"))
     run = str(finished[0] / "run")
     assert "--checkpoint is 7" in refused("export", run, str(tmp_path / "out"), "--checkpoint", "7")
@@ -484,7 +484,7 @@ def test_export_names_what_is_not_there(tmp_path: Path, finished: tuple[Path, di
     assert "export was started on 2 ranks" in sentence_of("export", status, heard)
 
 
-def test_two_ranks_that_met_say_it_once(corpora: Path, tmp_path: Path) -> None:
+def test_an_error_of_all_ranks_is_printed_once(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run") | {"reference": {"path": "/nowhere/model"}}
     config = str(write_config(tmp_path / "run.yaml", tree))
     (status, aloud), silent = run_ranks(command_line_among, 2, {"MASTER_PORT": free_port()}, "train", config)
@@ -493,7 +493,7 @@ def test_two_ranks_that_met_say_it_once(corpora: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run.yaml").read_text()) == tree
 
 
-def test_torchrun_shows_the_sentence_once_and_in_its_summary(corpora: Path, tmp_path: Path) -> None:
+def test_torchrun_shows_the_error_once_and_in_its_summary(corpora: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run")))
     ended = megatron_slm("train", config, "data.train=/nowhere/web", ranks=2)
     assert ended.returncode != 0
@@ -503,7 +503,7 @@ def test_torchrun_shows_the_sentence_once_and_in_its_summary(corpora: Path, tmp_
     assert said in ended.stderr.partition("Root Cause")[2]
 
 
-def test_a_rank_that_fails_first_leaves_rank_0_the_time_to_say_why(corpora: Path, tmp_path: Path) -> None:
+def test_a_rank_that_fails_first_leaves_rank_0_the_time_to_print_the_error(corpora: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run")))
     script = tmp_path / "late.py"
     script.write_text(
