@@ -104,7 +104,7 @@ def _manifest(
     """Return the manifest of the store, without its files."""
     data = config.data
     length = data.seq_length
-    attention = "attention kept within each" if data.reset_attention else "attending across them"
+    attention = "within each document" if data.reset_attention else "across documents"
     context = (
         DOCUMENT_CONTEXT.format(window=length, least=length - length // 2)
         if order is None

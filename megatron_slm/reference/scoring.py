@@ -54,9 +54,9 @@ class Work(Protocol):
 
 
 DOCUMENT_CONTEXT = (
-    "Each token in the context of its own document: after an end-of-document token that stands before the document, "
-    "and all of the document's tokens before it, or, from token {window} on, at least the last {least} of them "
-    "(windows of {window} tokens that overlap by half). Positions count from the beginning of the window."
+    "Each token in the context of its own document: an end-of-document token and all tokens of the document before it; "
+    "from token {window} on, at least the last {least} of them (windows of {window} tokens that overlap by half). "
+    "Positions count from the beginning of the window."
 )
 
 
@@ -166,8 +166,8 @@ class DocumentWork:
 
 
 PACKED_CONTEXT = (
-    "Each token in the sample that it is trained in: {length} tokens of consecutive documents, {attention}; the first "
-    "label of a sample is predicted from one token."
+    "Each token in the sample in which it is trained: {length} tokens of consecutive documents, with attention "
+    "{attention}. The first label of a sample is predicted from one token."
 )
 
 

@@ -174,10 +174,10 @@ def test_a_packed_store_of_kept_documents_serves_runs_on_them_alone(
     with pytest.raises(RankError, match=r"of another order of samples \(data.train, data.split, data.keep"):
         run_ranks(train_in_process, 1, tree | {"run_dir": str(tmp_path / "all"), "data": tree["data"] | {"keep": None}})
     config = str(write_config(tmp_path / "run.yaml", tree | {"run_dir": str(tmp_path / "new")}))
-    status, heard, said = run_ranks(shown, 1, "train", config, "--dry-run")[0]
-    assert status == 0, heard
+    status, stderr, stdout = run_ranks(shown, 1, "train", config, "--dry-run")[0]
+    assert status == 0, stderr
     kept = open_keep_list(str(stores / "keep")).documents(open_corpus(str(corpora / "books")))
-    assert f"keep: {kept.sum()} of {len(kept)} documents of books" in said
+    assert f"keep: {kept.sum()} of {len(kept)} documents of books" in stdout
 
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
@@ -231,8 +231,8 @@ def test_mistakes_are_errors_and_no_file_changes(corpora: Path, stores: Path, tm
     mistakes = [("filter", *one) for one in COMMANDS.values()] + [("train", *one) for one in TRAINING.values()]
     given = [[verb, str(configs[verb]), *map(placed, overrides)] for verb, overrides, _ in mistakes]
     answers = run_ranks(command_lines, 1, given)[0]
-    for (verb, _, said), (status, heard) in zip(mistakes, answers, strict=True):
-        assert placed(said) in sentence_of(verb, status, heard)
+    for (verb, _, expected), (status, stderr) in zip(mistakes, answers, strict=True):
+        assert placed(expected) in sentence_of(verb, status, stderr)
     assert {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()} == before
     assert (stores / "link").is_symlink() and not (stores / "gone").exists()
     assert not list((tmp_path / "out").iterdir())
@@ -240,8 +240,8 @@ def test_mistakes_are_errors_and_no_file_changes(corpora: Path, stores: Path, tm
 
 def test_a_filtering_on_several_ranks_is_refused(corpora: Path, stores: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path / "filter.yaml", filter_tree(corpora, stores, tmp_path / "keep")))
-    status, heard = run_ranks(
+    status, stderr = run_ranks(
         command_line_among, 1, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "filter", config
     )[0]
-    assert "number of ranks is 2" in sentence_of("filter", status, heard)
+    assert "number of ranks is 2" in sentence_of("filter", status, stderr)
     assert not (tmp_path / "keep").exists()

@@ -205,11 +205,11 @@ def test_shards_of_samples_are_not_resumed_at_another_size(corpora: Path, tmp_pa
     longer = tree | {"training": tree["training"] | {"train_tokens": 40 * 8 * 32}}
     longer |= {"data": tree["data"] | {"order_tokens": 20 * 8 * 32}}
     smaller = tree | {"reference": tree["reference"] | {"micro_batch_size": 3}}
-    for other, said in (
+    for other, expected in (
         (smaller, r"reference\.micro_batch_size was 8 and is 3"),
         (longer, "the samples was 160 and is 320"),
     ):
-        with pytest.raises(RankError, match=said):
+        with pytest.raises(RankError, match=expected):
             run_ranks(score_in_process, 1, other)
 
 
@@ -293,10 +293,10 @@ def test_a_run_on_a_packed_store_is_bitwise_the_run_with_the_live_reference(corp
     )
     read = train_and_record(corpora, tmp_path / "stored", 1, store=str(tmp_path / "packed"))
     assert live == read
-    said = [(tmp_path / name / "log-rank0000.txt").read_text() for name in ("live", "stored")]
-    assert ["store check on 8 samples" in log for log in said] == [False, True]
+    logs = [(tmp_path / name / "log-rank0000.txt").read_text() for name in ("live", "stored")]
+    assert ["store check on 8 samples" in log for log in logs] == [False, True]
     # In the very samples that were scored, the model that wrote the store selects what the store does.
-    assert "selects 100% of the same tokens" in said[1] and "WARNING" not in said[1].partition("store check")[2]
+    assert "selects 100% of the same tokens" in logs[1] and "WARNING" not in logs[1].partition("store check")[2]
     assert all(record["loss/reference"] for record in live)
 
 
@@ -418,15 +418,15 @@ BAD_STORES: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("change, said", BAD_STORES.values(), ids=BAD_STORES.keys())
+@pytest.mark.parametrize("change, expected", BAD_STORES.values(), ids=BAD_STORES.keys())
 def test_a_store_that_does_not_belong_is_refused(
-    corpora: Path, stored: Path, tmp_path: Path, change: Change, said: str
+    corpora: Path, stored: Path, tmp_path: Path, change: Change, expected: str
 ) -> None:
     store = Path(shutil.copytree(stored / "documents", tmp_path / "store"))
     tree = training_tree(corpora, tmp_path / "run")
     tree["reference"] = {"store": str(store)}
     change(store, corpora, tree)
-    with pytest.raises(RankError, match=said):
+    with pytest.raises(RankError, match=expected):
         run_ranks(train_in_process, 1, tree)
 
 
@@ -445,15 +445,15 @@ def packed(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
-@pytest.mark.parametrize("changes, said", PACKED_CHANGES.values(), ids=PACKED_CHANGES.keys())
+@pytest.mark.parametrize("changes, expected", PACKED_CHANGES.values(), ids=PACKED_CHANGES.keys())
 def test_a_packed_store_serves_its_own_order_alone(
-    corpora: Path, packed: Path, tmp_path: Path, changes: dict[str, Any], said: str
+    corpora: Path, packed: Path, tmp_path: Path, changes: dict[str, Any], expected: str
 ) -> None:
     tree = training_tree(corpora, tmp_path / "run")
     tree["reference"] = {"store": str(packed)}
     for group, change in changes.items():
         tree[group] = tree[group] | change if isinstance(change, dict) else change
-    with pytest.raises(RankError, match=said):
+    with pytest.raises(RankError, match=expected):
         run_ranks(train_in_process, 1, tree)
 
 

@@ -154,21 +154,21 @@ def with_fewer_bits(tensors: dict[str, Any], text: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (of_another_version, "of format version 2, which this program does not read"),
         (without_its_bits, "which lacks bits of the corpora that it names"),
         (with_fewer_bits, "which lacks bits of the corpora that it names"),
     ],
 )
-def test_a_list_that_says_something_else_is_refused(tmp_path: Path, change: Callable[..., None], said: str) -> None:
+def test_a_list_that_says_something_else_is_refused(tmp_path: Path, change: Callable[..., None], expected: str) -> None:
     path = tmp_path / "keep"
     write_keep_list(path, [described("web", 20)], [np.arange(20) < 7], {})
     tensors = load_file(path)
     text = {"format_version": 1, "corpora": [{"name": "web", "documents": 20, "sha256": {}}]}
     change(tensors, text)
     path.write_bytes(save(tensors, {"keep_list": json.dumps(text)}))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         open_keep_list(str(path))
 
 

@@ -39,6 +39,6 @@ def test_figures_that_are_unknown_are_not_in_the_line(caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("reason", UNTRUSTED)
 def test_a_warning_names_why_a_store_cannot_be_trusted(caplog: pytest.LogCaptureFixture, reason: str) -> None:
-    changes, said = UNTRUSTED[reason]
+    changes, expected = UNTRUSTED[reason]
     _, warnings = log_of(caplog, TRUSTED | changes)
-    assert len(warnings) == 1 and said in warnings[0]
+    assert len(warnings) == 1 and expected in warnings[0]
