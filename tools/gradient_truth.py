@@ -33,7 +33,8 @@ from megatron_slm.config import Config, load_config
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World, connect, disconnect
 from megatron_slm.io.progress import Meter
-from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights, load_pretrained
+from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
+from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.models.settings import ModelSettings
 from megatron_slm.selection.rule import Rule
 from megatron_slm.types import Batch

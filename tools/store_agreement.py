@@ -26,7 +26,8 @@ from megatron_slm.data.samples import build_samples
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.dist import World
-from megatron_slm.models.causal_lm import CausalLM, load_pretrained
+from megatron_slm.models.causal_lm import CausalLM
+from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.reference.references import LiveReference
 from megatron_slm.reference.scoring import DocumentWork, ModelSource
 from megatron_slm.selection.select import select_tokens

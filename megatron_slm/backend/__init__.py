@@ -1,4 +1,4 @@
-"""How a model is held and stepped on many ranks. `deepspeed.py` is the real one, `plain.py` the plain PyTorch twin.
+"""Backends, which hold a model on many ranks and update it: DeepSpeed, and plain PyTorch for tests and small runs.
 
 Nothing outside this package imports deepspeed.
 """
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Update:
-    """What became of an optimizer step: applied or skipped, and the gradient norm before clipping, over all ranks."""
+    """The outcome of an optimizer step: applied or skipped, and the gradient norm over all ranks before clipping."""
 
     applied: bool
     grad_norm: float
@@ -28,11 +28,12 @@ class Update:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a training engine needs to know of the run.
+    """The settings of a run that a training engine needs.
 
-    micro_batch_size, accumulation  samples a rank a micro-step, micro-steps an optimizer step
-    clip_grad                       largest gradient norm; 0 for none
-    precision                       of the weights in the forward pass; gradients are summed in float32
+    micro_batch_size  samples per rank per micro-step
+    accumulation      micro-steps per optimizer step
+    clip_grad         largest gradient norm; 0 for none
+    precision         dtype of the weights in the forward pass; gradients are summed in float32
     """
 
     micro_batch_size: int
@@ -42,61 +43,83 @@ class EngineSettings:
 
 
 def refuse_other_ranks(checkpoint: Path, stage: int, saved: int, ranks: int) -> None:
-    """Refuse to resume a partitioned checkpoint on another number of ranks.
+    """Raise an error if a partitioned checkpoint would be resumed on another number of ranks.
+
+    Args:
+        checkpoint: its folder.
+        stage: the stage of ZeRO; from 1 on, it partitions the optimizer.
+        saved: number of ranks that wrote it.
+        ranks: number of ranks of this run.
 
     Raises:
-        UserError: the numbers differ, and the stage of ZeRO partitions the optimizer.
+        UserError: the numbers differ, and the optimizer is partitioned.
     """
     if stage > 0 and saved != ranks:
         raise UserError(
-            f"The checkpoint {checkpoint} was written by {saved} ranks, but this run has {ranks}. ZeRO stage {stage} "
-            f"resumes on the same number only: start {saved} ranks."
+            "checkpoint",
+            checkpoint,
+            f"it was written by {saved} ranks, this run has {ranks}, and ZeRO stage {stage} resumes only on the "
+            "number of ranks that wrote it",
+            f"Start {saved} ranks",
         )
 
 
 class TrainingEngine(Protocol):
-    """A module with its optimizer. Every rank calls every verb the same number of times."""
+    """A module with its optimizer. Every rank calls every method the same number of times."""
 
     module: nn.Module
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this rank's `loss`, to be averaged over the data-parallel ranks; `last` of the step."""
+        """Add the gradient of this rank's `loss`, averaged over the data-parallel ranks.
+
+        Args:
+            loss: a scalar with its graph.
+            last: this is the last backward of the optimizer step.
+        """
 
     def step(self, learning_rate: float) -> Update:
-        """Clip and update once, after the last backward; an update with a non-finite gradient is skipped."""
+        """Clip and update once, after the last backward; skip the update if a gradient is not finite."""
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state of all ranks to an empty folder.
+        """Write the weights and the optimizer state of all ranks to an empty folder.
 
         Raises:
             OSError, RuntimeError: this rank could not write; only after the last collective, so that no rank waits.
         """
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on as many ranks."""
+        """Read what `save` wrote, on the same number of ranks.
+
+        Raises:
+            UserError: another number of ranks wrote it, or it holds no state.
+        """
 
 
 class Backend(Protocol):
-    """Where weights live: how models are made, and become engines."""
+    """Constructs models, and turns them into engines."""
 
     def construct(self, make: Callable[[], M]) -> M:
-        """The student as `make` builds it, partitioned as it is built where the backend partitions."""
+        """Return the student that `make` builds, partitioned while it is built if the backend partitions."""
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
-        """Whole parameters inside; what rank 0 writes to them is what all ranks hold afterwards."""
+        """Return a context in which these parameters are whole; all ranks keep what rank 0 writes to them."""
 
     def training_engine(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
-    ) -> TrainingEngine: ...
+    ) -> TrainingEngine:
+        """Return the engine of a module, whose parameters it moves to this rank's device and may partition."""
 
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
-        """The module in eval mode and without gradients; split over all ranks if `shard`."""
+        """Return the module in eval mode and without gradients, partitioned over all ranks if `shard`."""
 
     def release(self, engine: nn.Module) -> None:
-        """Let a frozen engine be freed, which the caller holds no longer."""
+        """Free a frozen engine, to which the caller holds no other reference."""
 
     def close(self) -> None:
-        """Let everything of the run be freed, so that this process can start another run."""
+        """Free everything of the run, so that this process can start another."""
 
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
-        """Return the whole float32 weights in what `TrainingEngine.save` wrote, in one process; none is read yet."""
+        """Return the whole float32 weights in what `TrainingEngine.save` wrote, in one process; none is read yet.
+
+        DeepSpeed's checkpoints are pickles, which can run code: only read a run directory that you trust.
+        """

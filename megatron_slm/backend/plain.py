@@ -1,4 +1,4 @@
-"""Plain PyTorch: every rank holds everything. The twin that the DeepSpeed backend is tested against."""
+"""Plain PyTorch: every rank holds the whole model. The DeepSpeed backend is tested against it."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +14,7 @@ from megatron_slm.dist import World
 
 
 class PlainBackend:
-    """float32 weights and gradients, averaged over the data-parallel ranks parameter by parameter."""
+    """See `Backend`: float32 weights, and gradients averaged over the data-parallel ranks for each parameter."""
 
     def __init__(self, world: World) -> None:
         self._world = world

@@ -1,4 +1,4 @@
-"""Weights in checkpoint files, read a piece at a time: a file is never held in memory, nor mapped into it."""
+"""Weights in checkpoint files, read in pieces: no file is held in memory or mapped into it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_slm.torch_internals import offset_in_file
+
 PIECE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
 class Extent:
-    """Consecutive numbers in one file: `numel` of `dtype`, from byte `offset` on."""
+    """Consecutive numbers in one file: `numel` of `dtype`, starting at byte `offset`."""
 
     file: Path
     offset: int
@@ -27,15 +29,18 @@ class Extent:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight in a checkpoint: its numbers are those of its extents, in order, row by row."""
+    """A weight in a checkpoint: the numbers of its extents, in order, fill it row by row."""
 
     shape: torch.Size
     extents: tuple[Extent, ...]
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the position of a piece in the flat weight, and the piece: 1-D, at most 16 MiB.
+        """Yield the position of a piece in the flattened weight, and the piece: 1-D, at most 16 MiB.
 
         The next piece overwrites it.
+
+        Raises:
+            OSError: the file is shorter than its weights.
         """
         position = 0
         for extent in self.extents:
@@ -51,7 +56,7 @@ class StoredWeight:
                     position += len(piece)
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """Return the whole weight; a weight of floating-point numbers is rounded to `dtype`."""
+        """Return the whole weight, rounded to `dtype` if it holds floating-point numbers."""
         stored = self.extents[0].dtype if self.extents else dtype
         whole = torch.empty(self.shape, dtype=dtype if stored.is_floating_point else stored)
         flat = whole.view(-1)
@@ -66,14 +71,14 @@ class StoredWeight:
         flat = other.detach().reshape(-1)
         for position, piece in self.pieces():
             expected = piece.to(dtype) if piece.is_floating_point() else piece
-            # Through the dtype of `other`: some models hold a few weights in float32, whatever the rest is.
+            # In the dtype of `other`, because some models hold a few weights in float32 whatever the dtype of the rest.
             if not _same_bits(flat[position : position + len(piece)], expected.to(other.dtype)):
                 return False
         return True
 
 
 def read_layout(file: Path, *, weights_only: bool) -> Any:
-    """Return what `torch.save` wrote, with tensors on the meta device that `extent` finds in the file.
+    """Return what `torch.save` wrote, with its tensors on the meta device; `extent` finds their numbers in the file.
 
     Args:
         file: a checkpoint file.
@@ -83,21 +88,28 @@ def read_layout(file: Path, *, weights_only: bool) -> Any:
 
 
 def extent(file: Path, tensor: Tensor) -> Extent:
-    """Return where the numbers of a tensor of `read_layout` lie in its file."""
-    # Private, though torch's notes on serialization name it; checked with torch 2.13.
-    base = tensor.untyped_storage()._checkpoint_offset
+    """Return where the numbers of a tensor of `read_layout` lie in its file.
+
+    Raises:
+        ValueError: its place in the file is unknown.
+    """
+    base = offset_in_file(tensor)
     if base is None or not tensor.is_contiguous():
         raise ValueError(f"{file} holds a tensor whose place in the file is unknown")
     return Extent(file, base + int(tensor.storage_offset()) * tensor.dtype.itemsize, tensor.numel(), tensor.dtype)
 
 
 def stored(file: Path, tensor: Tensor) -> StoredWeight:
-    """Return a tensor of `read_layout` as a weight."""
+    """Return a tensor from `read_layout` as a weight."""
     return StoredWeight(tensor.shape, (extent(file, tensor),))
 
 
 def span(extents: Sequence[Extent], start: int, stop: int) -> tuple[Extent, ...]:
-    """Return the numbers `start` to `stop` of extents that follow each other."""
+    """Return the numbers `start` to `stop` of extents that follow each other.
+
+    Raises:
+        ValueError: the extents hold fewer.
+    """
     found = []
     first = 0
     for part in extents:

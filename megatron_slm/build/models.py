@@ -13,14 +13,10 @@ from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
-from megatron_slm.models.causal_lm import (
-    CausalLM,
-    build_student,
-    initialize_weights,
-    load_pretrained,
-)
+from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
 from megatron_slm.models.configuration import model_config
+from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.models.router import check_own_losses, find_router_loss
 from megatron_slm.models.sparse_backward.attention import open_attention, packed_attention
 from megatron_slm.models.sparse_backward.checks import (

@@ -20,8 +20,7 @@ from megatron_slm.data.tokenizer import TokenizerIdentity
 from megatron_slm.dist import agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.models.checks import check_length
-from megatron_slm.models.configuration import pretrained_config
-from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.models.pretrained import pretrained_config, weights_fingerprint
 from megatron_slm.reference.references import LiveReference, MixedReference, NoReference, Reference, StoredReference
 from megatron_slm.reference.settings import PartSettings, ReferenceSettings
 from megatron_slm.reference.store import ORDER, ScoreFile, Store, open_store

@@ -30,7 +30,7 @@ from megatron_slm.data.loader import position_after
 from megatron_slm.data.samples import check_order, order_fingerprint
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.models.checks import refuse_untied_files
+from megatron_slm.models.pretrained import refuse_untied_files
 from megatron_slm.models.sparse_backward.attention import require_registered
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.selection.rule import Rule

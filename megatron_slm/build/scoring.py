@@ -19,7 +19,7 @@ from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
 from megatron_slm.io.paths import refuse_taken
 from megatron_slm.io.staging import Journal, Staging
-from megatron_slm.models.fingerprint import weights_fingerprint
+from megatron_slm.models.pretrained import weights_fingerprint
 from megatron_slm.reference.imports import OPTION, open_import
 from megatron_slm.reference.scoring import (
     DOCUMENT_CONTEXT,

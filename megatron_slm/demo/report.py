@@ -15,7 +15,8 @@ from megatron_slm.data.corpus import load_corpus_tokenizer, open_corpus
 from megatron_slm.data.loader import EvaluationStream
 from megatron_slm.demo.chain import COMPARED, RATIO, SEQ_LENGTH, Folders
 from megatron_slm.demo.texts import COUNTS, HELD_OUT
-from megatron_slm.models.causal_lm import CausalLM, load_pretrained, score_batch
+from megatron_slm.models.causal_lm import CausalLM, score_batch
+from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.reporting.charts import Curve, draw_curves
 from megatron_slm.reporting.records import read_records
 from megatron_slm.reporting.tokens import Token, escape_html, legend_html, page_html, token_texts, tokens_html

@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model as a module that answers with a loss a token."""
+"""A Hugging Face causal language model that returns the loss of each token, and the construction of the student."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -10,22 +10,27 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_slm.errors import UserError
-from megatron_slm.models.checks import refuse_untied
-from megatron_slm.models.configuration import load, one_line
 from megatron_slm.models.head import token_loss
+from megatron_slm.models.pretrained import load_pretrained, one_line
 from megatron_slm.models.router import RouterLoss
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.models.transformers_internals import initializer
 from megatron_slm.types import Batch, TokenSignals
 
 IGNORED = -100
-"""Label of a position without a loss, as in Hugging Face."""
+"""Label of a position without a loss, as Hugging Face defines it."""
 
 
 class CausalLM(nn.Module):
     """A model whose forward ends in the loss of each token.
 
-    Head and cross-entropy live inside, because ZeRO-3 gathers a weight only for the module whose
-    forward reads it.
+    The head and the cross-entropy are inside of the module that DeepSpeed wraps, because ZeRO-3 gathers a weight only
+    while the module that owns it, or one around it, runs its forward.
+
+    Args:
+        lm: the Hugging Face model.
+        head_chunk: tokens whose logits exist at a time; default: see `token_loss`.
+        router: the model's router loss, if it has one.
     """
 
     def __init__(self, lm: PreTrainedModel, head_chunk: int | None = None, router: RouterLoss | None = None) -> None:
@@ -42,15 +47,16 @@ class CausalLM(nn.Module):
         want: tuple[str, ...] = (),
         brought: Mapping[str, Any] | None = None,
     ) -> TokenSignals:
-        """Args:
+        """Return float32 `[B, T]` columns: `loss` in nats, and those wanted.
+
+        If gradients are recorded and the model has a router loss, the result includes the 0-dim term `router`: that
+        loss, without its coefficient.
+
+        Args:
             tokens_BT, labels_BT, position_ids_BT: int64; labels below 0 are ignored and have loss 0.
             want: further columns of `megatron_slm.signals.COLUMNS`, such as `entropy`.
-            brought: what the call brings to the layers of the model beside: `selective`, see
+            brought: further arguments for the layers of the model: `selective`, see
                 models/sparse_backward/attention.py.
-
-        Returns:
-            float32 columns `[B, T]`: `loss` in nats, and those wanted. Where gradients are recorded and the model has a
-            router loss, also the 0-dim term `router`: that loss, without its coefficient.
         """
         options = dict(brought or {})
         if self.router is not None:
@@ -75,76 +81,51 @@ class CausalLM(nn.Module):
 def score_batch(
     module: nn.Module, batch: Batch, want: tuple[str, ...] = (), brought: Mapping[str, Any] | None = None
 ) -> TokenSignals:
-    """The columns of `CausalLM.forward` for a batch; positions that are not valid have loss 0."""
+    """Return the columns of `CausalLM.forward` for a batch; positions that are not valid have loss 0."""
     signals: TokenSignals = module(batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, want, brought)
     return signals
 
 
 def masked_labels(batch: Batch) -> Tensor:
-    """The labels, int64 `[B, T]`; those of positions that are not valid are ignored."""
+    """Return the labels, int64 `[B, T]`, with `IGNORED` at positions that are not valid."""
     return batch.labels_BT.masked_fill(~batch.valid_BT, IGNORED)
 
 
 def build_student(
     settings: ModelSettings, config: PretrainedConfig, precision: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """The student: read from `settings.path` to host memory, or made on the device, to be initialised.
+    """Return the student: read from `settings.path` to host memory, or built on the device and not yet initialised.
+
+    Args:
+        settings: the group `model` of the configuration.
+        config: the model's configuration, as `model_config` returns it.
+        precision: dtype of the weights.
+        device: device of a model from scratch.
 
     Raises:
-        UserError: Hugging Face cannot read or make it.
+        UserError: Hugging Face cannot read or build it.
     """
     options: dict[str, Any] = {"dtype": precision}
     if settings.attn_implementation:
         options["attn_implementation"] = settings.attn_implementation
     if settings.path is not None:
         lm = load_pretrained(settings.path, "model", settings.trust_remote_code, config=config, **options)
-        return _learning_every_row(lm)
-    try:
-        with device:
-            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
-        return _learning_every_row(lm)
-    except Exception as error:
-        raise UserError(
-            f"No model can be made from model.config and model.attn_implementation: {one_line(error)}."
-        ) from error
-
-
-def _learning_every_row(lm: PreTrainedModel) -> PreTrainedModel:
-    """Let the input embedding learn the row of the pad token, which would get no gradient and start at zero.
-
-    Samples are packed, so nothing is padded, and the pad token is often one that occurs in text, such as eos.
-    """
+    else:
+        try:
+            with device:
+                lm = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+        except Exception as error:
+            reason = f"Hugging Face cannot build the model ({one_line(error)})"
+            remedy = "Change model.config or model.attn_implementation"
+            if settings.attn_implementation:
+                raise UserError("model.attn_implementation", settings.attn_implementation, reason, remedy) from error
+            raise UserError("model.config", settings.config, reason, remedy) from error
+    # The row of the pad token would get no gradient, and start at zero. Samples are packed and never padded,
+    # and the pad token is often one that occurs in text, such as eos.
     embedding = lm.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:
         embedding.padding_idx = None
     return lm
-
-
-def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
-    """A pretrained model, from safetensors only: other weight files are pickles, which can run code.
-
-    Args:
-        path: Hugging Face folder or hub name.
-        setting: `model` or `reference`, for the message.
-        trust_remote_code: run Python that comes with the model.
-        options: for `from_pretrained`.
-
-    Raises:
-        UserError: it cannot be read, its files do not hold all of its weights, or a student's hold two that it ties.
-    """
-    read = AutoModelForCausalLM.from_pretrained
-    options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = load(read, path, setting, trust_remote_code, **options)
-    # Hugging Face would fill them with random numbers, of another seed on each rank.
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-    if lacking:
-        raise UserError(
-            f"{setting}.path is '{path}', whose files lack {len(lacking)} of the model's weights or hold them in "
-            f"another shape, {lacking[0]} among them: check that they are complete, and model.config if you set it."
-        )
-    if setting == "model":
-        refuse_untied(model, path)
-    return model
 
 
 def initialize_weights(
@@ -152,14 +133,19 @@ def initialize_weights(
     seed: int,
     gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[object]],
 ) -> None:
-    """Hugging Face's initialisation, each module from its own seed.
+    """Initialise each module by Hugging Face's function, from a seed of its own.
 
-    So the weights are a function of (configuration, seed) alone. Construction under ZeRO-3
-    draws other numbers than a plain one, and a module at a time is gathered, never the model.
+    The weights are a function of (configuration, seed) alone: the order in which a backend constructs modules has no
+    influence. Under ZeRO-3 one module at a time is gathered, never the whole model.
+
+    Args:
+        model: the student, constructed by a backend. Every rank calls this function.
+        seed: the run's.
+        gathered: `Backend.gathered`.
     """
     owners = _initializers(model)
     for name, module in reversed(list(model.named_modules())):
-        # A model's initialiser may also write to direct children (GPT-2 rescales `c_proj`).
+        # A family's function may also write to direct children of a module: GPT-2 rescales `c_proj`.
         parameters = {*module.parameters(recurse=False)}
         parameters |= {p for child in module.children() for p in child.parameters(recurse=False)}
         with gathered(parameters), torch.no_grad():
@@ -168,11 +154,11 @@ def initialize_weights(
 
 
 def _initializers(model: PreTrainedModel) -> dict[str, Callable[[nn.Module], None]]:
-    """For each module the `_init_weights` of the nearest model around it."""
+    """Return, for each module by its name, the function of the nearest model around it."""
     owners: dict[str, Callable[[nn.Module], None]] = {}
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
-        owners[name] = module._init_weights if isinstance(module, PreTrainedModel) else owners[parent]
+        owners[name] = initializer(module) if isinstance(module, PreTrainedModel) else owners[parent]
     return owners
 
 

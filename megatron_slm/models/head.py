@@ -1,7 +1,16 @@
-"""The language-model head and its cross-entropy, without ever holding the logits.
+"""The language-model head and its cross-entropy per token, without ever holding the logits of all tokens.
 
-Suffixes: N tokens, R those that count, D hidden size, V vocabulary, C one chunk: of tokens in the
-forward, of the vocabulary in the backward.
+With logits z_v = hidden . weight_v + bias_v and label y, over the vocabulary v:
+
+    lse  = log sum_v exp(z_v)
+    loss = lse - z_y                in nats
+    p_v  = exp(z_v - lse)
+    d loss / d z_v = p_v - [v = y]
+
+`megatron_slm.signals.COLUMNS` holds further columns, such as the entropy of p.
+
+Suffixes: N tokens, R tokens with a gradient, D hidden size, V vocabulary, C one chunk: of tokens in the forward, of the
+vocabulary in the backward.
 """
 
 from typing import Any
@@ -17,12 +26,10 @@ CHUNK_BYTES = 1 << 27
 
 
 class TokenLoss(torch.autograd.Function):
-    """Cross-entropy of each token, and further columns on demand, chunk by chunk.
+    """Cross-entropy per token, and further columns on demand, chunk by chunk. See `token_loss`.
 
-    The backward is run for those tokens alone whose upstream gradient is not zero: exact for the
-    selected loss, and nothing is paid for a token that was not selected. It recomputes their logits,
-    unless all logits fit in one chunk and were kept. The weight is saved as the parameter that it
-    is: a detached copy would pin a ZeRO-3 parameter in memory.
+    The backward computes only the rows of tokens whose upstream gradient is not zero. That is exact, and tokens that
+    were not selected cost nothing. It computes their logits again, unless all of them fit in one chunk and were kept.
     """
 
     @staticmethod
@@ -35,59 +42,66 @@ class TokenLoss(torch.autograd.Function):
         want: tuple[str, ...],
         chunk: int,
     ) -> tuple[Tensor, ...]:
+        num_tokens = len(labels_N)
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-        loss_N, lse_N = torch.empty(2, len(labels_N), dtype=dtype, device=hidden_ND.device)
-        others = [torch.zeros_like(loss_N) for _ in want]
-        for start in range(0, len(labels_N), chunk):
+        loss_N = torch.empty(num_tokens, dtype=dtype, device=hidden_ND.device)
+        lse_N = torch.empty_like(loss_N)
+        further = {name: torch.zeros_like(loss_N) for name in want}
+        logprobs_CV = None
+        for start in range(0, num_tokens, chunk):
             part = slice(start, start + chunk)
             logits_CV = _logits(hidden_ND[part], weight_VD, bias_V, dtype)
+            # An ignored label has no column; column 0 stands in, and its loss is set to 0 below.
             label_C1 = labels_N[part, None].clamp(min=0)
-            label_logit_C1 = logits_CV.gather(-1, label_C1)
+            label_logit_C = logits_CV.gather(-1, label_C1).squeeze(-1)
             logprobs_CV = logits_CV.log_softmax(-1)
             loss_N[part] = COLUMNS["loss"].compute(logprobs_CV, label_C1)
-            lse_N[part] = label_logit_C1.squeeze(-1) + loss_N[part]
-            for name, column_N in zip(want, others, strict=True):
+            lse_N[part] = label_logit_C + loss_N[part]
+            for name, column_N in further.items():
                 column_N[part] = COLUMNS[name].compute(logprobs_CV, label_C1)
         loss_N.masked_fill_(labels_N < 0, 0.0)
-        kept_NV = logprobs_CV if 0 < len(labels_N) <= chunk else None
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept_NV)
+        only_one_chunk = num_tokens <= chunk
+        # The weight is saved as the parameter that it is: a detached copy would pin a ZeRO-3 parameter in memory.
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N, logprobs_CV if only_one_chunk else None)
         ctx.chunk = chunk
-        ctx.mark_non_differentiable(*others)
-        return loss_N, *others
+        ctx.mark_non_differentiable(*further.values())
+        return loss_N, *further.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, bias_V, labels_N, lse_N, kept_NV = ctx.saved_tensors
-        upstream_N = upstream[0].masked_fill(labels_N < 0, 0.0)
-        rows_R = upstream_N.nonzero().squeeze(-1)
-        hidden_RD, labels_R1, upstream_R1 = hidden_ND[rows_R], labels_N[rows_R, None], upstream_N[rows_R, None]
-        # Chunks of the vocabulary, now that the normaliser is known: each chunk finishes its rows of the weight
-        # gradient in one product, where chunks of tokens would need a float32 sum as large as the weight.
+    def backward(ctx: Any, grad_loss_N: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, bias_V, labels_N, lse_N, logprobs_NV = ctx.saved_tensors
+        # An ignored label passes on no gradient, whatever comes from above, NaN included.
+        grad_loss_N = grad_loss_N.masked_fill(labels_N < 0, 0.0)
+        index_R = grad_loss_N.nonzero().squeeze(-1)
+        hidden_RD, labels_R1, grad_loss_R1 = hidden_ND[index_R], labels_N[index_R, None], grad_loss_N[index_R, None]
         grad_hidden_RD = torch.zeros_like(hidden_RD, dtype=lse_N.dtype)
         grad_weight_VD = torch.empty_like(weight_VD) if ctx.needs_input_grad[1] else None
         grad_bias_V = torch.empty_like(bias_V) if bias_V is not None else None
+        # The backward cuts the vocabulary and not the tokens, because lse is known by now: each chunk finishes its rows
+        # of the weight gradient in one product. Chunks of tokens would need a float32 sum as large as the weight.
         vocabulary = len(weight_VD)
-        width = max(1, ctx.chunk * vocabulary // max(1, len(rows_R)))
+        width = max(1, ctx.chunk * vocabulary // max(1, len(index_R)))
         for start in range(0, vocabulary, width):
             part = slice(start, start + width)
-            weight_CD, bias_C = weight_VD[part], None if bias_V is None else bias_V[part]
-            if kept_NV is None:
+            weight_CD = weight_VD[part]
+            bias_C = None if bias_V is None else bias_V[part]
+            # Kept log-probabilities fit in one chunk of the forward, so this chunk is the whole vocabulary too.
+            if logprobs_NV is None:
                 logits_RC = _logits(hidden_RD, weight_CD, bias_C, lse_N.dtype)
-                grad_logits_RC = logits_RC.sub_(lse_N[rows_R, None]).exp_()
-            elif len(rows_R) == len(kept_NV):
-                grad_logits_RC = kept_NV.exp()
+                probs_RC = logits_RC.sub_(lse_N[index_R, None]).exp_()
+            elif len(index_R) == len(logprobs_NV):
+                probs_RC = logprobs_NV.exp()  # of all tokens: no copy of the selected rows
             else:
-                grad_logits_RC = kept_NV[rows_R].exp_()
-            _subtract_one_at(grad_logits_RC, labels_R1 - start)
-            grad_logits_RC.mul_(upstream_R1)
+                probs_RC = logprobs_NV[index_R].exp_()
+            grad_logits_RC = _subtract_one_hot(probs_RC, labels_R1 - start).mul_(grad_loss_R1)
             if grad_bias_V is not None:
                 grad_bias_V[part] = grad_logits_RC.sum(0)
             grad_logits_RC = grad_logits_RC.to(hidden_ND.dtype)
             grad_hidden_RD += grad_logits_RC @ weight_CD
             if grad_weight_VD is not None:
                 torch.mm(grad_logits_RC.T, hidden_RD, out=grad_weight_VD[part])
-        grad_hidden_ND = torch.zeros_like(hidden_ND).index_copy_(0, rows_R, grad_hidden_RD.to(hidden_ND.dtype))
+        grad_hidden_ND = torch.zeros_like(hidden_ND).index_copy_(0, index_R, grad_hidden_RD.to(hidden_ND.dtype))
         return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
 
 
@@ -100,18 +114,18 @@ def token_loss(
     want: tuple[str, ...] = (),
     chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Cross-entropy of each token in nats, logits never materialised beyond one chunk.
+    """Return the cross-entropy of each token in nats; at most one chunk of logits exists at a time.
 
     Args:
-        hidden_ND: the last hidden states, any float dtype.
-        weight_VD: the head's weight, same dtype; a ZeRO-3 parameter must be gathered.
-        labels_N: int64; negative labels are ignored: loss 0, no gradient.
+        hidden_ND: the last hidden states, of any float dtype.
+        weight_VD: the head's weight, of the same dtype; a ZeRO-3 parameter must be gathered.
+        labels_N: int64; negative labels are ignored: their loss is 0, and they have no gradient.
         bias_V: the head's bias, if it has one.
         want: further columns of `COLUMNS`, such as `entropy`; they have no gradient.
-        chunk: tokens at a time; default: what fits `CHUNK_BYTES`.
+        chunk: tokens at a time; default: as many as fit `CHUNK_BYTES`.
 
     Returns:
-        float32 `[N]` losses, whatever the dtype (float64 for float64), then the columns of `want`, in nats.
+        The losses, then the columns of `want`, `[N]` each: float32 for any dtype but float64, and float64 for that.
     """
     chunk = chunk or max(1, CHUNK_BYTES // (4 * weight_VD.shape[0]))
     columns: tuple[Tensor, ...] = TokenLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, want, chunk)
@@ -123,8 +137,9 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: 
     return logits_CV if bias_V is None else logits_CV + bias_V.to(dtype)
 
 
-def _subtract_one_at(grad_logits_RC: Tensor, column_R1: Tensor) -> None:
-    """From one column of each row, if it lies in this chunk."""
-    inside_R1 = (column_R1 >= 0) & (column_R1 < grad_logits_RC.shape[1])
+def _subtract_one_hot(probs_RC: Tensor, column_R1: Tensor) -> Tensor:
+    """Subtract 1 in place from one column of each row, if that column is in this chunk, and return the tensor."""
+    inside_R1 = (column_R1 >= 0) & (column_R1 < probs_RC.shape[1])
+    # Rows whose label is in another chunk subtract 0 from column 0.
     column_R1 = column_R1.masked_fill(~inside_R1, 0)
-    grad_logits_RC.scatter_add_(1, column_R1, -inside_R1.to(grad_logits_RC.dtype))
+    return probs_RC.scatter_add_(1, column_R1, -inside_R1.to(probs_RC.dtype))

@@ -20,7 +20,7 @@ from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class Tape(Protocol):
-    """What `backward` needs of `score`: the batch, and what was kept of its forward."""
+    """The batch of a `score`, and what was kept of its forward for `backward`."""
 
     @property
     def batch(self) -> Batch: ...
@@ -30,7 +30,7 @@ T = TypeVar("T", bound=Tape)
 
 
 class Student(Protocol[T]):
-    """Scores batches, and adds the gradient of what was selected."""
+    """A model that scores batches, and adds the gradient of their selected tokens."""
 
     def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, T]:
         """Return all columns, detached, and the tape that `backward` takes.
@@ -90,11 +90,11 @@ class ExactTape:
 
 
 class ExactStudent:
-    """See `Student`; the backward runs through all tokens.
+    """A student whose backward runs through all tokens; see `Student`.
 
     Args:
         engine: the module (a `CausalLM`) with its optimizer.
-        coefficients: of the model's own terms, by name, such as `router` (models/router.py).
+        coefficients: coefficients of the model's own terms by name, such as `router` (models/router.py).
     """
 
     def __init__(self, engine: TrainingEngine, coefficients: Mapping[str, float] | None = None) -> None:

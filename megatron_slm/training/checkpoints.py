@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_slm.backend import TrainingEngine
+from megatron_slm.backend.deepspeed_internals import whole_shape
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.io.files import publish, sync, write_durably
@@ -204,7 +205,7 @@ def saved_ranks(checkpoint: Path) -> int | None:
 def _estimate(engine: TrainingEngine) -> int:
     """Bytes of a checkpoint, before there is one: weights in the run's precision and in float32, and Adam's moments."""
     parameters = list(engine.module.parameters())
-    return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 12) for p in parameters)
+    return sum(whole_shape(p).numel() * (p.element_size() + 12) for p in parameters)
 
 
 def checkpoint_name(step: int) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from megatron_slm.backend.deepspeed_internals import whole_shape
 from megatron_slm.models.head import CHUNK_BYTES
+from megatron_slm.torch_internals import fake_tensors, storage_id
 
 DENSE_BF16_PEAKS = {
     # Dense tensor-core peaks in FLOP/s, from NVIDIA's datasheets: SXM where the name says no more.
@@ -121,7 +122,7 @@ def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) ->
     The convention of PaLM (appendix B). Embeddings are looked up, not multiplied; one that is
     tied is the head, and counts. All experts count, also those that a token is not routed to.
     """
-    size = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters()}
+    size = {id(parameter): whole_shape(parameter).numel() for parameter in module.parameters()}
     looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     multiplied = {id(child.weight) for child in module.modules() if isinstance(child, nn.Linear)}
     weights = sum(size.values()) - sum(size[key] for key in looked_up - multiplied)
@@ -188,7 +189,7 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
         precision: of weights and activations.
     """
     layers = config.num_hidden_layers
-    with FakeTensorMode():
+    with fake_tensors():
         one, two = (_kept(_on_meta(config, n, precision), samples, seq_length) for n in (1, 2))
         whole = _on_meta(config, layers, precision)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
@@ -214,13 +215,12 @@ def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
 
     Fused attention keeps no T x T matrix; where attention is not fused, the true figure is higher.
     """
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    weights = {storage_id(parameter) for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
     def see(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights and tensor.shape[-2:] != (seq_length, seq_length):
-            storages[storage._cdata] = storage.nbytes()
+        if storage_id(tensor) not in weights and tensor.shape[-2:] != (seq_length, seq_length):
+            storages[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         kept_alive.append(tensor)
         return tensor
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from megatron_slm.backend.deepspeed_internals import whole_shape
 from megatron_slm.training.settings import TrainingSettings
 
 
@@ -34,8 +35,7 @@ def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in module.parameters():
-        # A partitioned parameter has shape [0]; DeepSpeed keeps the true one.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
+        shape = whole_shape(parameter)
         (kept if len(shape) < 2 or id(parameter) in embeddings else decayed).append(parameter)
     return decayed, kept
 

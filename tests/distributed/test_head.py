@@ -110,8 +110,8 @@ def test_split_models_have_the_gradients_of_the_plain_model(model_type, tied):
                 close(gradient, right[name], 1e-5)
 
 
-def refusals(world: World, model_type: str, tied: bool) -> list[str]:
-    """What the checks say of a split student, and then of the same one: they leave it as it was."""
+def refusals(world: World, model_type: str, tied: bool) -> list[tuple[str, str]]:
+    """Return the settings and reasons of the errors of two runs of the checks, between which the student trains."""
     backend = DeepSpeedBackend(world, SETTINGS, torch.float32)
     module = student(backend, model_type, tied)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
@@ -122,7 +122,7 @@ def refusals(world: World, model_type: str, tied: bool) -> list[str]:
             try:
                 check()
             except UserError as error:
-                found.append(str(error))
+                found.append((error.setting, error.reason))
         assert_split(module)
         engine.backward(engine.module(*rank_batch(world.rank))["loss"].sum(), last=True)
         engine.step(0.0)
@@ -132,11 +132,15 @@ def refusals(world: World, model_type: str, tied: bool) -> list[str]:
 @pytest.mark.parametrize(
     ("model_type", "tied"), [("llama", False), ("gpt2", True), ("mistral", False), ("qwen3", True)]
 )
-def test_a_split_model_that_is_right_passes_the_checks(model_type, tied):
+def test_a_partitioned_model_that_is_right_passes_the_checks(model_type, tied):
     assert run_ranks(refusals, RANKS, model_type, tied) == [[], []]
 
 
-@pytest.mark.parametrize(("model_type", "sentence"), [("gemma2", "a soft cap"), ("bloom", "data.reset_attention")])
-def test_a_split_model_that_is_wrong_is_refused_on_every_rank(model_type, sentence):
+@pytest.mark.parametrize(
+    ("model_type", "setting", "reason"),
+    [("gemma2", "architecture", "a soft cap"), ("bloom", "data.reset_attention", "across packed documents")],
+)
+def test_a_partitioned_model_that_is_wrong_is_refused_on_every_rank(model_type, setting, reason):
     for found in run_ranks(refusals, RANKS, model_type, True):
-        assert len(found) == 2 and all(sentence in refusal for refusal in found)
+        assert [found_setting for found_setting, _ in found] == [setting] * 2
+        assert all(reason in found_reason for _, found_reason in found)

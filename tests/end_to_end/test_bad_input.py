@@ -185,11 +185,19 @@ SETTINGS = {
         "reference.of[0].paht is a",
         "Did you mean reference.of[0].path?",
     ),
-    "an unknown model type": ("model.config.model_type=llamma", "model.config", "llamma"),
+    "an unknown model type": (
+        "model.config.model_type=llamma",
+        "model.config.model_type is llamma",
+        "Did you mean llama?",
+    ),
     "no model": ("model={config: {}}", "model.path is not set", "model.config"),
     "a model without its type": ("model={config: {hidden_size: 8}}", "model.config.model_type is not set", "llama"),
-    "a vocabulary that is too small": ("model.config.vocab_size=10", "", "10"),
-    "dropout": ("model.config.attention_dropout=0.1", "", "attention_dropout"),
+    "a vocabulary that is too small": ("model.config.vocab_size=10", "model.config.vocab_size is 10", "tokenizer"),
+    "dropout": (
+        "model.config.attention_dropout=0.1",
+        "model.config.attention_dropout is 0.1",
+        "objective=clm",
+    ),
     "a range that ends where it begins": (
         "data.skip_samples=[[8, 8]]",
         "data.skip_samples is [[8, 8]]",
@@ -258,22 +266,25 @@ def test_several_mistakes_are_named_one_per_line(corpora: Path, tmp_path: Path) 
 
 
 MODELS = {
-    "an unknown attention": (["model.attn_implementation=fast"], "model.attn_implementation: Specified"),
-    "an attention that is not installed": (["model.attn_implementation=flash_attention_2"], "FlashAttention2"),
-    "weights of another shape": (["model={path: PATH, config: {intermediate_size: 48}}"], "in another shape"),
-    "more layers than weights": (["model={path: PATH, config: {num_hidden_layers: 3}}"], "whose files lack 9 of"),
+    "an unknown attention": (["model.attn_implementation=fast"], "model.attn_implementation is fast"),
+    "an attention that is not installed": (
+        ["model.attn_implementation=flash_attention_2"],
+        "attn_implementation is flash_attention_2",
+    ),
+    "weights of another shape": (["model={path: PATH, config: {intermediate_size: 48}}"], "have another shape"),
+    "more layers than weights": (["model={path: PATH, config: {num_hidden_layers: 3}}"], "9 of the model's weights"),
     "no such ZeRO setting": (["deepspeed.zero_optimization.bucket=5"], "deepspeed.zero_optimization.bucket is 5"),
     "text for a ZeRO size": (
         ["deepspeed.zero_optimization.reduce_bucket_size=big"],
-        "deepspeed.zero_optimization.reduce_bucket_size is 'big'",
+        "deepspeed.zero_optimization.reduce_bucket_size is big",
     ),
     "a family that ignores restarts": (
         ["model.config={model_type: bloom, hidden_size: 32, n_layer: 1, n_head: 2}", "data.reset_attention=true"],
-        "data.reset_attention is true, and BloomForCausalLM",
+        "data.reset_attention is true, but BloomForCausalLM",
     ),
     "a reference with fewer positions": (
         ["data.seq_length=128", "model.config.max_position_embeddings=128"],
-        "the reference has 64 positions",
+        "the reference supports at most 64 positions",
     ),
 }
 
@@ -357,7 +368,7 @@ def truncate_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (truncate_weights, "which cannot be loaded: Error while deserializing"),
+        (truncate_weights, "it cannot be loaded (Error while deserializing"),
         (truncate, "web.bin"),
         (garble, "web.idx"),
         (forget_description, "web.json"),

@@ -188,7 +188,7 @@ def test_two_weights_that_the_configuration_ties_are_refused(corpora: Path, tmp_
     config = str(write_config(tmp_path / "run.yaml", short_run(corpora, tmp_path / "run", path=str(untied))))
     for arguments in (["train", config], ["train", config, "--dry-run"]):
         sentence = sentence_of("train", *run_ranks(command_line, 1, *arguments)[0])
-        assert sentence.startswith(f"model.path is '{untied}', whose configuration ties lm_head.weight")
+        assert sentence.startswith(f"model.path is {untied}, but its configuration ties lm_head.weight")
         assert "model.config.tie_word_embeddings=false" in sentence
 
 

@@ -528,7 +528,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a model that is not there": (["reference.path=/nowhere/model"], "reference.path is /nowhere/model"),
     "samples of no run": (["score.kind=packed"], "score.kind is packed, but it scores the samples of one run"),
     "a corpus that is not there": (["data.train=/nowhere/web"], "/nowhere/web"),
-    "a window beyond the model's positions": (["data.seq_length=128"], "the reference has 64 positions"),
+    "a window beyond the model's positions": (["data.seq_length=128"], "the reference supports at most 64 positions"),
     "imports for another number of corpora": (
         ["--import", "a.npy", "--import", "b.npy"],
         "--import is a.npy, b.npy, but",

@@ -40,4 +40,4 @@ def test_a_model_from_scratch_is_trained_and_a_dry_run_counts_the_same(tree: dic
 def test_a_model_with_fewer_rows_than_the_largest_id_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["model"] = {"config": dict(LLAMA, vocab_size=700)}  # more than there are pieces
     answer = run_ranks(shown, 1, "train", str(write_config(tmp_path / "run.yaml", tree)), "--dry-run")[0]
-    assert answer[0] == 2 and "The student has 700 vocabulary entries and the corpus's tokenizer 976" in answer[1]
+    assert answer[0] == 2 and "model.config.vocab_size is 700" in answer[1] and "976 entries" in answer[1]

@@ -1,4 +1,4 @@
-"""Every key of `model.config` has an effect, or is refused."""
+"""Keys of `model.config`: each has an effect, or is refused."""
 
 import copy
 import json
@@ -34,45 +34,63 @@ def stored(folder: Path, model: dict[str, Any]) -> Path:
     return folder
 
 
-def refusal(config: dict[str, Any], path: Path | None = None) -> str:
+def refusal(config: dict[str, Any], path: Path | None = None, trusted: bool = False) -> UserError:
     with pytest.raises(UserError) as caught:
-        resolve(config, path)
-    return str(caught.value)
+        resolve(config, path, trusted)
+    return caught.value
 
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 2}
 GROUPED = {"model_type": "gemma3", "text_config": {"vocab_size": 20}}
 
 
-NONE = "has no such attribute: "
+LLAMA_LACKS, GPT2_LACKS = "LlamaConfig has no such attribute", "GPT2Config has no such attribute"
 TWO_THETAS = {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 
 
 @pytest.mark.parametrize(
-    ("model", "changed", "sentence"),
+    ("model", "changed", "setting", "reason", "remedy"),
     [
-        (LLAMA, {"n_layers": 2}, f"model.config.n_layers is 2, but LlamaConfig {NONE}did you mean"),
-        (LLAMA, {"max_positon_embeddings": 9}, f"LlamaConfig {NONE}did you mean max_position_embeddings?"),
-        (LLAMA, {"trust_remote_code": True}, "set model.trust_remote_code instead"),
-        (LLAMA, {"temperature": 0.5}, f"temperature is 0.5, but LlamaConfig {NONE}"),
-        (GPT2, {"rope_theta": 5e5}, f"rope_theta is 500000.0, but GPT2Config {NONE}its positions are not rotary"),
-        (GPT2, {"n_positions": 64, "max_position_embeddings": 32}, "are two names of one attribute"),
-        (LLAMA, TWO_THETAS, "give rope_theta two values"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "two types"),
-        (LLAMA, {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "two values"),
+        (LLAMA, {"n_layers": 2}, "n_layers", LLAMA_LACKS, "Did you mean"),
+        (LLAMA, {"max_positon_embeddings": 9}, "max_positon_embeddings", LLAMA_LACKS, "max_position_embeddings?"),
+        (LLAMA, {"trust_remote_code": True}, "trust_remote_code", LLAMA_LACKS, "Set model.trust_remote_code instead"),
+        (LLAMA, {"temperature": 0.5}, "temperature", LLAMA_LACKS, ""),
+        (GPT2, {"rope_theta": 5e5}, "rope_theta", f"{GPT2_LACKS}, because its positions are not rotary", "Remove it"),
+        (GPT2, {"n_positions": 64, "max_position_embeddings": 32}, "n_positions", "two names of one attribute", ""),
+        (LLAMA, TWO_THETAS, "rope_parameters.rope_theta", "two values", "rope_parameters alone"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, "rope_scaling.type", "yarn", ""),
+        (
+            LLAMA,
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rope_parameters.",
+            "two values",
+            "",
+        ),
     ],
 )
 def test_a_key_without_an_effect_is_refused(
-    model: dict[str, Any], changed: dict[str, Any], sentence: str, tmp_path: Path
+    model: dict[str, Any], changed: dict[str, Any], setting: str, reason: str, remedy: str, tmp_path: Path
 ) -> None:
-    assert sentence in refusal(model | changed)
-    assert sentence in refusal(changed, stored(tmp_path, model))
+    for error in (refusal(model | changed), refusal(changed, stored(tmp_path, model))):
+        assert error.setting.startswith(f"model.config.{setting}")
+        assert reason in error.reason and remedy in error.remedy
+        if setting in changed:
+            assert error.value == changed[setting]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "remedy"), [("llamma", "Did you mean llama?"), ("a" * 40, "Use one of Hugging Face's model types")]
+)
+def test_an_unknown_model_type_is_refused(model_type: str, remedy: str) -> None:
+    error = refusal({"model_type": model_type})
+    assert (error.setting, error.value, error.remedy) == ("model.config.model_type", model_type, remedy)
 
 
 def test_a_key_in_a_group_is_looked_at_there(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 20}
     path = stored(tmp_path, {"model_type": "gemma3", "text_config": text})
-    assert "model.config.text_config.n_layerz is 3" in refusal({"text_config": {"n_layerz": 3}}, path)
+    error = refusal({"text_config": {"n_layerz": 3}}, path)
+    assert (error.setting, error.value) == ("model.config.text_config.n_layerz", 3)
     config = AutoConfig.from_pretrained(path)
     from megatron_slm.models.configuration import _change
 
@@ -82,9 +100,9 @@ def test_a_key_in_a_group_is_looked_at_there(tmp_path: Path) -> None:
 
 def test_another_type_than_that_of_the_path_is_refused(tmp_path: Path) -> None:
     path = stored(tmp_path, LLAMA)
-    assert f"model.config.model_type is 'mistral', but model.path is '{path}', a llama" in refusal(
-        {"model_type": "mistral"}, path
-    )
+    error = refusal({"model_type": "mistral"}, path)
+    assert (error.setting, error.value) == ("model.config.model_type", "mistral")
+    assert f"model.path is {path}, a model of type llama" in error.reason
     assert resolve({"model_type": "llama"}, path).hidden_size == 32
 
 
@@ -125,8 +143,9 @@ def test_code_that_comes_with_a_model_names_its_own_attributes(tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(tree))
     (tmp_path / "__init__.py").write_text("")
     assert resolve({"own_gate": 2}, tmp_path, trusted=True).own_gate == 2
-    with pytest.raises(UserError, match="own_gait is 2, but OwnConfig has no such attribute: did you mean own_gate"):
-        resolve({"own_gait": 2}, tmp_path, trusted=True)
+    error = refusal({"own_gait": 2}, tmp_path, trusted=True)
+    assert (error.setting, error.value) == ("model.config.own_gait", 2)
+    assert "OwnConfig has no such attribute" in error.reason and error.remedy == "Did you mean own_gate?"
 
 
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}

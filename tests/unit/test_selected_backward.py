@@ -354,10 +354,10 @@ def test_nothing_that_a_pool_kept_is_held_while_the_next_is_scored_or_the_weight
 def test_the_backward_of_rows_multiplies_the_selected_rows_alone() -> None:
     rows = Rows(make_batch().position_ids_BT, None)
     mask = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
-    rows.choose(mask)
+    rows.select(mask)
     tensor = torch.randn(SEQUENCES, LENGTH, 5)
-    assert torch.equal(rows.take(tensor), tensor[mask])
-    assert torch.equal(rows.put(rows.take(tensor)), tensor * mask[..., None])
+    assert torch.equal(rows.gather(tensor), tensor[mask])
+    assert torch.equal(rows.scatter(rows.gather(tensor)), tensor * mask[..., None])
 
 
 def test_linears_are_as_they_were_after_a_step_and_after_an_error() -> None:
@@ -371,6 +371,13 @@ def test_linears_are_as_they_were_after_a_step_and_after_an_error() -> None:
 
 def learner_of(way: str, module: CausalLM) -> Any:
     return make_learner(way, module, Engine(module), LENGTH)
+
+
+def refused_learner(way: str, module: CausalLM, reason: str) -> None:
+    with pytest.raises(UserError) as caught:
+        learner_of(way, module)
+    assert (caught.value.setting, caught.value.value) == ("architecture", type(module.lm).__name__)
+    assert reason in caught.value.reason and "selection.backward=exact" in caught.value.remedy
 
 
 def fresh_module(family: str, **options: Any) -> CausalLM:
@@ -393,8 +400,7 @@ def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
     mlp = module.lm.model.layers[1].mlp
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden + hidden.roll(1, 1))
     for way in ("rows", "replay"):
-        with pytest.raises(UserError, match=r"positions meet elsewhere.*selection\.backward"):
-            learner_of(way, module)
+        refused_learner(way, module, "outside of its attention")
 
 
 def test_a_model_whose_attention_is_not_plain_is_refused_by_replay_and_not_packed_by_rows() -> None:
@@ -403,8 +409,7 @@ def test_a_model_whose_attention_is_not_plain_is_refused_by_replay_and_not_packe
     AttentionInterface.register("capped", lambda *inputs, **options: (3 * sdpa(*inputs, **options)[0], None))
     AttentionMaskInterface.register("capped", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     module.lm.config._attn_implementation = "capped"
-    with pytest.raises(UserError, match="softmax of scaled products"):
-        learner_of("replay", module)
+    refused_learner("replay", module, "softmax of scaled products")
     assert learner_of("rows", module)._packed is None
 
 
@@ -413,23 +418,20 @@ def test_a_window_that_attention_is_not_told_of_is_found_beyond_it(family: str) 
     options = {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": LENGTH - 8}
     options |= {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4} if family == "qwen2_moe" else {}
     module = fresh_module(family, **options)
-    with pytest.raises(UserError, match="a window that it names"):
-        learner_of("replay", module)
+    refused_learner("replay", module, "window")
     assert learner_of("rows", module)._packed is None
 
 
 def test_a_model_that_counts_positions_itself_is_refused_by_replay() -> None:
     module = fresh_module("marian")
-    with pytest.raises(UserError, match="position_ids"):
-        learner_of("replay", module)
+    refused_learner("replay", module, "position_ids")
 
 
 def test_a_model_that_asks_for_its_kernel_by_name_is_refused() -> None:
     module = make_module("llama")
     mlp, config = module.lm.model.layers[1].mlp, module.lm.config
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden) * (2 if config._attn_implementation == "sdpa" else 1)
-    with pytest.raises(UserError, match="by name"):
-        learner_of("rows", module)
+    refused_learner("rows", module, "reads the name")
 
 
 def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
@@ -485,13 +487,17 @@ def test_keys_and_values_are_kept_without_the_queries_that_they_were_made_with()
 def test_an_attention_that_is_the_models_own_is_refused() -> None:
     module = make_module("llama")
     module.lm.config._attn_implementation = "eager"
-    with pytest.raises(UserError, match=r"model\.attn_implementation=sdpa"):
+    with pytest.raises(UserError) as caught:
         open_attention(module.lm)
+    assert (caught.value.setting, caught.value.value) == ("model.attn_implementation", "eager")
+    assert "model.attn_implementation=sdpa" in caught.value.remedy
 
 
 @pytest.mark.parametrize("compiled", [torch.compile, lambda module: module.compile() or module], ids=["wrapped", "own"])
 def test_a_compiled_student_is_refused(compiled: Callable[[nn.Module], nn.Module]) -> None:
     module = make_module("llama")
     open_attention(module.lm)
-    with pytest.raises(UserError, match=r"torch\.compile"):
-        refuse_compiled(compiled(module))
+    with pytest.raises(UserError) as caught:
+        refuse_compiled(compiled(module), "replay")
+    assert (caught.value.setting, caught.value.value) == ("selection.backward", "replay")
+    assert "torch.compile" in caught.value.reason

@@ -1,4 +1,7 @@
-"""What is asked of a model before its backward leaves rows out: positions meet in its attention alone, and how."""
+"""Checks of a model before its backward leaves rows out.
+
+Information may pass between positions in its attention alone, and this attention must be one that is supported.
+"""
 
 from typing import Any
 
@@ -14,25 +17,30 @@ from megatron_slm.models.sparse_backward.rows import Rows, attend_rows
 from megatron_slm.types import Batch
 
 TOLERANCE = 0.2
-"""Share of the spread of losses that may be round-off: of bf16, and of experts that it chooses anew. The losses
-themselves are no measure: those of a fresh model are nearly the same whatever its attention says."""
+"""Difference of losses, relative to their spread, that round-off can cause: in bf16 it may choose other experts.
+
+The losses themselves would be no measure: those of a fresh model are nearly equal whatever its attention computes.
+"""
 
 
-class Silent:
-    """Attention that says nothing of any position."""
+class ZeroAttention:
+    """Attention that returns zeros, so that no information passes between positions."""
 
     def attend(self, call: AttentionCall) -> Attended:
-        """Zeros, as large as the layer's own output."""
+        """Return zeros of the shape of the layer's own output."""
         batch, heads, length, _ = call.query.shape
         return call.value.new_zeros(batch, length, heads, call.value.shape[-1]), None
 
 
-class Compared:
-    """The layers' own attention; and whether packed attention of selected queries said the same in each.
+class AttentionComparison:
+    """The layers' own attention, compared with packed attention of selected queries.
 
     Args:
         rows: the selected positions of the batch.
-        packed: what is compared.
+        packed: the packed attention.
+
+    Attributes:
+        same: the two were equal up to round-off in every layer so far.
     """
 
     def __init__(self, rows: Rows, packed: PackedAttention) -> None:
@@ -41,17 +49,19 @@ class Compared:
         self.same = True
 
     def attend(self, call: AttentionCall) -> Attended:
-        """As without it."""
+        """Return the layer's own attention, after the comparison."""
         attended, weights = call.run()
-        inputs = (call.query, call.key, call.value, call.scale, call.window)
-        expected_RI = self._rows.take(attended.flatten(2))
-        difference_RI = attend_rows(self._rows, self._packed, *inputs).flatten(1) - expected_RI
+        expected_RI = self._rows.gather(attended.flatten(2))
+        packed_RHD = attend_rows(self._rows, self._packed, call.query, call.key, call.value, call.scale, call.window)
+        difference_RI = packed_RHD.flatten(1) - expected_RI
         self.same &= bool(difference_RI.norm() <= 2e-2 * expected_RI.norm())
         return attended, weights
 
 
 def sequence_losses(module: nn.Module, model: PreTrainedModel, length: int, brought: dict[str, Any]) -> Tensor:
-    """float32 `[1, T]` of one sequence as long as the run's: windows, chunks and sparse attention show at no other.
+    """Return the losses, float32 `[1, T]`, of one sequence as long as the run's.
+
+    Windows, chunks and sparse attention have an effect only beyond some length.
 
     Args:
         module: the `CausalLM`, or its engine; every rank calls it.
@@ -66,24 +76,24 @@ def sequence_losses(module: nn.Module, model: PreTrainedModel, length: int, brou
 
 
 def check_opening(model: PreTrainedModel, before_BT: Tensor, after_BT: Tensor) -> None:
-    """Refuse a model that computes something else once its attention is open: it asks for the kernel by its name.
+    """Raise an error if opening its attention changed a model's losses, because its code reads the kernel's name.
 
     Args:
         model: the model.
         before_BT, after_BT: its `sequence_losses`.
 
     Raises:
-        UserError: they differ.
+        UserError: they differ by more than round-off.
     """
     if not (after_BT - before_BT).norm() <= TOLERANCE * (before_BT - before_BT.mean()).norm():
-        _refuse(model, "it does not look up its attention by name alone")
+        _refuse(model, "its code reads the name of its attention")
 
 
 def packed_for_rows(module: nn.Module, model: PreTrainedModel, seq_length: int) -> PackedAttention | None:
-    """By what the backward of rows runs selected queries; every rank calls it.
+    """Return the packed attention by which the backward of rows runs selected queries; every rank calls it.
 
-    None: each layer's own kernel runs the backward, of all queries. So it is where a model's attention does more than
-    softmax of scaled products, and on accelerators, where running queries again was never measured.
+    None if each layer's own kernel runs the backward, of all queries: for a model whose attention does more than
+    softmax of scaled products, and on accelerators, where running the queries again was never measured.
     """
     if next(model.parameters()).device.type != "cpu":
         return None
@@ -91,41 +101,41 @@ def packed_for_rows(module: nn.Module, model: PreTrainedModel, seq_length: int) 
 
 
 def check_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> None:
-    """Refuse a model whose attention packed attention does not know; every rank calls it.
+    """Raise an error if packed attention computes something else than a model's attention; every rank calls it.
 
     Args:
         module: the `CausalLM`, or its engine.
         model: the model inside, with open attention.
-        packed: what replay attends by.
-        seq_length: tokens a sample.
+        packed: the packed attention of replay.
+        seq_length: tokens per sample.
 
     Raises:
-        UserError: soft caps, sinks, chunks, or windows of which it does not tell.
+        UserError: it does, because of soft caps, sinks, chunks, or windows that the kernel's arguments do not name.
     """
     if not _packs(module, model, packed, seq_length):
-        _refuse(model, "its attention does more than softmax of scaled products in a window that it names")
+        _refuse(model, "its attention does more than softmax of scaled products in a window that its arguments name")
 
 
 def _packs(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> bool:
     position_BT = torch.arange(seq_length, device=next(model.parameters()).device)[None]
     rows = Rows(position_BT, packed)
-    rows.choose(position_BT % 3 != 1)
-    compared = Compared(rows, packed)
-    sequence_losses(module, model, seq_length, {"selective": compared})
-    return compared.same
+    rows.select(position_BT % 3 != 1)
+    comparison = AttentionComparison(rows, packed)
+    sequence_losses(module, model, seq_length, {"selective": comparison})
+    return comparison.same
 
 
 def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
-    """Refuse a model in which positions meet elsewhere than in its attention: convolutions, recurrences, other calls.
+    """Raise an error if information passes between positions outside of a model's attention: convolutions, recurrences.
 
-    With an attention that says nothing, another first token must not change the losses of those after it.
+    If its attention returns zeros, another first token must not change the losses of the tokens after it.
 
     Args:
         module: the `CausalLM`, or its engine; every rank calls it.
         model: the model inside, with open attention.
 
     Raises:
-        UserError: they meet elsewhere.
+        UserError: it changes them.
     """
     text_BS = some_tokens(model, 2, 10)
     tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
@@ -133,21 +143,25 @@ def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
     other_BT[:, 0] = (other_BT[:, 0] + 1) % model.config.vocab_size
 
     def change(brought: dict[str, Any]) -> Tensor:
-        one, other = (module(text, labels_BT, straight(text), (), brought)["loss"] for text in (tokens_BT, other_BT))
-        distance: Tensor = (one - other)[:, 1:].norm()
+        before_BT = module(tokens_BT, labels_BT, straight(tokens_BT), (), brought)["loss"]
+        after_BT = module(other_BT, labels_BT, straight(tokens_BT), (), brought)["loss"]
+        distance: Tensor = (after_BT - before_BT)[:, 1:].norm()
         return distance
 
     with torch.no_grad(), evaluating(model):
-        leaked, attended = change({"selective": Silent()}), change({})
+        leaked = change({"selective": ZeroAttention()})
+        attended = change({})
     if leaked > LEAK * attended:
-        _refuse(model, "positions meet elsewhere than in its attention")
+        _refuse(model, "information passes between positions outside of its attention")
 
 
 def check_replay(student: ReplayStudent, model: PreTrainedModel) -> None:
-    """Refuse a model whose selected tokens, run again alone, have other losses than before; every rank calls it.
+    """Raise an error if a model's selected tokens have other losses when they are run again alone.
+
+    Every rank calls it. The cause can be a model that counts positions itself, instead of reading `position_ids`.
 
     Raises:
-        UserError: they have, as where positions are counted by the model and not taken from `position_ids`.
+        UserError: the losses differ by more than round-off.
     """
     text_BS = some_tokens(model, 2, 10)
     tokens_BT = text_BS[:, :-1]
@@ -161,11 +175,13 @@ def check_replay(student: ReplayStudent, model: PreTrainedModel) -> None:
         again_1R = student.replay(tape, {"loss": chosen_BT})[0]["loss"]
     expected_R = signals["loss"][chosen_BT != 0]
     if not (again_1R[0] - expected_R).norm() <= TOLERANCE * (expected_R - expected_R.mean()).norm():
-        _refuse(model, "tokens that run alone have other losses than among all, though given the same position_ids")
+        _refuse(model, "tokens that are run alone have other losses than among all, with the same position_ids")
 
 
-def _refuse(model: PreTrainedModel, why: str) -> None:
+def _refuse(model: PreTrainedModel, reason: str) -> None:
     raise UserError(
-        f"selection.backward leaves out rows of {type(model).__name__}, which does not allow it: {why}. Set "
-        "selection.backward=exact, or use another architecture."
+        "architecture",
+        type(model).__name__,
+        f"selection.backward is rows or replay, which does not support it: {reason}",
+        "Set selection.backward=exact, or use another architecture",
     )

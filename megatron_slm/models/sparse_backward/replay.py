@@ -1,8 +1,11 @@
 """Replay: score all tokens without a graph, then run forward and backward on the selected tokens alone.
 
-The first pass leaves the keys and values of every layer; the second attends to them, with those of the selected
-tokens in the place of their own. So hidden states, keys and values of all other positions are constants, as in
-rows.py: the same gradient, of which only the selected share of the activations is ever held.
+The first pass keeps the keys and values of every layer. The second pass runs the selected tokens, packed in one row,
+and attends to the kept keys and values, with its own at the positions of the selected tokens. Hidden states, keys and
+values of all other positions are therefore constants, as in rows.py: the gradient is the same, and only the selected
+share of the activations is ever held.
+
+Suffixes: B sequences of T positions, R selected positions, packed in one row; H heads in G groups, D head size.
 """
 
 from dataclasses import dataclass
@@ -24,33 +27,28 @@ from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class KeyValues:
-    """Keys and values of every layer, as attention sees them: `[B, G, T, D]`, without a graph."""
+    """The keys and values of every layer, `[B, G, T, D]` as attention reads them, without a graph."""
 
     def __init__(self) -> None:
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def attend(self, call: AttentionCall) -> Attended:
-        """The layer's own attention; its keys and values are kept."""
-        self._layers[call.module] = (alone(call.key), alone(call.value))
+        """Return the layer's own attention, and keep its keys and values."""
+        self._layers[call.module] = (_own_memory(call.key), _own_memory(call.value))
         return call.run()
 
-    def of(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+    def of_layer(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return the keys and the values of a layer, by its attention module."""
         return self._layers[module]
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """Without a graph, and in memory of its own: a view of queries, keys and values in one would hold all three."""
-    tensor = tensor.detach()
-    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
-
-
-class Replayed:
+class ReplayAttention:
     """Attention of selected tokens alone, over the keys and values of all.
 
     Args:
-        known: of the first pass.
-        queries: where the selected tokens are.
-        packed: their attention.
+        known: the keys and values of the first pass.
+        queries: the positions of the selected tokens.
+        packed: the attention of packed queries.
     """
 
     def __init__(self, known: KeyValues, queries: PackedQueries, packed: PackedAttention) -> None:
@@ -59,31 +57,33 @@ class Replayed:
         self._packed = packed
 
     def attend(self, call: AttentionCall) -> Attended:
-        """Queries `[1, H, R, D]`, keys and values `[1, G, R, D]` of the selected tokens -> `[1, R, H, D]`."""
-        known, fresh = self._known.of(call.module), (call.key, call.value)
-        key, value = (self._queries.merge(old, new) for old, new in zip(known, fresh, strict=True))
-        attended_1HRD = self._packed(self._queries, call.query, key, value, call.scale, call.window)
-        return attended_1HRD.transpose(1, 2).contiguous(), None  # as of kernels: some models take a view of it
+        """Return `[1, R, H, D]` for queries `[1, H, R, D]`, keys and values `[1, G, R, D]` of the selected tokens."""
+        known_key, known_value = self._known.of_layer(call.module)
+        key_GND = self._queries.merge(known_key, call.key)
+        value_GND = self._queries.merge(known_value, call.value)
+        attended_1HRD = self._packed(self._queries, call.query, key_GND, value_GND, call.scale, call.window)
+        # Contiguous, as the kernels return it: some models take a view of it.
+        return attended_1HRD.transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
 class ReplayTape:
-    """The batch, and what the first pass left of it if that was kept."""
+    """The batch, and the keys and values of its first pass if they were kept."""
 
     batch: Batch
     known: KeyValues | None
 
 
 class ReplayStudent:
-    """See `Student`; the backward runs the selected tokens again, over keys and values that are known.
+    """A student whose backward runs the selected tokens again, over the keys and values of all; see `Student`.
 
     Args:
         engine: the module (a `CausalLM` whose attention is open) with its optimizer.
-        packed: attention of the selected tokens.
+        packed: the attention of packed queries.
     """
 
     def __init__(self, engine: TrainingEngine, packed: PackedAttention) -> None:
-        refuse_compiled(engine.module)
+        refuse_compiled(engine.module, "replay")
         self._engine = engine
         self._packed = packed
 
@@ -99,29 +99,37 @@ class ReplayStudent:
         return {}
 
     def replay(self, tape: ReplayTape, weights: TokenWeights) -> tuple[TokenSignals, TokenWeights]:
-        """Run the selected tokens again; where none is selected, one of weight 0, because no rank may skip a forward.
+        """Return the columns, with their graph, and the weights of the R selected tokens, `[1, R]` each.
 
-        Returns:
-            Columns and weights `[1, R]` of the R tokens.
+        If none is selected, they are those of the first token, whose weight is 0: under ZeRO-3 no rank may skip the
+        forward.
         """
         batch = tape.batch
         known = tape.known or self._first_pass(batch)[1]
         index_R = selected_tokens(weights).flatten().nonzero().squeeze(-1)
         if len(index_R) == 0:
             index_R = index_R.new_zeros(1)
+
+        def pack(column_BT: Tensor) -> Tensor:
+            return column_BT.flatten()[index_R][None]
+
+        weights_1R = {name: pack(weight_BT) for name, weight_BT in weights.items()}
         queries = PackedQueries(index_R, batch.position_ids_BT)
-        columns = (batch.tokens_BT, masked_labels(batch), batch.position_ids_BT)
-        tokens_1R, labels_1R, position_ids_1R = (column.flatten()[index_R][None] for column in columns)
-        weights_1R = {name: weight_BT.flatten()[index_R][None] for name, weight_BT in weights.items()}
-        # A mask that is there already: Hugging Face would make one of R x R for what looks like packed documents.
         brought = {
-            "selective": Replayed(known, queries, self._packed),
+            "selective": ReplayAttention(known, queries, self._packed),
+            # Without a mask, Hugging Face would build one of R x R for what looks like packed documents.
             "attention_mask": torch.zeros(1, 1, 1, 1, device=index_R.device),
         }
-        want = weighed_columns(weights)
-        return self._engine.module(tokens_1R, labels_1R, position_ids_1R, want, brought), weights_1R
+        columns = (pack(batch.tokens_BT), pack(masked_labels(batch)), pack(batch.position_ids_BT))
+        return self._engine.module(*columns, weighed_columns(weights), brought), weights_1R
 
     @torch.no_grad()
     def _first_pass(self, batch: Batch, want: tuple[str, ...] = ()) -> tuple[TokenSignals, KeyValues]:
         known = KeyValues()
         return score_batch(self._engine.module, batch, want, {"selective": known}), known
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph and not as a view: one of queries, keys and values would hold all three."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
