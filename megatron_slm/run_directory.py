@@ -51,12 +51,12 @@ class RunDirectory:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a run has a record or a checkpoint here. A start that failed earlier can be given other settings."""
+        """True if a run has a record or a checkpoint here. A start that failed earlier can be given other settings."""
         return bool(list_checkpoints(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     @property
     def holds_starting_files(self) -> bool:
-        """Whether export needs only this directory. Earlier versions did not write these files."""
+        """True if export needs only this directory. Earlier versions did not write these files."""
         return self.model.is_dir() and self.tokenizer.is_dir()
 
     def hold(self) -> None:
