@@ -62,14 +62,15 @@ class World:
 def connect(timeout_minutes: float = 30.0) -> World:
     """Join the process group that the launcher describes, and return the place of this process in it.
 
-    Understands torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), mpirun
-    (OMPI_COMM_WORLD_*, PMI_*), srun (SLURM_*), and no launcher at all (one process).
+    It reads the variables of torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT), mpirun (OMPI_COMM_WORLD_*, PMI_*) and srun (SLURM_*). Without a launcher, the group is this process
+    alone.
 
     Args:
         timeout_minutes: how long a collective may wait for a silent rank before the run stops.
 
     Raises:
-        UserError: the launcher's variables are incomplete or contradict each other, or the ranks cannot meet.
+        UserError: the launcher's variables are incomplete or contradict each other, or the ranks cannot connect.
     """
     os.environ.update(launcher_variables(os.environ))
     return _join(timeout_minutes)
@@ -79,11 +80,11 @@ def connect_alone(command: str) -> World:
     """Make a process group of this process alone, for a command that runs as one process.
 
     Raises:
-        AgreedError: a launcher started several.
+        AgreedError: a launcher started several processes.
     """
     ranks = ranks_started(os.environ)
     if ranks != "1":
-        raise AgreedError(f"{command} was started on {ranks} ranks, but it runs as one process. Start one.")
+        raise AgreedError("number of ranks", ranks, f"{command} runs as one process", "Start it without a launcher")
     os.environ.update(one_process())
     return _join(timeout_minutes=30.0)
 
@@ -91,9 +92,9 @@ def connect_alone(command: str) -> World:
 def _join(timeout_minutes: float) -> World:
     rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not 0 <= rank < size:
-        raise UserError(f"RANK is {rank} and WORLD_SIZE is {size}: start all ranks with one launcher.")
+        raise UserError("RANK", rank, f"WORLD_SIZE is {size}", "Start all ranks with one launcher")
     device = _device(local_rank)
-    # DeepSpeed looks for an accelerator when it is imported, and warns where there is none.
+    # DeepSpeed searches for an accelerator when it is imported, and warns if there is none.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     try:
         dist.init_process_group(
@@ -105,9 +106,11 @@ def _join(timeout_minutes: float) -> World:
         )
     except dist.DistError as error:
         raise UserError(
-            f"The ranks cannot meet at MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT "
-            f"{os.environ['MASTER_PORT']} ({' '.join(str(error).split())}): start all {size} ranks with one launcher, "
-            "at a port that is free."
+            "MASTER_ADDR",
+            os.environ["MASTER_ADDR"],
+            f"the ranks cannot connect there at MASTER_PORT {os.environ['MASTER_PORT']} "
+            f"({' '.join(str(error).split())})",
+            f"Start all {size} ranks with one launcher, at a port that is free",
         ) from error
     return World(rank, size, local_rank, device)
 
@@ -116,11 +119,11 @@ def _number(name: str) -> int:
     try:
         return int(os.environ[name])
     except ValueError as error:
-        raise UserError(f"{name} is '{os.environ[name]}', not a number: start the ranks with a launcher.") from error
+        raise UserError(name, os.environ[name], "it must be a number", "Start the ranks with a launcher") from error
 
 
 def disconnect() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -148,7 +151,10 @@ def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Ten
 
 
 def gather_objects(value: T) -> list[T]:
-    """One small value a rank, in the order of ranks, on every rank. Pickled: for this run's own ranks only."""
+    """Return one small value per rank, in the order of ranks, on every rank.
+
+    Values are pickled, which is safe only between the ranks of one run.
+    """
     if not dist.is_initialized():
         return [value]
     values: list[T | None] = [None] * dist.get_world_size()
@@ -157,14 +163,16 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Do `work` on every rank; what fails on one rank fails on all.
+    """Do `work` on every rank, and fail on all ranks if it fails on one.
 
-    Without this, the ranks that did not fail would wait for the one that did. `work` must not
-    use collectives of its own.
+    Without this, the ranks that did not fail would wait for the one that did. `work` must not use collectives.
+
+    Returns:
+        What `work` returned on this rank.
 
     Raises:
-        AgreedError: the user's error of the lowest rank that had one.
-        RuntimeError: another rank failed otherwise; that rank raises its own error.
+        AgreedError: the user error of the lowest rank that had one.
+        RuntimeError: another rank failed in another way; that rank raises its own error.
     """
     result: T | None = None
     failure: Exception | None = None

@@ -1,4 +1,4 @@
-"""What the launcher tells this process through its environment, and what it is told. Imports nothing heavy."""
+"""The variables by which a launcher describes a rank, and its error file. Imports nothing heavy."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from typing import NamedTuple
 from megatron_slm.errors import UserError
 
 DEFAULT_PORT = "29500"
-"""Where ranks meet unless MASTER_PORT says otherwise; PyTorch's default."""
+"""The port of rank 0 unless MASTER_PORT is set; PyTorch's default."""
 
-_ONE_PROCESS = "Start the ranks with one launcher; for one process, unset these variables."
+_ONE_PROCESS = "Start the ranks with one launcher, or unset these variables to run one process"
 
 
 class _Mpi(NamedTuple):
     """The variables by which one family of `mpirun` describes a rank.
 
-    rank, size  of all ranks
-    local_rank  names to look for, in this order
+    rank, size  among all ranks
+    local_rank  rank on this host; the first name that is set counts
     local_size  ranks on this host
     """
 
@@ -53,19 +53,19 @@ _MPI = (
 
 
 def is_main_process(environment: Mapping[str, str]) -> bool:
-    """Return whether this is rank 0, or a process without a launcher: the one that writes for all ranks."""
+    """Return whether this process is rank 0, or was started without a launcher."""
     ranks = ["RANK", *(mpi.rank for mpi in _MPI), *(["SLURM_PROCID"] if _is_slurm_step(environment) else [])]
     return next((environment[name] for name in ranks if name in environment), "0") == "0"
 
 
 def tell_launcher(sentence: str) -> None:
-    """Why this rank ends: torchrun shows it in its summary, where it would say that nothing is known."""
+    """Write why this rank ends to the file that torchrun reads, so that its summary shows the reason."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def one_process() -> dict[str, str]:
-    """Return the variables of a process that is alone, whatever started it."""
+    """Return the variables of a process that is alone, even if a launcher started it."""
     return {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -78,7 +78,7 @@ def one_process() -> dict[str, str]:
 def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, whichever launcher started this process.
 
-    DeepSpeed and torch both read these from the environment. The first launcher of this list that left its variables
+    DeepSpeed and torch both read these from the environment. The first launcher of this list whose variables are set
     describes the ranks: torchrun and the deepspeed launcher, `mpirun`, `srun`. `mpirun` comes before `srun`, because
     under Slurm it starts its own daemons with `srun`, whose variables its ranks inherit.
 
@@ -94,7 +94,7 @@ def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def ranks_started(environment: Mapping[str, str]) -> str:
-    """Return how many ranks a launcher started, as it wrote it; 1 where there is no launcher.
+    """Return how many ranks a launcher started, as its variable states it; 1 without a launcher.
 
     Raises:
         UserError: the variables of a launcher are incomplete.
@@ -106,26 +106,29 @@ def _launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     if "RANK" in environment:
         return _torch_variables(environment)
     for mpi in _MPI:
-        # `srun --mpi=pmi2` sets these too, but without the rank on the host: its own variables say that.
+        # `srun --mpi=pmi2` sets these too, but without the rank on the host, which only Slurm's variables hold.
         if mpi.rank in environment and not (_is_slurm_step(environment) and not _first(environment, mpi.local_rank)):
             return _mpi_variables(environment, mpi)
     if _is_slurm_step(environment):
         return _slurm_variables(environment)
     if environment.get("WORLD_SIZE", "1") != "1":
-        raise UserError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, but RANK is not set. {_ONE_PROCESS}")
+        raise UserError("WORLD_SIZE", environment["WORLD_SIZE"], "RANK is not set", _ONE_PROCESS)
     return None
 
 
 def _torch_variables(environment: Mapping[str, str]) -> dict[str, str]:
     size = environment.get("WORLD_SIZE")
     if size is None:
-        raise UserError(f"RANK is {environment['RANK']}, but WORLD_SIZE is not set. {_ONE_PROCESS}")
+        raise UserError("RANK", environment["RANK"], "WORLD_SIZE is not set", _ONE_PROCESS)
     defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": DEFAULT_PORT}
-    # Without it, all ranks of a host would use its first device.
+    # Without LOCAL_RANK, all ranks of a host would use its first device.
     if size != "1" and "LOCAL_RANK" not in environment:
         raise UserError(
-            f"WORLD_SIZE is {size}, but LOCAL_RANK is not set. Start the ranks with a launcher that sets it, such as "
-            "torchrun, or export it: the number of the rank on its host, from 0."
+            "WORLD_SIZE",
+            size,
+            "LOCAL_RANK is not set",
+            "Start the ranks with a launcher that sets it, such as torchrun, or export it: the number of the rank on "
+            "its host, from 0",
         )
     return {name: environment.get(name, default) for name, default in defaults.items()} | {
         "RANK": environment["RANK"],
@@ -140,15 +143,19 @@ def _mpi_variables(environment: Mapping[str, str], mpi: _Mpi) -> dict[str, str]:
     if size is None or local_rank is None:
         missing = mpi.size if size is None else mpi.local_rank[0]
         raise UserError(
-            f"{mpi.rank} is {environment[mpi.rank]}, but {missing} is not set, so the variables of {mpi.name} are "
-            f"incomplete. {_ONE_PROCESS}"
+            mpi.rank,
+            environment[mpi.rank],
+            f"{missing} is not set, so the variables of {mpi.name} are incomplete",
+            _ONE_PROCESS,
         )
     address = environment.get("MASTER_ADDR")
     if address is None and _first(environment, mpi.local_size) != size:
         raise UserError(
-            f"MASTER_ADDR is not set, and mpirun ({mpi.name}) started {size} ranks on several hosts. Pass the host of "
-            "rank 0 to all of them: mpirun -x MASTER_ADDR=HOST (Open MPI) or mpirun -genv MASTER_ADDR HOST (MPICH, "
-            "Intel MPI); under the deepspeed launcher, in --launcher_args."
+            "MASTER_ADDR",
+            None,
+            f"mpirun ({mpi.name}) started {size} ranks on several hosts",
+            "Pass the host of rank 0 to all ranks: mpirun -x MASTER_ADDR=HOST (Open MPI) or mpirun -genv MASTER_ADDR "
+            "HOST (MPICH, Intel MPI); under the deepspeed launcher, in --launcher_args",
         )
     return {
         "RANK": environment[mpi.rank],
@@ -162,7 +169,7 @@ def _mpi_variables(environment: Mapping[str, str], mpi: _Mpi) -> dict[str, str]:
 def _is_slurm_step(environment: Mapping[str, str]) -> bool:
     """Return whether `srun` started this process.
 
-    A job script runs inside an allocation too: it has a job id, but the id of its step is no number.
+    A job script runs inside an allocation too and has a job id, but the id of its step is not a number.
     """
     return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit()
 
@@ -173,8 +180,10 @@ def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if size is None or local_rank is None:
         missing = "SLURM_STEP_NUM_TASKS" if size is None else "SLURM_LOCALID"
         raise UserError(
-            f"SLURM_PROCID is {environment['SLURM_PROCID']}, but {missing} is not set, so Slurm's variables are "
-            "incomplete. Start the ranks with srun; for one process, unset SLURM_PROCID."
+            "SLURM_PROCID",
+            environment["SLURM_PROCID"],
+            f"{missing} is not set, so Slurm's variables are incomplete",
+            "Start the ranks with srun, or unset SLURM_PROCID to run one process",
         )
     hosts = environment.get("SLURM_STEP_NODELIST", "")
     address = first_host(hosts) if hosts else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
@@ -184,19 +193,21 @@ def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": size,
         "LOCAL_RANK": local_rank,
         "MASTER_ADDR": environment.get("MASTER_ADDR", address),
-        # Jobs and steps that share a host must not meet at one port.
+        # Jobs and steps that share a host must not use the same port.
         "MASTER_PORT": environment.get("MASTER_PORT", str(20000 + (job + 7919 * step) % 20000)),
     }
 
 
 def _refuse_allocation(environment: Mapping[str, str]) -> None:
-    """Refuse to run alone where several tasks were allocated: under `salloc`, in a job script, in a notebook there."""
+    """Raise an error if several tasks were allocated, as under `salloc`, in a job script or in its notebook."""
     for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"):
         if environment.get(name, "1") != "1":
             raise UserError(
-                f"{name} is {environment[name]}, but this process was not started by srun, so it would run alone. "
-                "Start it with srun, or with torchrun on each node; to run one process on purpose, set RANK=0 "
-                "WORLD_SIZE=1."
+                name,
+                environment[name],
+                "this process was not started by srun, so it would run alone",
+                "Start it with srun, or with torchrun on each node. To run one process on purpose, set RANK=0 "
+                "WORLD_SIZE=1",
             )
 
 
@@ -205,7 +216,7 @@ def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str | None
 
 
 def first_host(hosts: str) -> str:
-    """The first of Slurm's list of hosts, where rank 0 runs: `gpu[007-009,12],login` is `gpu007` and others."""
+    """Return the first host of Slurm's list, where rank 0 runs: `gpu007` of `gpu[007-009,12],login`."""
     name, bracket, ranges = hosts.partition("[")
     if not bracket or "," in name:
         return name.partition(",")[0]

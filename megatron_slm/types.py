@@ -1,4 +1,7 @@
-"""The values that travel through a run. Shape suffixes: B sequences, T positions, D hidden size, V vocabulary."""
+"""The values that are passed between rooms.
+
+Shape suffixes: B sequences, T positions, D hidden size, V vocabulary.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -6,7 +9,7 @@ import torch
 from torch import Tensor
 
 TokenSignals = dict[str, Tensor]
-"""What is known about each token: float32 `[B, T]` columns such as `student.loss` and `reference.loss`.
+"""Signals of each token by name: float32 `[B, T]` columns such as `student.loss` and `reference.loss`.
 
 A plain dict, because DeepSpeed's hooks look into tuples, lists and dicts only.
 """
@@ -17,16 +20,16 @@ TokenWeights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of this rank.
+    """A micro-batch of this rank.
 
     tokens_BT        int64, model input
     labels_BT        int64, `labels_BT[b, t]` follows `tokens_BT[b, t]`
-    valid_BT         bool, False where the label is padding or no part of an answer: no loss, never selected
+    valid_BT         bool, False if the label is padding or not part of an answer: it has no loss and is never selected
     position_ids_BT  int64, restarts at document starts under `data.reset_attention`
     sample_index_B   int64, ordinal of the sample in the run's order
     source_B         int64, entry of the blend that the sample comes from
     label_offset_BT  int64, offset in tokens of each label in its source's `.bin`; -1 for padding
-    continued_B      int64, tokens at the beginning of `tokens_BT` that continue a document from before the sample
+    continued_B      int64, tokens at the beginning of `tokens_BT` whose document began before the sample
     """
 
     tokens_BT: Tensor
@@ -42,11 +45,11 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
     def rows(self, start: int, stop: int) -> "Batch":
-        """The sequences `start` to `stop` as a batch of their own."""
+        """Return the sequences `start` to `stop` as a batch."""
         return Batch(*(getattr(self, field.name)[start:stop] for field in fields(self)))
 
     def pick(self, row_N: Tensor) -> "Batch":
-        """Some of the sequences, int64 `[N]`, as a batch of their own."""
+        """Return some of the sequences, int64 `[N]`, as a batch."""
         return Batch(*(getattr(self, field.name)[row_N] for field in fields(self)))
 
     @staticmethod
@@ -71,6 +74,6 @@ class Batch:
 
     @property
     def token_position_BT(self) -> Tensor:
-        """int64 `sample_index * T + t`: unique over the run, and the same at any number of ranks."""
+        """`sample_index * T + t`, int64 `[B, T]`: unique over the run, and the same on any number of ranks."""
         length = self.tokens_BT.shape[1]
         return self.sample_index_B[:, None] * length + torch.arange(length, device=self.tokens_BT.device)

@@ -1,6 +1,6 @@
-"""Checkpoints that are whole or not there: written aside, summed, renamed, then published by `latest`.
+"""The checkpoints of a run, each complete or absent: staged, checksummed, renamed, then named by `latest`.
 
-checkpoints/latest                    text: the name of the newest whole checkpoint
+checkpoints/latest                    text: the name of the newest complete checkpoint
 checkpoints/step_00000500/engine/     the backend's files, of all ranks
                           rng_rankNNNN.pt, progress.json, config.yaml
                           manifest.json   size and SHA-256 of every other file
@@ -32,12 +32,12 @@ _UNFINISHED = re.compile(rf"\.writing-{_CHECKPOINT.pattern}")
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in a folder that all ranks see.
+    """The checkpoints of one run, in a folder that all ranks share.
 
     Args:
         folder: `RUN_DIR/checkpoints`.
         world: this process among all.
-        keep: newest checkpoints to keep.
+        keep: how many of the newest checkpoints to keep.
         config: the run's configuration as YAML, kept beside each checkpoint.
     """
 
@@ -48,10 +48,10 @@ class CheckpointStore:
         self._keep = keep
 
     def save(self, engine: TrainingEngine, progress: dict[str, Any]) -> None:
-        """Save all ranks' state; every rank calls it. A kill at any instant leaves the one before.
+        """Save the state of all ranks; every rank calls it. A kill at any moment leaves the previous checkpoint.
 
         Raises:
-            AgreedError: it cannot be written on some rank; what was written of it is removed, the one before untouched.
+            AgreedError: some rank cannot write. What was written is removed; the previous checkpoint is untouched.
         """
         name = checkpoint_name(progress["step"])
         aside = self._folder / f".writing-{name}"
@@ -64,42 +64,50 @@ class CheckpointStore:
             agree(lambda: self._publish(aside, name, manifest) if self._world.is_main else None)
         except (OSError, RuntimeError, UserError) as error:
             agree(self._clear if self._world.is_main else lambda: None)
+            reason = str(error)
+            if isinstance(error, UserError):
+                reason = f"{error.setting} is {error.value}, and {error.reason}"
             raise AgreedError(
-                f"The checkpoint of step {progress['step']} cannot be written ({error}): make room in {self._folder}; "
-                "the one before is untouched."
+                "checkpoint",
+                f"due at step {progress['step']}",
+                f"it cannot be written to {self._folder} ({reason}). The previous checkpoint is untouched",
+                "Make room there",
             ) from error
         if self._world.is_main:
             self._prune()
 
     def restore(self, engine: TrainingEngine) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint into the engine; None if nothing was ever saved.
+        """Load the newest complete checkpoint into the engine; every rank calls it.
 
         Returns:
-            The progress that was saved with it.
+            The progress that was saved with it; None if nothing was ever saved.
 
         Raises:
-            UserError: there are checkpoints, but none is whole, or none of this number of ranks.
+            UserError: no checkpoint is complete, or it was written on another number of ranks.
         """
         found = self.newest()
         if found is None:
             return None
         engine.load(found)
         state = found / f"rng_rank{self._world.rank:04d}.pt"
-        if state.exists():  # A run at more ranks than before starts its new ranks from the seed.
+        if state.exists():  # If there are more ranks than before, the new ones start from the seed.
             _set_random_state(torch.load(state, weights_only=True))
         progress: dict[str, Any] = json.loads((found / "progress.json").read_text())
         return progress
 
     def newest(self, step: int | None = None) -> Path | None:
-        """The newest checkpoint, up to `latest`, whose files are as they were written; every rank calls it.
+        """Return the newest checkpoint, up to `latest`, whose files are as they were written; every rank calls it.
 
         Args:
-            step: that of this step alone.
+            step: consider the checkpoint of this step only.
+
+        Returns:
+            Its folder; None if there is no checkpoint.
 
         Raises:
-            AgreedError: there are checkpoints, but none is whole.
+            AgreedError: there are checkpoints, but none is complete.
         """
-        # Rank 0 looks and all follow: a shared file system may show ranks different moments.
+        # All ranks use the list of rank 0, because a shared file system may show them different states.
         names = gather_objects([path.name for path in list_checkpoints(self._folder)])[0]
         if step is not None:
             names = [name for name in names if name == checkpoint_name(step)]
@@ -110,14 +118,22 @@ class CheckpointStore:
             logging.getLogger(__name__).warning("checkpoint %s is damaged (%s)", name, damaged)
         if names and step is not None:
             raise AgreedError(
-                f"The checkpoint of step {step} in {self._folder} is not whole: restore it, or name another."
+                "--rollback", step, f"its checkpoint in {self._folder} is damaged", "Restore it, or use another step"
             )
         if names:
-            raise AgreedError(f"No checkpoint in {self._folder} is whole: restore one, or start in another run_dir.")
+            raise AgreedError(
+                "run_dir",
+                str(self._folder.parent),
+                "none of its checkpoints is complete",
+                "Restore one, or use another run_dir",
+            )
         return None
 
     def _damaged(self, checkpoint: Path) -> str | None:
-        """The first file that is missing or not as it was written, on any rank's share of the reading."""
+        """Return the first file that is missing or not as it was written; None if there is none.
+
+        Each rank reads a share of the files.
+        """
         expected = gather_objects(_read_manifest(checkpoint))[0]
         if expected is None:
             return MANIFEST
@@ -125,7 +141,7 @@ class CheckpointStore:
         return next((name for name in expected if found.get(name) != expected[name]), None)
 
     def _sums(self, folder: Path, only: Iterable[str] | None = None, flush: bool = False) -> dict[str, list[Any]]:
-        """Size and SHA-256 of every file, each rank reading its share."""
+        """Return size and SHA-256 of every file; each rank reads a share."""
         everything = only or (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         names = gather_objects(sorted(everything))[0]
         mine = [name for name in names[self._world.rank :: self._world.size] if (folder / name).exists()]
@@ -133,7 +149,7 @@ class CheckpointStore:
         return {name: value for part in gather_objects(sums) for name, value in part.items()}
 
     def _make_room(self, aside: Path, engine: TrainingEngine) -> None:
-        """An empty folder to write to, on a disk with room for as much as the newest checkpoint took."""
+        """Make an empty folder to write to, if the disk has room for as much as the newest checkpoint took."""
         self._clear()
         aside.mkdir(parents=True)
         newest = list_checkpoints(self._folder)[-1:]
@@ -141,7 +157,9 @@ class CheckpointStore:
         need = sum(size for size, _ in files.values()) if files else _estimate(engine)
         free = shutil.disk_usage(self._folder).free
         if free < need:
-            raise UserError(f"{free / 1e6:,.1f} MB are free and it takes {need / 1e6:,.1f} MB")
+            raise UserError(
+                "free space", f"{free / 1e6:,.1f} MB", f"a checkpoint takes {need / 1e6:,.1f} MB", "Make room"
+            )
 
     def _clear(self) -> None:
         for left in self._folder.iterdir() if self._folder.exists() else ():
@@ -158,7 +176,7 @@ class CheckpointStore:
         write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
             sync(folder)
-        # What may exist is a damaged checkpoint that this run went back behind. Every rank has flushed its files.
+        # It replaces a damaged checkpoint, if this run resumed from an earlier one. Every rank has flushed its files.
         publish(aside, self._folder / name, replace=True, flush=False)
         write_durably(self._folder / "latest", name)
 
@@ -186,7 +204,7 @@ def save_checkpoint(store: CheckpointStore, engine: TrainingEngine, state: RunSt
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
-    """Size and SHA-256 of every file of a checkpoint; None where that is not known."""
+    """Return size and SHA-256 of every file of a checkpoint; None if its manifest cannot be read."""
     try:
         files: dict[str, list[Any]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
         return files
@@ -195,7 +213,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
 
 
 def saved_ranks(checkpoint: Path) -> int | None:
-    """Return how many ranks wrote a checkpoint; None if that is not known."""
+    """Return how many ranks wrote a checkpoint; None if its manifest cannot be read."""
     try:
         return int(json.loads((checkpoint / MANIFEST).read_text())["world_size"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -203,7 +221,7 @@ def saved_ranks(checkpoint: Path) -> int | None:
 
 
 def _estimate(engine: TrainingEngine) -> int:
-    """Bytes of a checkpoint, before there is one: weights in the run's precision and in float32, and Adam's moments."""
+    """Return the bytes of a first checkpoint: weights in the run's precision and in float32, and Adam's moments."""
     parameters = list(engine.module.parameters())
     return sum(whole_shape(p).numel() * (p.element_size() + 12) for p in parameters)
 
@@ -223,7 +241,7 @@ def step_of(checkpoint: Path) -> int | None:
 def all_checkpoints(folder: Path) -> list[Path]:
     """Return every checkpoint in the order of their steps, also those after `latest`.
 
-    Only exact names count: a copy such as `step_00000500.good` is somebody else's, and is never read or removed.
+    Only exact names count: a copy such as `step_00000500.good` belongs to the user, and is never read or removed.
     """
     steps = {path: step_of(path) for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()}
     return sorted((path for path in steps if steps[path] is not None), key=lambda path: steps[path] or 0)
@@ -239,7 +257,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints."""
+    """Return the steps of the published checkpoints."""
     return [step for path in list_checkpoints(folder) if (step := step_of(path)) is not None]
 
 
@@ -262,53 +280,58 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def split_records(path: Path, step: int) -> tuple[str, str]:
-    """The records up to a step, and all that follows from the first later one on, a torn last line too.
+    """Return the records up to a step, and everything from the first later one on, also an incomplete last line.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file holds a line that is not a record.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         later = (not line.endswith("\n") or int(json.loads(line)["step"]) > step for line in lines)
         kept = next((number for number, is_later in enumerate(later) if is_later), len(lines))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds a line that is no record: put the file back, or move it away.") from error
+        raise UserError(
+            "run_dir",
+            str(path.parent),
+            f"{path.name} in it has a line that is not a record",
+            "Restore the file, or move it away",
+        ) from error
     return "".join(lines[:kept]), "".join(lines[kept:])
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop what a killed run wrote after the checkpoint at `step`.
+    """Remove from a file of records what a killed run wrote after the checkpoint at `step`.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file holds a line that is not a record.
     """
     if path.exists():
         write_durably(path, split_records(path, step)[0])
 
 
 def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
-    """Say what there is to go back to.
+    """Raise an error if there is no checkpoint of a step to roll back to.
 
     Raises:
-        UserError: there is no checkpoint of this step.
+        UserError: there is none; the remedy lists the steps.
     """
     steps = saved_steps(checkpoints)
     if step not in steps:
-        there = ", ".join(map(str, steps)) or "no step"
-        raise UserError(f"--rollback is {step}, and {checkpoints} has checkpoints of {there}.")
+        remedy = f"Use one of {', '.join(map(str, steps))}" if steps else "Leave it out: there is no checkpoint"
+        raise UserError("--rollback", step, f"{checkpoints} has no checkpoint of this step", remedy)
 
 
 def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) -> None:
     """Make the checkpoint of `step` the newest; every rank calls it.
 
-    A kill at any instant loses nothing, and asking again finishes the work: the records are copied first, the
-    checkpoints are moved from the newest on, and what is left is always the beginning of a run.
+    A kill at any moment loses nothing, and a repeated call finishes the work: the records are copied first, then the
+    checkpoints are moved from the newest on, so that what remains is always the beginning of a run.
 
     Raises:
-        AgreedError: the checkpoint is damaged, the records are garbled, or something cannot be moved.
+        AgreedError: the checkpoint is damaged, a line is not a record, or something cannot be moved.
     """
     if store.newest(step) is None:
-        raise AgreedError(f"--rollback is {step}, and that checkpoint is gone.")
+        raise AgreedError("--rollback", step, "its checkpoint has been removed", "Use another step")
     agree(lambda: _move_aside(run_dir, step) if world.is_main else None)
 
 
@@ -328,14 +351,17 @@ def _move_aside(run_dir: Path, step: int) -> None:
         write_durably(run_dir / "checkpoints" / "latest", checkpoint_name(step))
     except OSError as error:
         raise UserError(
-            f"--rollback is {step}, and {run_dir} cannot be changed ({error}): mend that, and ask again."
+            "--rollback",
+            step,
+            f"{run_dir} cannot be changed ({error})",
+            "Make it writable, and run the same command again",
         ) from error
-    logging.getLogger(__name__).info("rolled back to step %d: what came after it is in %s", step, aside)
+    logging.getLogger(__name__).info("rolled back to step %d: later checkpoints and records are in %s", step, aside)
 
 
 def _next_folder(parent: Path) -> Path:
-    taken = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()]
-    folder = parent / f"{max(taken, default=0) + 1:04d}"
+    used = [int(path.name) for path in parent.glob("[0-9]*") if path.name.isdigit()]
+    folder = parent / f"{max(used, default=0) + 1:04d}"
     folder.mkdir(parents=True)
     sync(parent)
     return folder

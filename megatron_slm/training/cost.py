@@ -1,4 +1,4 @@
-"""Floating-point operations of a token, and what the hardware could do at best."""
+"""The cost of a step in floating-point operations, and of a run in memory; peaks of the hardware."""
 
 import copy
 import re
@@ -16,8 +16,8 @@ from megatron_slm.models.head import CHUNK_BYTES
 from megatron_slm.torch_internals import fake_tensors, storage_id
 
 DENSE_BF16_PEAKS = {
-    # Dense tensor-core peaks in FLOP/s, from NVIDIA's datasheets: SXM where the name says no more.
-    # The sparse figures printed larger there are twice as high.
+    # Dense tensor-core peaks in FLOP/s, from NVIDIA's datasheets; those of SXM unless the name says otherwise. The
+    # larger figures printed there are for sparse matrices, and twice as high.
     "B200": 2.25e15,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -33,7 +33,7 @@ DENSE_BF16_PEAKS = {
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of a token's forward through one model: by its weights, and of attention. A backward takes twice that."""
+    """The FLOPs per token of a forward through one model: of its weights, and of attention. A backward takes twice."""
 
     weights: float
     attention: float
@@ -49,10 +49,10 @@ class TokenFlops:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Of the models of a run.
+    """The FLOPs per token of the models of a run.
 
-    student    of a token
-    reference  forward of a token through all references that run along
+    student    by part
+    reference  of a forward through all reference models that run
     backward   the run's `selection.backward`
     """
 
@@ -63,13 +63,13 @@ class ModelFlops:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Tokens of one step over all ranks; positions, whether their labels count or not.
+    """The tokens of one step over all ranks, whether their labels count toward the loss or not.
 
-    candidates    read, to choose from; 0 where all that is read is trained on
-    trained       in batches with a backward
-    selected      of these, what a selective backward runs through; None under CLM, whose backward is the exact one
-    reference     that the reference was asked about
-    ranked_first  the whole step was ranked together: what was run for that is run again
+    candidates    tokens read as candidates; 0 if all samples that are read are trained on
+    trained       tokens in batches with a backward
+    selected      trained tokens that a selective backward runs through; None under CLM, which has the exact one
+    reference     tokens that the reference scored
+    ranked_first  whether the whole step was ranked together, so that its forwards run again
     """
 
     candidates: int
@@ -81,12 +81,12 @@ class StepTokens:
 
 @dataclass(frozen=True)
 class StudentTokens:
-    """What the student ran in one step, in tokens.
+    """The tokens that the student ran in one step.
 
-    scored     forwards without a gradient
-    forward    forwards that a backward follows
-    backward   backwards through the weights
-    attention  backwards through attention
+    scored     in forwards without a gradient
+    forward    in forwards that a backward follows
+    backward   in backwards through the weights
+    attention  in backwards through attention
     """
 
     scored: int
@@ -96,9 +96,13 @@ class StudentTokens:
 
 
 def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
-    """What each way of `selection.backward` runs (models/student.py, rows.py, replay.py).
+    """Return what the student runs with each `selection.backward`.
 
-    Attention's backward under rows counts in full, also where a CPU runs that of the selected queries alone.
+    Under rows, the backward of attention counts in full, although a CPU runs it for the selected queries alone.
+
+    Args:
+        tokens: of the step.
+        backward: `selection.backward` (models/student.py, models/sparse_backward/).
     """
     trained, selected = tokens.trained, tokens.selected
     first = tokens.candidates + (trained if tokens.ranked_first else 0)
@@ -110,17 +114,23 @@ def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
 
 
 def step_flops(models: ModelFlops, tokens: StepTokens) -> float:
-    """FLOPs of one step over all ranks. What activation checkpointing runs again is not counted."""
+    """Return the FLOPs of one step over all ranks, without what activation checkpointing runs again."""
     ran, student = student_tokens(tokens, models.backward), models.student
     backward = 2 * (student.weights * ran.backward + student.attention * ran.attention)
     return student.forward * (ran.scored + ran.forward) + backward + models.reference * tokens.reference
 
 
 def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) -> TokenFlops:
-    """2 FLOPs a weight that multiplies, and 4 * layers * width * T of attention, not halved for causality.
+    """Return the FLOPs per token, by the convention of PaLM (appendix B).
 
-    The convention of PaLM (appendix B). Embeddings are looked up, not multiplied; one that is
-    tied is the head, and counts. All experts count, also those that a token is not routed to.
+    They are 2 per weight that multiplies, and 4 * layers * width * T of attention, not halved for causality. Embeddings
+    are looked up, not multiplied; a tied one is also the head, and counts. All experts count, also those that a token
+    is not routed to.
+
+    Args:
+        module: the model; its parameters may be partitioned.
+        config: of the model.
+        seq_length: tokens per sample, T.
     """
     size = {id(parameter): whole_shape(parameter).numel() for parameter in module.parameters()}
     looked_up = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
@@ -132,7 +142,7 @@ def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) ->
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of one device in FLOP/s; None where it is not known, as for any CPU."""
+    """Return the dense bf16 peak of one device in FLOP/s; None if unknown, as for any CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -143,15 +153,15 @@ LIVE_PARAMETERS, REDUCE_BUCKET = 1_000_000_000, 500_000_000
 """DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size, in parameters."""
 
 SUB_GROUP = 1_000_000_000
-"""DeepSpeed's default of sub_group_size, the parameters that one update at stage 3 takes at a time."""
+"""DeepSpeed's default of sub_group_size, the parameters of one update at stage 3."""
 
 OFFLOADS = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
-"""Keys of `zero_optimization`, and what each moves to the host."""
+"""The keys of `zero_optimization` that offload, and what each moves to the host."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: on its device, and moved to the host by DeepSpeed's offload, each by what they are for."""
+    """The bytes of one rank by purpose: on its device, and on the host by DeepSpeed's offload."""
 
     device: dict[str, int]
     host: dict[str, int]
@@ -159,15 +169,15 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Of one model, from its configuration alone: no weight is made.
+    """The size of a model, derived from its configuration without making a weight.
 
-    parameters        all of them
-    layers            decoder layers
-    layer_bytes       what one layer keeps for the backward of one micro-batch
-    boundary_bytes    the hidden states of one micro-batch
-    cache_bytes       keys and values of one layer for one micro-batch
-    head_bytes        the head's chunk of logits, its exponentials and their gradient
-    flops             of a token
+    parameters        number of all parameters
+    layers            number of decoder layers
+    layer_bytes       that one layer keeps for the backward of one micro-batch
+    boundary_bytes    of the hidden states of one micro-batch
+    cache_bytes       of the keys and values of one layer for one micro-batch
+    head_bytes        of the head's chunk of logits, its exponentials and their gradient
+    flops             per token
     """
 
     parameters: int
@@ -180,12 +190,14 @@ class ModelSize:
 
 
 def model_size(config: PretrainedConfig, samples: int, seq_length: int, precision: torch.dtype) -> ModelSize:
-    """Build one and two layers on PyTorch's meta device and see what the second keeps for the backward.
+    """Return the size of a model.
+
+    It builds one and two layers on PyTorch's meta device, and measures what the second keeps for the backward.
 
     Args:
         config: of the whole model.
-        samples: sequences of a micro-batch.
-        seq_length: tokens of each.
+        samples: sequences per micro-batch.
+        seq_length: tokens per sequence.
         precision: of weights and activations.
     """
     layers = config.num_hidden_layers
@@ -202,7 +214,7 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
 
 
 def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
-    """The model with so many layers; no memory is taken and nothing is initialised."""
+    """Return the model with so many layers, without memory and without initialisation."""
     smaller = copy.deepcopy(config)
     smaller.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -211,22 +223,23 @@ def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> P
 
 
 def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
-    """Bytes that a forward without the head keeps for its backward, weights and T x T matrices aside.
+    """Return the bytes that a forward without the head keeps for its backward, without weights and T x T matrices.
 
-    Fused attention keeps no T x T matrix; where attention is not fused, the true figure is higher.
+    Fused attention keeps no T x T matrix; without fused attention, the true figure is higher.
     """
     weights = {storage_id(parameter) for parameter in model.parameters()}
     storages: dict[int, int] = {}
 
-    def see(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         if storage_id(tensor) not in weights and tensor.shape[-2:] != (seq_length, seq_length):
             storages[storage_id(tensor)] = tensor.untyped_storage().nbytes()
+        # A freed tensor could pass its storage on to another, which would not be counted.
         kept_alive.append(tensor)
         return tensor
 
     kept_alive: list[torch.Tensor] = []
     tokens_BT = torch.zeros(samples, seq_length, dtype=torch.long)
-    with saved_tensors_hooks(see, lambda tensor: tensor):
+    with saved_tensors_hooks(record, lambda tensor: tensor):
         model.base_model(input_ids=tokens_BT, use_cache=False)
     return sum(storages.values())
 
@@ -242,27 +255,27 @@ def rank_memory(
     replayed: float | None = None,
     fused: bool = True,
 ) -> RankMemory:
-    """Return what one of `ranks` holds at its fullest.
+    """Return the peak memory of one rank.
 
-    A GPU is fullest in the backward. A CPU is so in the update, because the system does not get back what the
-    activations took.
+    A GPU peaks in the backward. A CPU peaks in the update, because the memory of the activations is not returned to the
+    system.
 
     Args:
         student: size of the model, at its micro-batch.
-        references: sizes of the models that run along, each at its own micro-batch, and whether it is sharded.
+        references: sizes of the reference models, each at its own micro-batch, and whether it is sharded.
         ranks: of the run.
         precision: of weights and activations.
         zero: DeepSpeed's `zero_optimization` section.
-        checkpointing: each layer is recomputed in the backward.
-        replayed: share of the tokens that replay runs again, over keys and values of all; None without it.
-        fused: the optimizer updates in one kernel, as on CUDA, and makes no temporary tensors.
+        checkpointing: whether each layer is recomputed in the backward.
+        replayed: share of the tokens that replay runs again, over keys and values of all; None without replay.
+        fused: whether the optimizer updates in one kernel, as on CUDA, without temporary tensors.
     """
     stage = int(zero.get("stage", 3))
     each = precision.itemsize
     kept = student.boundary_bytes if checkpointing else student.layer_bytes
     if replayed is not None:
         kept = int(replayed * kept) + student.cache_bytes
-    # One layer more: recomputed, or the gradients of what it keeps.
+    # One layer more: the one that is recomputed, or the gradients of what it keeps.
     device = {
         "weights": each * student.parameters // (ranks if stage == 3 else 1),
         "gradients": 4 * student.parameters // (ranks if stage >= 2 else 1),
@@ -286,13 +299,16 @@ def rank_memory(
 
 
 def _buffers(parameters: int, each: int, stage: int, zero: Mapping[str, Any]) -> int:
-    """Gathered weights in use, and gradients on their way to their owners."""
+    """Return the bytes of gathered weights in use, and of gradients on their way to their owners."""
     bucket = each * min(parameters, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
     return bucket + (each * min(parameters, _live(zero)) if stage == 3 else 0)
 
 
 def _update(partition: int, stage: int, zero: Mapping[str, Any]) -> int:
-    """Return the two float32 tensors that AdamW makes for each flat partition of ZeRO; weights alone are small."""
+    """Return the bytes of the two float32 tensors that AdamW makes for each flat partition of ZeRO.
+
+    Without ZeRO they are those of one weight, which is small.
+    """
     return 8 * min(partition, int(zero.get("sub_group_size", SUB_GROUP))) if stage else 0
 
 

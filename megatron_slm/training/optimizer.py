@@ -1,4 +1,4 @@
-"""AdamW with decay on matrices only."""
+"""The optimizer, AdamW with weight decay on matrices only, and its learning rate."""
 
 import math
 from typing import Literal
@@ -11,9 +11,12 @@ from megatron_slm.training.settings import TrainingSettings
 
 
 def adamw(module: nn.Module, settings: TrainingSettings, device: torch.device) -> torch.optim.AdamW:
-    """The optimizer of a model whose parameters may be partitioned, and may still be in host memory.
+    """Build the optimizer of a model, whose parameters may be partitioned and may still be in host memory.
 
-    Fused where the engine will hold them on CUDA: one kernel over the flat partitions of ZeRO.
+    Args:
+        module: the student.
+        settings: rate, betas, epsilon and weight decay.
+        device: where the engine will hold the parameters. On CUDA, the update is one fused kernel per partition.
     """
     decayed, kept = decay_groups(module)
     groups = [
@@ -30,7 +33,7 @@ def adamw(module: nn.Module, settings: TrainingSettings, device: torch.device) -
 
 
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters that decay, and those that do not: norms, biases and embeddings, a tied head among them."""
+    """Return the parameters with weight decay, and those without: norms, biases and embeddings, also if tied."""
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -49,7 +52,10 @@ def learning_rate(
     min_lr: float,
     schedule: Literal["cosine", "linear", "constant"],
 ) -> float:
-    """The rate of the step that ends at `tokens`: linear from 0 to `lr`, then down to `min_lr` at `train_tokens`."""
+    """Return the learning rate of the step that ends after `tokens`.
+
+    It rises linearly from 0 to `lr` over the warm-up, and then falls to `min_lr` at `train_tokens`.
+    """
     if tokens < warmup_tokens:
         return lr * tokens / warmup_tokens
     if schedule == "constant":

@@ -1,4 +1,4 @@
-"""The same records as curves, with the charts that people need first."""
+"""The callbacks that write to TensorBoard: records as curves, a histogram of the excess loss, a table of tokens."""
 
 import logging
 import re
@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.errors import UserError
+from megatron_slm.reporting.tokens import Token, escape_html, token_texts, tokens_table
 from megatron_slm.training.state import RunState
+from megatron_slm.training.statistics import ScoredPool
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.trainer import Callback
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-from typing import TYPE_CHECKING
-
-from megatron_slm.reporting.tokens import Token, escape_html, token_texts, tokens_table
-from megatron_slm.training.statistics import ScoredPool
 
 AXES = (
     "step",
@@ -26,7 +24,7 @@ AXES = (
     "trained_tokens",
     "flops",
 )
-"""What only grows: axes, not curves."""
+"""Entries of a record that only grow: they are axes, not curves."""
 
 CHARTS = {
     "1 loss": {
@@ -36,21 +34,23 @@ CHARTS = {
         "held-out bits per byte": r"eval/.+/bits_per_byte$",
     },
     "2 selection": {
-        "threshold, and share that is kept": r"selection/(threshold|ratio)$",
-        "share that is kept of each source": r"selection/ratio/.+",
+        "threshold, and share that is selected": r"selection/(threshold|ratio)$",
+        "share that is selected of each source": r"selection/ratio/.+",
         "excess loss: quantiles": r"excess/q\d+$",
     },
-    "3 speed": {"tokens a second": r"tokens_per_second$", "MFU": r"(mfu|hardware_utilization)$"},
+    "3 speed": {"tokens per second": r"tokens_per_second$", "MFU": r"(mfu|hardware_utilization)$"},
     "4 optimizer": {"gradient norm": r"grad_norm$", "learning rate": r"lr$"},
 }
-"""Of the tab Custom Scalars, by category: title and the tags in it. Equal in all runs: TensorBoard merges them."""
+"""The charts of the tab Custom Scalars by category: title, and pattern of the tags.
+
+They are the same in all runs, because TensorBoard merges them."""
 
 
 class TensorBoard(Callback):
-    """Writes scalars on rank 0. The horizontal axis is the step.
+    """Writes the records as scalars, on rank 0. The horizontal axis is the step.
 
     Args:
-        writer: of the run's event files; closed here.
+        writer: of the run's event files; this callback closes it.
         configuration: of the run, as text.
         evaluation_sets: names of the sets that will be evaluated.
     """
@@ -73,7 +73,7 @@ class TensorBoard(Callback):
         for name, value in shown.items():
             self._writer.add_scalar(name, value, state.step)
         if not self._has_layout:
-            # Null for now, where all tokens count at first.
+            # They are null as long as all tokens count, and the layout is written only once.
             quantiles = [name for name in record if name.startswith("excess/")]
             self._writer.add_custom_scalars(layout([*shown, *quantiles, *self._later]))
             self._has_layout = True
@@ -83,7 +83,7 @@ class TensorBoard(Callback):
 
 
 def open_event_files(folder: Path, step: int) -> "SummaryWriter":
-    """The writer of a run that stands at `step`: what a killed run wrote after its checkpoint is no longer shown.
+    """Return the writer of a run that resumes from `step`, and hide what a killed run wrote after it.
 
     Raises:
         UserError: TensorBoard cannot be imported, or the folder cannot be written.
@@ -91,18 +91,22 @@ def open_event_files(folder: Path, step: int) -> "SummaryWriter":
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(f"TensorBoard cannot be imported ({error}): pip install tensorboard.") from error
+        raise UserError(
+            "TensorBoard", "not importable", f"every run writes to it ({error})", "Run pip install tensorboard"
+        ) from error
     try:
         return SummaryWriter(str(folder), purge_step=step + 1)
     except OSError as error:
         raise UserError(
-            f"The folder {folder}, for TensorBoard, cannot be written ({error.strerror}): make it writable, "
-            "or use another run_dir."
+            "run_dir",
+            str(folder.parent),
+            f"TensorBoard's folder {folder.name} cannot be written there ({error.strerror})",
+            "Make it writable, or use another run_dir",
         ) from error
 
 
 def layout(tags: list[str]) -> dict[str, dict[str, list[Any]]]:
-    """Those of the charts that one of these tags belongs to, as `SummaryWriter.add_custom_scalars` takes them."""
+    """Return the charts that one of these tags belongs to, for `SummaryWriter.add_custom_scalars`."""
     charts: dict[str, dict[str, list[Any]]] = {
         category: {
             title: ["Multiline", [pattern]]
@@ -115,7 +119,7 @@ def layout(tags: list[str]) -> dict[str, dict[str, list[Any]]]:
 
 
 def preformatted(text: str) -> str:
-    """Markdown that shows any text as it is: nothing within an indented block is markup."""
+    """Return Markdown that shows any text as it is: nothing within an indented block is markup."""
     return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
@@ -124,7 +128,7 @@ class ExcessHistogram(Callback):
 
     Args:
         interval: steps between histograms.
-        writer: of the run's event files; None on the ranks that write nothing.
+        writer: of the run's event files; None on ranks that do not write.
     """
 
     def __init__(self, interval: int, writer: "SummaryWriter | None") -> None:
@@ -150,10 +154,11 @@ class ExcessHistogram(Callback):
 
 
 MAX_TOKENS = 128
+"""Tokens in a table."""
 
 
 class TokenTable(Callback):
-    """Shows the beginning of the step's first sequence in TensorBoard. For rank 0; runs no model.
+    """Shows the beginning of the step's first sequence in TensorBoard, on rank 0.
 
     Args:
         interval: steps between tables.
@@ -179,7 +184,7 @@ class TokenTable(Callback):
 
 
 def first_tokens(pool: ScoredPool, tokenizer: Any, limit: int) -> list[Token]:
-    """The beginning of the pool's first sequence. Its very first token is context alone, and has no loss."""
+    """Return the beginning of the pool's first sequence. Its first token has no loss, since nothing precedes it."""
     labels, valid, selected, student = (
         column_BT[0, : limit - 1].tolist()
         for column_BT in (pool.batch.labels_BT, pool.batch.valid_BT, pool.choice.mask_BT, pool.signals["student.loss"])

@@ -1,4 +1,4 @@
-"""What fails on one rank fails on all, and is said once."""
+"""Work that fails on one rank fails on all ranks."""
 
 import pytest
 
@@ -6,13 +6,15 @@ from megatron_slm.dist import World, agree, all_reduce_sum, gather_objects
 from megatron_slm.errors import AgreedError, UserError
 from tests.gloo import run_ranks
 
+TOO_HIGH = UserError("training.lr", 5, "it is too high", "Lower it")
+
 
 def agreement(world: World, kind: str, culprit: int) -> tuple[str, str]:
-    """Type and text of what `agree` raises on this rank."""
+    """Return the type and the text of the error that `agree` raises on this rank, or of its result."""
 
     def work() -> int:
         if world.rank == culprit:
-            raise {"user": UserError("lower it"), "defect": OSError("no space left")}[kind]
+            raise {"user": TOO_HIGH, "defect": OSError("no space left")}[kind]
         return world.rank
 
     try:
@@ -23,7 +25,7 @@ def agreement(world: World, kind: str, culprit: int) -> tuple[str, str]:
 
 @pytest.mark.parametrize("culprit", [0, 2])
 def test_a_users_error_on_one_rank_is_the_same_error_on_all(culprit: int) -> None:
-    assert run_ranks(agreement, 3, "user", culprit) == [(AgreedError.__name__, "lower it")] * 3
+    assert run_ranks(agreement, 3, "user", culprit) == [(AgreedError.__name__, str(TOO_HIGH))] * 3
 
 
 def test_another_error_keeps_its_kind_where_it_happened_and_stops_the_others() -> None:

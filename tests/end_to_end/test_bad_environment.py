@@ -31,13 +31,13 @@ def busy_port() -> Iterator[str]:
 
 
 LAUNCHES = {
-    "a rank in words": ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', not a number"),
-    "ranks in words": ({"RANK": "0", "WORLD_SIZE": "all"}, "WORLD_SIZE is 'all', not a number"),
-    "a rank beyond the last": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2"),
-    "a place in words": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x', not a number"),
+    "a rank in words": ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK is first"),
+    "ranks in words": ({"RANK": "0", "WORLD_SIZE": "all"}, "WORLD_SIZE is all"),
+    "a rank beyond the last": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+    "a place in words": ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, "LOCAL_RANK is x"),
     "no such host": (
         {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host.invalid"},
-        "MASTER_ADDR host.invalid",
+        "MASTER_ADDR is host.invalid",
     ),
 }
 
@@ -147,11 +147,14 @@ def lose(name: str) -> Callable[[Path], None]:
 
 FOLDERS = {
     "a garbled environment.json": (garble("environment.json"), "environment.json cannot be read"),
-    "a garbled metrics.jsonl": (garble("metrics.jsonl"), "metrics.jsonl holds a line that is no record"),
+    "a garbled metrics.jsonl": (garble("metrics.jsonl"), "metrics.jsonl in it has a line that is not a record"),
     "a garbled config.yaml": (garble("config.yaml"), "its config.yaml was not written by a run"),
     "a lost config.yaml": (lose("config.yaml"), "its config.yaml is missing"),
-    "a lost part of the only checkpoint": (lose("checkpoints/step_00000002/progress.json"), "is whole"),
-    "a garbled manifest": (garble("checkpoints/step_00000002/manifest.json"), "is whole"),
+    "a lost part of the only checkpoint": (
+        lose("checkpoints/step_00000002/progress.json"),
+        "none of its checkpoints is complete",
+    ),
+    "a garbled manifest": (garble("checkpoints/step_00000002/manifest.json"), "none of its checkpoints is complete"),
 }
 
 

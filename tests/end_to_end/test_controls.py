@@ -114,8 +114,8 @@ def test_a_checkpoint_that_meets_a_full_disk_does_not_end_the_run(
     assert not list((tmp_path / "run" / "checkpoints").glob(".writing-*"))
     assert [record["failed_saves"] for record in records(tmp_path / "run")] == [0, 0, 1, 1, 2, 2, 2]
     log = (tmp_path / "run" / "log-rank0000.txt").read_text()
-    assert "The checkpoint of step 2 cannot be written" in log
-    assert ("0.0 MB are free" if when == "at once" else "No space left on device") in log
+    assert "checkpoint is due at step 2, but it cannot be written" in log
+    assert ("free space is 0.0 MB" if when == "at once" else "No space left on device") in log
 
 
 @pytest.mark.parametrize("when", ["rank 1", "at once"])
@@ -124,7 +124,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error_that_leaves_the_on
 ) -> None:
     tree = config_tree(corpora, tmp_path / "run", stage=2, train_tokens=4 * 8 * 32, save_interval=2)
     for sentence in run_ranks(train_on_a_full_disk, 2, tree, when, [4]):
-        assert "The checkpoint of step 4 cannot be written" in sentence and "make room" in sentence
+        assert "checkpoint is due at step 4, but it cannot be written" in sentence and "Make room" in sentence
     assert checkpoints(tmp_path / "run") == [2]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000002"
     assert run_ranks(train_in_process, 2, tree)[0]["step"] == 4

@@ -75,31 +75,47 @@ def test_without_a_launcher_a_process_is_alone() -> None:
 
 
 INCOMPLETE = {
-    "RANK alone": ({"RANK": "0"}, "WORLD_SIZE is not set"),
-    "WORLD_SIZE alone": ({"WORLD_SIZE": "8"}, "RANK is not set"),
-    "no place on the host": ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, "LOCAL_RANK is not set"),
-    "Slurm without a place": ({k: v for k, v in TASK.items() if k != "SLURM_LOCALID"}, "SLURM_LOCALID is not set"),
-    "Slurm without a number": (
+    "RANK alone": ({"RANK": "0"}, "RANK", "WORLD_SIZE is not set"),
+    "WORLD_SIZE alone": ({"WORLD_SIZE": "8"}, "WORLD_SIZE", "RANK is not set"),
+    "no rank on the host": (
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"},
+        "WORLD_SIZE",
+        "LOCAL_RANK is not set",
+    ),
+    "Slurm without a rank on the host": (
+        {k: v for k, v in TASK.items() if k != "SLURM_LOCALID"},
+        "SLURM_PROCID",
+        "SLURM_LOCALID is not set",
+    ),
+    "Slurm without a number of ranks": (
         {k: v for k, v in TASK.items() if k not in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")},
+        "SLURM_PROCID",
         "SLURM_STEP_NUM_TASKS is not set",
     ),
-    "Open MPI without a place": (
+    "Open MPI without a rank on the host": (
         {k: v for k, v in OPEN_MPI.items() if k != "OMPI_COMM_WORLD_LOCAL_RANK"},
+        "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_RANK is not set",
     ),
-    "Open MPI on several hosts": (OPEN_MPI, "MASTER_ADDR is not set"),
-    "PMI without a place": ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "MPI_LOCALRANKID is not set"),
-    "a job script without srun": (BATCH_SCRIPT, "not started by srun"),
-    "salloc's shell": ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, "not started by srun"),
-    "a notebook in a job of two nodes": ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, "not started by srun"),
+    "Open MPI on several hosts": (OPEN_MPI, "MASTER_ADDR", "on several hosts"),
+    "PMI without a rank on the host": ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "PMI_RANK", "MPI_LOCALRANKID is not set"),
+    "a job script without srun": (BATCH_SCRIPT, "SLURM_NTASKS", "not started by srun"),
+    "salloc's shell": ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, "SLURM_NTASKS", "not started by srun"),
+    "a notebook in a job of two nodes": (
+        {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"},
+        "SLURM_JOB_NUM_NODES",
+        "not started by srun",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", INCOMPLETE)
 def test_an_incomplete_set_of_variables_never_makes_one_process_alone(mistake: str) -> None:
-    environment, expected = INCOMPLETE[mistake]
-    with pytest.raises(UserError, match=expected):
+    environment, variable, reason = INCOMPLETE[mistake]
+    with pytest.raises(UserError) as caught:
         launcher_variables(environment)
+    assert (caught.value.setting, caught.value.value) == (variable, environment.get(variable))
+    assert reason in caught.value.reason
 
 
 def test_a_command_of_one_process_runs_inside_an_allocation() -> None:
