@@ -33,9 +33,11 @@ class PlainBackend:
     def frozen_engine(self, module: nn.Module, *, shard: bool) -> nn.Module:
         return module.to(self._world.device).eval().requires_grad_(False)
 
-    def release(self, engine: nn.Module) -> None: ...
+    def release(self, engine: nn.Module) -> None:
+        """Do nothing; see `Backend`."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Do nothing; see `Backend`."""
 
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
         file = folder / "plain.pt"

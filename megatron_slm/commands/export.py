@@ -1,8 +1,8 @@
-"""Turn a run's checkpoint into a Hugging Face folder.
+"""Export a run's checkpoint as a Hugging Face folder.
 
-Weights in safetensors, tokenizer, generation configuration, model card, and the small files of the model that the run
-started from. Only the run directory is read. The folder is loaded again and compared with the checkpoint before it
-takes its name. DeepSpeed's checkpoints are pickles: export only runs that you trust.
+The folder holds the weights in safetensors, the tokenizer, the generation configuration, a model card, and the small
+files of the model that the run started from. Only the run directory is read. Before the folder gets its name, it is
+loaded again and compared with the checkpoint. DeepSpeed's checkpoints are pickles, so export only runs that you trust.
 """
 
 import argparse
@@ -33,20 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="folder of the run")
-    parser.add_argument("output", metavar="OUT_DIR", type=Path, help="folder to make")
-    parser.add_argument("--checkpoint", metavar="N", type=int, help="the checkpoint of step N; default: the newest")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
+    parser.add_argument("output", metavar="OUT_DIR", type=Path, help="folder to write; it must not exist")
+    parser.add_argument("--checkpoint", metavar="N", type=int, help="step of the checkpoint; default: the newest")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="of the weights; default: the precision that the run trained in"
+        "--dtype", choices=("fp32", "bf16"), help="dtype of the weights; default: the precision of the run"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Export in one process."""
+    """Export a checkpoint, in one process."""
     refuse_taken("OUT_DIR", arguments.output)
     config_file = Path(arguments.run_dir) / "config.yaml"
     if not config_file.exists():
-        raise UserError(f"RUN_DIR is {arguments.run_dir}, which holds no config.yaml: name the folder of a run.")
+        raise UserError("RUN_DIR", arguments.run_dir, "it holds no config.yaml", "Pass the directory of a run")
     config = load_config(str(config_file), [f"run_dir={json.dumps(arguments.run_dir)}"])
     _export(config, arguments.output, arguments.checkpoint, arguments.dtype or str(config.training.precision))
 
@@ -62,25 +62,24 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
         directory = RunDirectory(config.run_dir, world)
         steps = saved_steps(directory.checkpoints)
         if not steps:
-            raise UserError(f"RUN_DIR is {config.run_dir}, which has no checkpoint: train it first.")
+            raise UserError("RUN_DIR", config.run_dir, "it holds no checkpoint", "Train the run first")
         checkpoint = CheckpointStore(directory.checkpoints, world).newest(step)
         if checkpoint is None:
-            there = ", ".join(map(str, steps))
-            raise UserError(
-                f"--checkpoint is {step}, and {config.run_dir} has checkpoints of {there}: name one of them."
-            )
+            available = ", ".join(map(str, steps))
+            reason = f"{config.run_dir} holds no checkpoint of this step"
+            raise UserError("--checkpoint", step, reason, f"Use one of {available}")
         weights = make_backend(config, world).stored_weights(checkpoint)
         progress = json.loads((checkpoint / "progress.json").read_text())
         with tempfile.TemporaryDirectory() as scratch:
             source = _starting_files(directory, config, Path(scratch))
-            _write_folder(source, config, weights, PRECISIONS[dtype], _card(config, progress), output)
-        logging.getLogger(__name__).info("%s: the weights of %s, loaded again and compared", output, checkpoint)
+            _write_folder(source, config, weights, PRECISIONS[dtype], _model_card(config, progress), output)
+        logging.getLogger(__name__).info("%s holds the weights of %s, read back and compared", output, checkpoint)
     finally:
         disconnect()
 
 
 def _starting_files(directory: "RunDirectory", config: Config, scratch: Path) -> Path:
-    """Return the folder that holds `model` and `tokenizer`: the run directory, or one made for a run without them."""
+    """Return the folder that holds `model` and `tokenizer`: the run directory, or `scratch` for an older run."""
     if directory.holds_starting_files:
         return directory.path
     from megatron_slm.build.corpora import open_corpora
@@ -95,52 +94,53 @@ def _starting_files(directory: "RunDirectory", config: Config, scratch: Path) ->
 def _write_folder(
     source: Path, config: Config, weights: "dict[str, StoredWeight]", dtype: "torch.dtype", card: str, output: Path
 ) -> None:
-    """Write, load again, compare, and only then publish."""
+    """Write the folder aside, load it again, compare it with the checkpoint, and only then publish it."""
     from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.io.progress import Meter
     from megatron_slm.models.export import check_export, empty_model, write_weights
+    from megatron_slm.models.pretrained import one_line
     from megatron_slm.models.starting_files import copy_into_export
 
     trust = config.model.trust_remote_code
-    own = {name.removeprefix("lm."): weight for name, weight in weights.items()}
-    model = empty_model(source / "model", own, dtype, trust)
-    total = sum(weight.shape.numel() for weight in own.values())
-    disable_progress_bar()  # Hugging Face would show one for each shard, and for what it reads again.
+    hf_weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
+    model = empty_model(source / "model", hf_weights, dtype, trust)
+    total = sum(weight.shape.numel() for weight in hf_weights.values())
+    disable_progress_bar()  # Hugging Face would show one bar for each shard, and one for reading.
     try:
         with whole_folder(output, replace=False) as aside, Meter(2 * total, "parameters") as meter:
-            write_weights(model, own, dtype, aside, meter.reach)
+            write_weights(model, hf_weights, dtype, aside, meter.reach)
             carried = copy_into_export(source, aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
-            check_export(aside, own, dtype, trust, lambda done: meter.reach(total + done))
+            check_export(aside, hf_weights, dtype, trust, lambda done: meter.reach(total + done))
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"OUT_DIR is {output}, which cannot be written ({error}): make room, or name another folder."
-        ) from error
+        reason = f"it cannot be written ({one_line(error)})"
+        raise UserError("OUT_DIR", output, reason, "Free disk space, or pass another folder") from error
     if config.model.path is not None:
         carried.log(str(output))
-    _warn_of_other_ids(output)
+    _warn_about_tokenizer(output)
 
 
-def _warn_of_other_ids(output: Path) -> None:
+def _warn_about_tokenizer(output: Path) -> None:
+    """Log a warning if AutoTokenizer cannot load the exported tokenizer, or gives other ids than it."""
     from megatron_slm.data.tokenizer import auto_tokenizer_agrees
 
     try:
         agrees = auto_tokenizer_agrees(output)
-    except Exception as error:  # tokenizers are foreign code, and the weights are exported
+    except Exception as error:  # tokenizers are foreign code, and the weights are exported already
         logging.getLogger(__name__).warning("AutoTokenizer cannot load %s: %s", output, error)
         return
     if not agrees:
         logging.getLogger(__name__).warning(
-            "AutoTokenizer.from_pretrained('%s') gives other ids than the model was trained with, because of the model "
+            "AutoTokenizer.from_pretrained('%s') returns other ids than the tokenizer of the run, because of the model "
             "type in config.json. Load the tokenizer with PreTrainedTokenizerFast.from_pretrained instead.",
             output,
         )
 
 
-def _card(config: Config, progress: dict[str, int]) -> str:
-    """The model card: what was trained, on what, and how tokens were selected."""
+def _model_card(config: Config, progress: dict[str, int]) -> str:
+    """Return the model card: objective, data, length, and how tokens were selected."""
     tokens = progress["step"] * config.training.global_batch_size * config.data.seq_length
     rows = {
         "objective": config.objective,

@@ -24,7 +24,7 @@ MANIFEST = "starting_model.json"
 TEMPLATES = "additional_chat_templates"
 CONFIG, CARD, THEIR_CARD = "config.json", "README.md", "README.starting-model.md"
 LARGEST_EXTRA = 16 << 20
-"""Bytes of a file that is no part of the tokenizer. Larger ones are weights or data under a name of their own."""
+"""Bytes. Larger files outside of the tokenizer are assumed to be weights or data under an unknown name."""
 
 TOKENIZER_NAMES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*"),
@@ -36,23 +36,23 @@ WEIGHT_NAMES = (
     *("*.zip", "*.tar", "*.tar.gz", "*.index.json", "adapter_*"),
 )
 TEXT_NAMES = ("*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", "*.spm", "*.py", "LICENSE*", "NOTICE*")
-"""Files to ask the hub for. Loading the model has fetched its weights already."""
+"""Files to download from the hub. Loading the model has downloaded its weights already."""
 
 
 @dataclass
 class StartingFiles:
-    """Names of the files beside the weights: `carried`, and `left` by the reason why they were not."""
+    """The names of the files beside the weights: `carried` ones, and those `left` out, by the reason."""
 
     carried: list[str] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def leave(self, name: str, reason: str) -> None:
-        """Note a file that is not carried."""
+        """Add a file that is not carried."""
         self.left.setdefault(reason, []).append(name)
 
     def log(self, where: str) -> None:
-        """Log what was carried in one line, and what was not in another."""
+        """Log the files that were carried in one line, and those that were not in another."""
         logger.info("%s: copied from the starting model: %s", where, _listed(self.carried) or "nothing")
         if self.left:
             reasons = "; ".join(f"{_listed(names)} ({reason})" for reason, names in self.left.items())
@@ -60,35 +60,35 @@ class StartingFiles:
 
 
 def read_starting_files(model: Path) -> StartingFiles:
-    """Return what `copy_model_files` wrote to this folder."""
+    """Return the names that `copy_model_files` wrote to this folder."""
     return StartingFiles(**json.loads((model / MANIFEST).read_text(encoding="utf-8")))
 
 
 def starting_folder(path: str) -> Path | None:
-    """Return the folder that holds the files of `model.path`: itself, or the snapshot of a hub name in the cache.
+    """Return the folder that holds the files of `model.path`: the path, or the snapshot of a hub name in the cache.
 
-    Small files of the snapshot that are not in the cache are fetched if they can be. None if there is no folder.
+    Small files of the snapshot that are not in the cache are downloaded if possible. None if there is no folder.
     """
     if Path(path).is_dir():
         return Path(path)
     try:
         snapshot = Path(snapshot_download(path, local_files_only=True))
     except Exception as error:
-        logger.warning("model.path is '%s', whose files beside the weights cannot be found: %s", path, _short(error))
+        logger.warning("model.path is %s, but the files beside its weights cannot be found: %s", path, _short(error))
         return None
     try:
-        # Of the revision whose weights were loaded: that is the name of its folder.
+        # The revision whose weights were loaded, which is the name of its folder.
         snapshot_download(path, revision=snapshot.name, allow_patterns=list(TEXT_NAMES), ignore_patterns="*/*")
     except Exception as error:
-        logger.warning("model.path is '%s', of which only files in the cache are carried: %s", path, _short(error))
+        logger.warning("model.path is %s, but only the files of it in the cache can be copied: %s", path, _short(error))
     return snapshot
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer, unchanged, and the `config.json` in which `AutoTokenizer` finds its class.
+    """Copy the files of a tokenizer, unchanged, and the `config.json` that tells `AutoTokenizer` its class.
 
     Raises:
-        OSError: one cannot be read or written.
+        OSError: a file cannot be read or written.
     """
     for name in _names(source):
         if name == CONFIG or _kind(name) == "tokenizer":
@@ -99,16 +99,19 @@ def copy_tokenizer_files(source: Path, folder: Path) -> None:
 def copy_model_files(
     source: Path | None, config: PretrainedConfig, folder: Path, *, trust_remote_code: bool
 ) -> StartingFiles:
-    """Write the configuration, and copy what is neither weights nor tokenizer of the model that a run starts from.
+    """Write the student's configuration, and copy the files of the starting model beside its weights and tokenizer.
 
     Args:
         source: folder of the starting model; None if there is none.
-        config: of the student, as the run resolved it.
-        folder: an empty folder to write to.
+        config: configuration of the student, as the run resolved it.
+        folder: empty folder to write to.
         trust_remote_code: copy Python files too.
 
+    Returns:
+        The names of the files that were copied, and of those that were not. Files that cannot be read are left out.
+
     Raises:
-        OSError: a file cannot be written. Files that cannot be read are left.
+        OSError: a file cannot be written.
     """
     found = StartingFiles()
     names = _names(source, python=trust_remote_code) if source else []
@@ -135,7 +138,7 @@ def copy_into_export(run: Path, folder: Path) -> StartingFiles:
     """Copy the files of RUN_DIR/tokenizer and RUN_DIR/model over those that `save_pretrained` wrote.
 
     Returns:
-        What the run carried from its starting model.
+        The names of the files that the run copied from its starting model.
     """
     for part in ("tokenizer", "model"):
         for name in _names(run / part, python=True):
@@ -161,14 +164,14 @@ def _copy_small(source: Path, target: Path, name: str, found: StartingFiles) -> 
 
 
 def _names(folder: Path, *, python: bool = False) -> list[str]:
-    """Return the relative names of the files of a model, and of its other folders, which end in a slash.
+    """Return the relative names of the files of a model, and of its folders, which end in a slash.
 
-    A folder can be anywhere, so it is only searched for what is known to lie deeper. What is hidden (`.git`, `.cache`)
-    is no part of a model.
+    The folder of a model can be anywhere and hold anything, so that only files that belong to models are searched for
+    in its folders. Hidden names (`.git`, `.cache`) are skipped.
 
     Args:
-        folder: of the model.
-        python: search folders for Python files.
+        folder: folder of the model.
+        python: search its folders for Python files.
     """
     names = []
     for path in folder.iterdir():
@@ -177,8 +180,13 @@ def _names(folder: Path, *, python: bool = False) -> list[str]:
         if not path.is_dir():
             names.append(path.name)
             continue
-        inside = [*path.glob("*")] if path.name == TEMPLATES else [*path.rglob("*.py")] if python else []
-        names += [file.relative_to(folder).as_posix() for file in inside if file.is_file()] or [f"{path.name}/"]
+        inside: list[Path] = []
+        if path.name == TEMPLATES:
+            inside = list(path.glob("*"))
+        elif python:
+            inside = list(path.rglob("*.py"))
+        found = [file.relative_to(folder).as_posix() for file in inside if file.is_file()]
+        names += found or [f"{path.name}/"]
     return sorted(names)
 
 
@@ -197,7 +205,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _point_to_local_code(folder: Path) -> None:
-    """Make the configuration name the Python files that lie beside it, where it names them in another repository."""
+    """Replace references to Python files of other repositories in the configuration by those in its folder."""
     path = folder / CONFIG
     tree = json.loads(path.read_text(encoding="utf-8"))
 

@@ -166,11 +166,11 @@ def test_a_pass_reads_every_sample_once(objective: str, steps: int) -> None:
         parse_config(tree | {"objective": "slm", "data": tree["data"] | {"order_tokens": 3 * TOKENS - 1}})
 
 
-def test_the_model_card_tells_what_was_trained_on_from_what_was_read() -> None:
-    from megatron_slm.commands.export import _card
+def test_the_model_card_separates_trained_tokens_from_candidates() -> None:
+    from megatron_slm.commands.export import _model_card
 
     config = parse_config(candidates_tree(Path("corpora"), Path("run")))
-    card = _card(config, {"step": 20, "consumed_samples": 480, "consumed_selected_tokens": 9})
+    card = _model_card(config, {"step": 20, "consumed_samples": 480, "consumed_selected_tokens": 9})
     assert f"| tokens | {20 * TOKENS:,} |" in card and f"| tokens of candidates | {480 * 32:,} |" in card
 
 

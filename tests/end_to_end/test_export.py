@@ -267,7 +267,7 @@ def finished(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("what", ["one bit", "a weight", "a file"])
 def test_what_is_not_the_checkpoint_is_not_published(finished: Path, what: str) -> None:
     sentence = sentence_of("export", *run_ranks(export_wrongly, 1, str(finished), what)[0])
-    assert sentence.startswith("Nothing was exported")
+    assert sentence.startswith("version of transformers is ") and "nothing was exported" in sentence
     assert {path.name for path in finished.iterdir()} == {"run"}
 
 
@@ -339,4 +339,4 @@ def test_others_are_told_where_they_would_load_another_tokenizer(corpora: Path, 
         arguments = (str(tmp_path / model_type), str(tmp_path / f"{model_type}-out"))
         status, heard = run_ranks(export, 1, str(tmp_path), *arguments)[0]
         assert status == 0, heard
-        assert ("gives other ids than the model was trained with" in heard) == (model_type == "qwen2")
+        assert ("returns other ids than the tokenizer of the run" in heard) == (model_type == "qwen2")
