@@ -1,4 +1,4 @@
-"""The chunked head inside a ZeRO-3 engine: gradients of the plain model, from parameters that are really split."""
+"""The chunked head inside of a ZeRO-3 engine: the gradients of the plain model, from partitioned parameters."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ Gradients = dict[str, torch.Tensor]
 
 
 def rank_batch(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, labels with ignored ones, and positions of one rank."""
+    """Return tokens, labels (some ignored), and positions of one rank."""
     generator = torch.Generator().manual_seed(rank)
     tokens, labels = torch.randint(VOCAB, (2, SEQUENCES, LENGTH), generator=generator)
     labels[rank, 3:7] = -100
@@ -38,7 +38,7 @@ def rank_batch(rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def rank_weights(rank: int) -> list[torch.Tensor]:
-    """Weights of two steps: some zeros on every rank, then nothing at all on rank 1."""
+    """Return the weights of two steps: some zeros on every rank, then only zeros on rank 1."""
     generator = torch.Generator().manual_seed(10 + rank)
     weights = torch.rand(SEQUENCES, LENGTH, generator=generator)
     sparse = weights.masked_fill(weights < 0.4, 0.0)
@@ -72,7 +72,7 @@ def plain_gradients(world: World, model_type: str, tied: bool) -> list[Gradients
 
 
 def sharded_gradients(world: World, model_type: str, tied: bool) -> list[Gradients]:
-    """The same through an engine that holds half of every parameter."""
+    """Return the same gradients, from an engine that holds half of every parameter."""
     from deepspeed.utils import safe_get_full_grad
 
     backend = DeepSpeedBackend(world, SETTINGS, torch.float32)
@@ -100,7 +100,7 @@ def assert_split(module: CausalLM) -> None:
     ("model_type", "tied"),
     [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True), ("mistral", False), ("qwen3", True)],
 )
-def test_split_models_have_the_gradients_of_the_plain_model(model_type, tied):
+def test_partitioned_models_have_the_gradients_of_the_plain_model(model_type, tied):
     (expected,) = run_ranks(plain_gradients, 1, model_type, tied)
     for answer in run_ranks(sharded_gradients, RANKS, model_type, tied):
         for right, actual in zip(expected, answer, strict=True):

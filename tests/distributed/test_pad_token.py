@@ -1,4 +1,4 @@
-"""The pad token is a token like any other: samples are packed, and it often is the end token."""
+"""The pad token, which is treated as any other: samples are packed, and it often is the end token."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ EMBEDDING = "lm.model.embed_tokens.weight"
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(None, 1), (0, 2), (3, 2)])
-def test_a_run_with_a_pad_token_is_that_without_one(stage: int | None, ranks: int) -> None:
+def test_a_run_with_a_pad_token_equals_one_without(stage: int | None, ranks: int) -> None:
     """Weights from scratch, gradients and updates, bit for bit; the row of the pad token has a gradient."""
     objective: dict[str, Any] = {"objective": "clm", "stage": stage, "micro_batch_size": 2, "steps": 2}
     with_pad = run_ranks(run_steps, ranks, Case(model=TINY_LLAMA | {"pad_token_id": PAD}, **objective))[0]
@@ -30,7 +30,7 @@ def test_a_run_with_a_pad_token_is_that_without_one(stage: int | None, ranks: in
 
 
 def gradients(world: World, path: str | None, model: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The embedding of a student, its gradient, and the one that the rows that were looked up add up to."""
+    """Return a student's embedding, its gradient, and the sum of the gradients of the rows that were looked up."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path) if path else AutoConfig.for_model(**model)

@@ -28,7 +28,7 @@ CLM = Case(objective="clm", stage=None, model=MIXTRAL, micro_batch_size=2, globa
 
 
 def brute_force(world: World, model: dict[str, Any], weights: dict[str, torch.Tensor], case: Case) -> Any:
-    """The gradient of the first step and its mean router loss, by Hugging Face's own forward with labels."""
+    """Return the gradient and the mean router loss of the first step, from Hugging Face's forward with labels."""
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
     lm.load_state_dict({name.removeprefix("lm."): weight for name, weight in weights.items()}, strict=False)
     loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
@@ -62,8 +62,8 @@ def test_gradient_and_loss_are_those_of_plain_transformers(model: dict[str, Any]
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("objective", ["clm", "slm"])
-def test_a_run_on_many_ranks_is_that_of_one_plain_process(objective: str, ranks: int) -> None:
-    """The router loss is of a micro-batch, so the one process runs as many of the same."""
+def test_a_run_on_many_ranks_equals_one_plain_process(objective: str, ranks: int) -> None:
+    """The router loss depends on the micro-batch, so the one process runs the same micro-batches."""
     batch = {"micro_batch_size": 1, "global_batch_size": 12, "objective": objective, "pool": "step"}
     plain = run_ranks(run_steps, 1, Case(stage=None, model=MIXTRAL, **batch))[0]
     for found in run_ranks(run_steps, ranks, Case(stage=3, model=MIXTRAL, **batch), timeout=240):
@@ -86,7 +86,7 @@ def test_checkpointed_activations_change_nothing(stage: int | None, ranks: int) 
 
 
 @pytest.mark.parametrize("pool", ["micro_step", "step"])
-def test_selection_is_not_changed_by_the_router_loss(pool: str) -> None:
+def test_the_router_loss_does_not_change_the_selection(pool: str) -> None:
     case = replace(CLM, objective="slm", pool=pool)
     on, off = (
         run_ranks(run_steps, 1, replace(case, model=MIXTRAL | {"output_router_logits": on}))[0] for on in (True, False)
@@ -123,7 +123,7 @@ DOGE = {
     ("model", "turned_on"),
     [(BAMBA, {"z_loss_coefficient": 1e-4}), (DOGE, {"output_router_logits": True, "router_aux_loss_coef": 0.1})],
 )
-def test_a_term_that_cannot_be_computed_is_refused_where_it_is_turned_on(
+def test_an_unsupported_term_of_the_loss_is_refused_if_it_is_on(
     model: dict[str, Any], turned_on: dict[str, Any]
 ) -> None:
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
@@ -146,13 +146,13 @@ def refused_of(world: World, tree: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("backward", ["rows", "replay"])
-def test_a_backward_of_selected_tokens_is_refused(corpora: Path, tmp_path: Path, backward: str) -> None:
+def test_rows_and_replay_are_refused_with_a_router_loss(corpora: Path, tmp_path: Path, backward: str) -> None:
     tree = config_tree(corpora, tmp_path / "run") | {"model": {"config": TINY_MIXTRAL}}
     (sentence,) = run_ranks(refused_of, 1, tree | {"selection": {"backward": backward}})
     assert f"selection.backward is {backward}, but the student has a router loss" in sentence
 
 
-def test_a_resumed_run_is_bitwise_that_which_went_through(corpora: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(corpora: Path, tmp_path: Path) -> None:
     steps = {"save_interval": 2, "eval_interval": 2}
     whole, parts = (config_tree(corpora, tmp_path / name, **steps) for name in ("whole", "parts"))
     for tree in (whole, parts):
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_bitwise_that_which_went_through(corpora: Path, tmp_pat
 
 
 def train_and_stop(world: World, tree: dict[str, Any], step: int) -> int:
-    """Ask the run to stop after this step, as a signal would."""
+    """Stop the run after a step, by a signal, and return the last step."""
     import os
     import signal
 

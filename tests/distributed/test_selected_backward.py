@@ -1,4 +1,4 @@
-"""Rows and replay are one function of their samples, however they are dealt, at every stage of ZeRO."""
+"""Rows and replay at every stage of ZeRO: the result does not depend on the number of ranks."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def alone() -> dict[str, dict]:
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("way", WAYS)
-def test_ranks_under_zero_3_do_what_one_plain_process_does(alone: dict[str, dict], way: str, world_size: int) -> None:
+def test_ranks_under_zero_3_equal_one_plain_process(alone: dict[str, dict], way: str, world_size: int) -> None:
     if world_size == 3:
         six = replace(FIVE, steps=2, global_batch_size=6, micro_batch_size=1, backward=way)
         expected = on_ranks(1, replace(six, micro_batch_size=3, stage=None))
@@ -30,11 +30,11 @@ def test_ranks_under_zero_3_do_what_one_plain_process_does(alone: dict[str, dict
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_stage_does_what_the_plain_backend_does(alone: dict[str, dict], way: str, stage: int) -> None:
+def test_every_stage_equals_the_plain_backend(alone: dict[str, dict], way: str, stage: int) -> None:
     assert_same_run(alone[way], on_ranks(2, replace(FIVE, backward=way, micro_batch_size=2, stage=stage)))
 
 
-def test_rows_and_replay_have_one_gradient_and_not_the_exact_one(alone: dict[str, dict]) -> None:
+def test_rows_and_replay_have_the_same_gradient_which_is_not_the_exact_one(alone: dict[str, dict]) -> None:
     rows, replay = (flat(alone[way]["gradient"]) for way in WAYS)
     exact = flat(on_ranks(1, replace(FIVE, steps=1, stage=None))["gradient"])
     assert (rows - replay).norm() <= 1e-5 * rows.norm()
@@ -55,7 +55,7 @@ def test_activation_checkpointing_under_zero_3_changes_nothing(alone: dict[str, 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_ranks_without_a_selected_token_take_part(way: str) -> None:
-    """One token in all is kept of two sequences, one of which has none that is valid."""
+    """Two sequences select one token in all, and one of them has no valid token."""
     case = Case(global_batch_size=2, micro_batch_size=1, ratio=0.01, backward=way)
     one = on_ranks(1, replace(case, micro_batch_size=2, stage=None))
     two = on_ranks(2, case)
@@ -66,13 +66,13 @@ def test_ranks_without_a_selected_token_take_part(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_step_in_which_all_tokens_count_is_exact(way: str) -> None:
+def test_a_step_that_selects_all_tokens_is_exact(way: str) -> None:
     case = Case(steps=2, micro_batch_size=2, objective="clm")
     assert torch.equal(flat(on_ranks(2, case)["after"]), flat(on_ranks(2, replace(case, backward=way))["after"]))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_bf16_under_zero_3_selects_and_moves_as_the_exact_way(way: str) -> None:
+def test_bf16_under_zero_3_selects_and_updates_as_the_exact_student(way: str) -> None:
     case = Case(micro_batch_size=2, precision=torch.bfloat16)
     found, exact = on_ranks(2, replace(case, backward=way)), on_ranks(2, case)
     assert all(update.applied for update in found["updates"])

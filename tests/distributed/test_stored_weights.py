@@ -1,4 +1,4 @@
-"""Weights read out of a checkpoint, piece by piece, are those that were saved."""
+"""Weights that are read from a checkpoint in pieces, compared with the saved ones."""
 
 from pathlib import Path
 from unittest import mock
@@ -17,7 +17,7 @@ ODD = TINY_LLAMA | {"hidden_size": 40, "intermediate_size": 41, "vocab_size": 10
 
 
 def save_and_read(world: World, stage: int | None, tied: bool, precision: torch.dtype, folder: str) -> list[str]:
-    """Names of the weights in a checkpoint that are not read as they were saved."""
+    """Return the names of weights that are not read from a checkpoint as they were saved."""
     case = Case(stage=stage, precision=precision, model=ODD | {"tie_word_embeddings": tied})
     backend = make_backend(world, case)
     module, _ = make_student(backend, case)
@@ -42,12 +42,12 @@ def save_and_read(world: World, stage: int | None, tied: bool, precision: torch.
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("stage", [None, 0, 1, 2, 3])
-def test_what_is_read_is_what_was_saved(stage: int | None, ranks: int, tmp_path: Path) -> None:
+def test_stored_weights_equal_the_saved_ones(stage: int | None, ranks: int, tmp_path: Path) -> None:
     for found in run_ranks(save_and_read, ranks, stage, ranks == 3, torch.float32, str(tmp_path)):
         assert found == []
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_read_of_a_run_in_bf16_rounds_to_its_weights(stage: int, tmp_path: Path) -> None:
+def test_stored_weights_of_a_bf16_run_round_to_its_weights(stage: int, tmp_path: Path) -> None:
     for found in run_ranks(save_and_read, 2, stage, False, torch.bfloat16, str(tmp_path)):
         assert found == []

@@ -1,4 +1,4 @@
-"""Export needs the run directory alone, loses nothing of the starting model, and publishes only what it has checked."""
+"""Export: it reads the run directory alone, copies the files of the starting model, and checks before it publishes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 3, "intermediat
 def make_starting_model(
     corpora: Path, folder: Path, config: dict[str, Any], tied: bool = True, code: bool = False
 ) -> Path:
-    """A model with everything that a folder of the hub may hold; not `tied`: head and embedding differ in its files."""
+    """Write a model with all kinds of files of a hub folder; unless `tied`, its head and embedding differ."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -83,7 +83,7 @@ def loaded(world: World, folder: str, trusted: bool = False) -> dict[str, torch.
 
 
 def trained_weights(world: World, tree: dict[str, Any], step: int) -> dict[str, torch.Tensor]:
-    """The float32 weights of a checkpoint, as DeepSpeed's own program puts them together."""
+    """Return the float32 weights of a checkpoint, from DeepSpeed's own program."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     folder = f"{tree['run_dir']}/checkpoints/step_{step:08d}"
@@ -91,8 +91,8 @@ def trained_weights(world: World, tree: dict[str, Any], step: int) -> dict[str, 
     return {name.removeprefix("lm."): weight for name, weight in found.items()}
 
 
-def test_export_needs_nothing_but_the_run_directory(corpora: Path, tmp_path: Path) -> None:
-    """Trained by relative paths, exported from elsewhere when the corpora and the starting model are gone."""
+def test_export_reads_only_the_run_directory(corpora: Path, tmp_path: Path) -> None:
+    """The run uses relative paths; it is exported from elsewhere, without its corpora and starting model."""
     work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copytree(corpora, work / "data")
@@ -156,9 +156,7 @@ def test_a_run_of_an_earlier_version_is_exported_from_its_sources(corpora: Path,
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
 
 
-def test_a_run_that_was_killed_while_it_kept_these_files_keeps_them_when_it_is_resumed(
-    corpora: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_while_it_copied_starting_files_copies_them_on_resume(corpora: Path, tmp_path: Path) -> None:
     path = make_starting_model(corpora, tmp_path / "starting", LLAMA)
     tree = short_run(corpora, tmp_path / "run", path=str(path))
     run_ranks(train_in_process, 1, tree)
@@ -171,7 +169,7 @@ def test_a_run_that_was_killed_while_it_kept_these_files_keeps_them_when_it_is_r
     assert not (tmp_path / "run" / ".model.writing").exists()
 
 
-def test_what_a_start_that_failed_has_kept_is_replaced(corpora: Path, tmp_path: Path) -> None:
+def test_starting_files_of_a_failed_start_are_replaced(corpora: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "model" / "LICENSE").write_text("of another model")
     run_ranks(train_in_process, 1, short_run(corpora, tmp_path / "run", config=LLAMA))
@@ -184,7 +182,7 @@ def untied(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_starting_model(corpora, tmp_path_factory.mktemp("untied") / "model", LLAMA, tied=False)
 
 
-def test_two_weights_that_the_configuration_ties_are_refused(corpora: Path, tmp_path: Path, untied: Path) -> None:
+def test_different_weights_that_the_configuration_ties_are_refused(corpora: Path, tmp_path: Path, untied: Path) -> None:
     config = str(write_config(tmp_path / "run.yaml", short_run(corpora, tmp_path / "run", path=str(untied))))
     for arguments in (["train", config], ["train", config, "--dry-run"]):
         sentence = sentence_of("train", *run_ranks(command_line, 1, *arguments)[0])
@@ -192,7 +190,7 @@ def test_two_weights_that_the_configuration_ties_are_refused(corpora: Path, tmp_
         assert "model.config.tie_word_embeddings=false" in sentence
 
 
-def test_the_remedy_trains_both_and_exports_both(corpora: Path, tmp_path: Path, untied: Path) -> None:
+def test_untied_weights_are_both_trained_and_exported(corpora: Path, tmp_path: Path, untied: Path) -> None:
     tree = short_run(corpora, tmp_path / "run", path=str(untied), config={"tie_word_embeddings": False})
     run_ranks(train_in_process, 2, tree)
     status, heard = run_ranks(export, 1, str(tmp_path), "run", "out")[0]
@@ -228,7 +226,7 @@ def reference_losses(world: World, corpora: str, folder: str, text: list[list[in
         return float(engine(tokens[:, :-1], tokens[:, 1:], positions)["loss"].mean())
 
 
-def test_a_reference_of_two_weights_has_the_losses_of_plain_transformers(corpora: Path, untied: Path) -> None:
+def test_an_untied_reference_has_the_losses_of_plain_transformers(corpora: Path, untied: Path) -> None:
     text = torch.randint(0, 290, (2, 17), generator=torch.Generator().manual_seed(1)).tolist()
     expected = run_ranks(plain_losses, 1, str(untied), text)[0]
     for shard in (False, True):
@@ -236,8 +234,8 @@ def test_a_reference_of_two_weights_has_the_losses_of_plain_transformers(corpora
             assert found == pytest.approx(expected, rel=1e-5)
 
 
-def export_wrongly(world: World, place: str, what: str) -> tuple[int, str]:
-    """Export while the writing of weights does what a fault of it would do."""
+def export_with_fault(world: World, place: str, what: str) -> tuple[int, str]:
+    """Export while writing the weights fails in some way."""
     from transformers import PreTrainedModel
 
     save = PreTrainedModel.save_pretrained
@@ -265,8 +263,8 @@ def finished(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("what", ["one bit", "a weight", "a file"])
-def test_what_is_not_the_checkpoint_is_not_published(finished: Path, what: str) -> None:
-    sentence = sentence_of("export", *run_ranks(export_wrongly, 1, str(finished), what)[0])
+def test_a_folder_that_differs_from_the_checkpoint_is_not_published(finished: Path, what: str) -> None:
+    sentence = sentence_of("export", *run_ranks(export_with_fault, 1, str(finished), what)[0])
     assert sentence.startswith("version of transformers is ") and "nothing was exported" in sentence
     assert {path.name for path in finished.iterdir()} == {"run"}
 
@@ -290,16 +288,16 @@ def test_shards_hold_the_same_weights(corpora: Path, tmp_path: Path) -> None:
 
 
 def bytes_of_weights(folder: Path) -> int:
-    """The size of the one file, without its header."""
+    """Return the size of the one file, without its header."""
     file = folder / "model.safetensors"
     with file.open("rb") as opened:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
-def test_a_run_of_an_earlier_version_that_trained_tied_weights_apart_is_not_exported_as_tied(
+def test_weights_that_an_earlier_version_trained_apart_are_not_exported_as_tied(
     corpora: Path, tmp_path: Path, untied: Path
 ) -> None:
-    """Its configuration was not refused then."""
+    """Earlier versions did not refuse such a configuration."""
     tree = short_run(corpora, tmp_path / "run", path=str(untied), config={"tie_word_embeddings": False})
     run_ranks(train_in_process, 1, tree)
     shutil.rmtree(tmp_path / "run" / "model")
@@ -307,12 +305,12 @@ def test_a_run_of_an_earlier_version_that_trained_tied_weights_apart_is_not_expo
     (tmp_path / "run" / "config.yaml").write_text(stored.replace("tie_word_embeddings: false", "use_cache: true"))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["config"] == {"use_cache": True}
     sentence = sentence_of("export", *run_ranks(export, 1, str(tmp_path), "run", "out")[0])
-    assert "tie_word_embeddings to false" in sentence and not (tmp_path / "out").exists()
+    assert sentence.startswith("model.config.tie_word_embeddings is true") and not (tmp_path / "out").exists()
     assert records(tmp_path / "run")[-1]["step"] == 2
 
 
-def test_a_run_keeps_its_settings_as_they_were_given(corpora: Path, tmp_path: Path) -> None:
-    """Hugging Face writes to nested groups; then resuming by the same configuration would be refused."""
+def test_a_run_stores_its_settings_unchanged(corpora: Path, tmp_path: Path) -> None:
+    """Hugging Face writes to nested groups, which would make a resumed run look different."""
     rope = {"rope_theta": 5e5}
     tree = short_run(corpora, tmp_path / "run", config=LLAMA | {"rope_parameters": dict(rope)})
     run_ranks(train_in_process, 1, tree)
@@ -330,7 +328,7 @@ def test_a_run_of_an_earlier_version_does_not_change_its_positions(corpora: Path
     assert "model.config.rope_theta had no effect" in sentence
 
 
-def test_others_are_told_where_they_would_load_another_tokenizer(corpora: Path, tmp_path: Path) -> None:
+def test_a_warning_is_logged_if_auto_tokenizer_returns_other_ids(corpora: Path, tmp_path: Path) -> None:
     """transformers rebuilds the tokenizer of a folder of the type qwen2, whatever its tokenizer.json holds."""
     for model_type in ("llama", "qwen2"):
         tree = short_run(corpora, tmp_path / model_type)

@@ -1,4 +1,4 @@
-"""Fine-tuning on answers: losses are those of the answers alone, as Hugging Face's logits give them, on any ranks."""
+"""Fine-tuning on answers: losses cover the answers alone and equal Hugging Face's, on any number of ranks."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def answers(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(corpora: Path, answers: Path, run_dir: Path, objective: str, ranks: int, **selection: str) -> dict[str, Any]:
-    """Two steps at a rate that changes no weight that can be seen."""
+    """Return a run of two steps, with a rate too small to change a loss visibly."""
     steps = {"micro_batch_size": SAMPLES // ranks, "train_tokens": 2 * SAMPLES * T, "lr": 1e-12, "eval_interval": 1}
     made = config_tree(corpora, run_dir, **steps)
     made["data"] |= {
@@ -59,7 +59,7 @@ def tree(corpora: Path, answers: Path, run_dir: Path, objective: str, ranks: int
 
 
 def losses(folder: Path, text: torch.Tensor) -> torch.Tensor:
-    """float64 of each label of `[N, T + 1]`, from full logits."""
+    """Return the loss of each label of `[N, T + 1]` in float64, from full logits."""
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
@@ -68,7 +68,7 @@ def losses(folder: Path, text: torch.Tensor) -> torch.Tensor:
 
 
 def brute_force(world: World, corpora: str, answers: str) -> dict[str, float]:
-    """What the first step's records must say, from the files: samples, masks, logits, sorting."""
+    """Return the expected records of the first step, from the files: samples, masks, logits and a sort."""
     from megatron_slm.data.corpus import open_corpus
     from megatron_slm.data.samples import build_samples
     from megatron_slm.data.settings import DataSettings
@@ -99,7 +99,7 @@ def brute_force(world: World, corpora: str, answers: str) -> dict[str, float]:
 
 
 def held_out(answers: Path) -> float:
-    """Mean loss of the answers' tokens in windows of T; end tokens are no text."""
+    """Return the mean loss of the answers' tokens in windows of T, without end tokens."""
     tokens = np.fromfile(answers / "held_out.bin", dtype=np.uint16).astype(np.int64)
     mask = np.fromfile(answers / "held_out.mask", dtype=np.uint8).astype(bool)
     windows = range(0, len(tokens) - 1, T)
@@ -111,7 +111,7 @@ def held_out(answers: Path) -> float:
     return float(torch.cat(found).mean())
 
 
-def test_losses_and_selection_are_those_of_the_answers(corpora: Path, answers: Path, tmp_path: Path) -> None:
+def test_losses_and_selection_cover_only_the_answers(corpora: Path, answers: Path, tmp_path: Path) -> None:
     expected = run_ranks(brute_force, 1, str(corpora), str(answers))[0]
     for objective, ranks in (("clm", 1), ("slm", 1), ("slm", 2)):
         run_dir = tmp_path / f"{objective}{ranks}"
@@ -127,8 +127,8 @@ def test_losses_and_selection_are_those_of_the_answers(corpora: Path, answers: P
 
 @pytest.mark.parametrize("scope", ["rank", "sequence"])
 @pytest.mark.parametrize("pool", ["micro_step", "step"])
-def test_where_nothing_counts_nothing_is_selected(scope: str, pool: str) -> None:
-    """Sample 0 has no valid token: alone on its rank, in its sequence, and in the first step of one rank."""
+def test_samples_without_a_valid_token_select_nothing(scope: str, pool: str) -> None:
+    """Sample 0 has no valid token. It is alone on its rank, in its sequence, or in the first step of one rank."""
     case = Case(global_batch_size=2, micro_batch_size=1, scope=scope, pool=pool)
     found = run_ranks(run_steps, 2, case)[0]
     assert found["planned"] == [int(sums["selected"]) for sums in found["sums"]] == [4]  # of 0 and 7 valid tokens
@@ -139,7 +139,7 @@ def test_where_nothing_counts_nothing_is_selected(scope: str, pool: str) -> None
 
 
 @pytest.mark.slow
-def test_gsm8k_is_fine_tuned_on(tmp_path: Path) -> None:
+def test_fine_tuning_on_gsm8k_lowers_the_loss(tmp_path: Path) -> None:
     data = os.environ.get("SLM_DATA")
     if not data:
         pytest.skip("SLM_DATA does not name the folder that holds curated/gsm8k_train.jsonl.gz")

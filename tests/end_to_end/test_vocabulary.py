@@ -1,4 +1,4 @@
-"""Tokenizers whose ids have holes: the model has a row for every id that occurs."""
+"""Tokenizers with gaps in their ids: the model has a row for each id that occurs."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def tree(tmp_path: Path, in_this_process: None) -> dict[str, Any]:
     return tree | {"objective": "clm"}
 
 
-def test_a_model_from_scratch_is_trained_and_a_dry_run_counts_the_same(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_from_scratch_trains_with_the_vocabulary_of_the_dry_run(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["training"] |= {"precision": "fp32"}
     assert run_ranks(train_in_process, 1, tree)[0]["step"] == 1
     status, heard, said = run_ranks(shown, 1, "train", str(write_config(tmp_path / "run.yaml", tree)), "--dry-run")[0]

@@ -33,26 +33,28 @@ def refused_head(lm: PreTrainedModel) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", [*SHAPES, "phi"])
-def test_models_whose_logits_are_a_product_are_accepted(model_type: str, tied: bool, dtype: torch.dtype) -> None:
+def test_models_whose_logits_are_hidden_states_times_the_head_are_accepted(
+    model_type: str, tied: bool, dtype: torch.dtype
+) -> None:
     check_head(tiny_model(model_type, dtype, tied=tied))
 
 
 @pytest.mark.parametrize("initializer_range", [1.0, 0.02, 0.0])
 @pytest.mark.parametrize("model_type", list(CHANGED_LOGITS))
 def test_models_that_cap_or_scale_their_logits_are_refused(model_type: str, initializer_range: float) -> None:
-    """Whatever the weights: a cap shows only at large logits, which fresh weights do not have."""
+    """The check does not depend on the weights, though a cap has an effect only on large logits."""
     lm = tiny_model(model_type, initializer_range=initializer_range, **CHANGED_LOGITS[model_type])
     refused_head(lm)
 
 
-def test_dropout_in_training_does_not_look_like_another_head() -> None:
+def test_dropout_does_not_affect_the_check_of_the_head() -> None:
     lm = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
     for _ in range(5):
         check_head(lm)
     assert lm.training
 
 
-def test_weights_that_are_not_numbers_do_not_look_like_another_head() -> None:
+def test_nan_weights_do_not_affect_the_check_of_the_head() -> None:
     lm = tiny_model("llama")
     nn.init.constant_(lm.base_model.norm.weight, torch.nan)
     check_head(lm)
@@ -64,7 +66,7 @@ def test_a_layer_between_hidden_states_and_head_is_refused() -> None:
     refused_head(lm)
 
 
-def test_a_model_with_no_other_beneath_its_head_is_refused() -> None:
+def test_a_model_without_a_base_model_is_refused() -> None:
     lm = tiny_model("llama")
     lm.base_model_prefix = "nothing"
     refused_head(lm)
@@ -99,7 +101,7 @@ LEAKY = {
 
 
 @pytest.mark.parametrize("model_type", list(LEAKY))
-def test_models_whose_packed_documents_see_each_other_are_refused(model_type: str) -> None:
+def test_models_that_attend_across_packed_documents_are_refused(model_type: str) -> None:
     lm = tiny_model(model_type, initializer_range=0.02, **LEAKY[model_type])
     with pytest.raises(UserError) as caught:
         check_packing(CausalLM(lm), lm)
@@ -107,8 +109,8 @@ def test_models_whose_packed_documents_see_each_other_are_refused(model_type: st
     assert type(lm).__name__ in caught.value.reason
 
 
-def test_a_leak_in_the_second_sequence_of_a_batch_alone_is_found() -> None:
-    """As of kernels that read restarts from the first sequence."""
+def test_a_leak_in_only_the_second_sequence_of_a_batch_is_found() -> None:
+    """Some kernels read restarts from the first sequence alone."""
     lm = tiny_model("llama")
 
     class FirstRowOnly(CausalLM):
@@ -138,7 +140,7 @@ def test_dropout_is_found_under_any_name(model_type: str, options: dict[str, Any
     assert caught.value.setting == f"model.config.{name}" and caught.value.value > 0
 
 
-def test_dropout_of_a_classifier_is_not_the_students() -> None:
+def test_dropout_of_a_classifier_is_accepted() -> None:
     for model_type in ("gpt2", "gpt_neox"):
         config = tiny_config(model_type)
         assert {"summary_first_dropout": 0.1, "classifier_dropout": 0.1}.items() & config.to_dict().items()
@@ -146,7 +148,7 @@ def test_dropout_of_a_classifier_is_not_the_students() -> None:
         check_dropout(AutoModelForCausalLM.from_config(config))
 
 
-def test_a_module_that_drops_is_found_whatever_its_setting_is_called() -> None:
+def test_a_dropout_module_is_found_whatever_its_setting_is_called() -> None:
     lm = tiny_model("llama")
     check_dropout(lm)
     lm.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.2))

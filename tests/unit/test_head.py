@@ -1,4 +1,4 @@
-"""The chunked head against full logits and torch's cross-entropy."""
+"""Comparison of the chunked head with full logits and torch's cross-entropy."""
 
 import math
 
@@ -22,7 +22,7 @@ SHAPES = {
 
 
 def tiny_config(model_type: str, *, tied: bool = False, **options) -> PretrainedConfig:
-    """Two layers of 32, with weights large enough for gradients that tell."""
+    """Return a model of two layers of 32, with weights large enough for gradients that differ visibly."""
     return AutoConfig.for_model(
         model_type,
         vocab_size=VOCAB,
@@ -40,7 +40,7 @@ def tiny_config(model_type: str, *, tied: bool = False, **options) -> Pretrained
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Equal up to a share of the largest entry: a small entry may be a difference of large ones."""
+    """Assert equality relative to the largest entry, because a small entry may be a difference of large ones."""
     scale = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
 
@@ -66,7 +66,7 @@ def some_upstream(count: int = TOKENS) -> torch.Tensor:
 
 
 def full_loss(hidden, weight, bias, labels) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and entropies from all logits at once, in float64."""
+    """Return losses and entropies from all logits at once, in float64."""
     logits = F.linear(hidden.double(), weight.double(), None if bias is None else bias.double())
     loss = F.cross_entropy(logits, labels.masked_fill(labels < 0, -100), ignore_index=-100, reduction="none")
     return loss, torch.distributions.Categorical(logits=logits).entropy()
@@ -98,14 +98,14 @@ def test_losses_and_gradients_are_those_of_full_logits(dtype, with_entropy, with
 
 
 @pytest.mark.parametrize("upstream", [0.0, -0.0])
-def test_where_nothing_counts_all_gradients_are_zero(upstream):
+def test_without_upstream_gradient_all_gradients_are_zero(upstream):
     inputs = head_inputs(torch.float32, True)
     (loss,) = token_loss(inputs[0], inputs[1], some_labels(), bias_V=inputs[2], chunk=7)
     for gradient in torch.autograd.grad((loss * upstream).sum(), inputs):
         assert not gradient.any()
 
 
-def test_an_ignored_label_has_no_loss_and_no_gradient_whatever_comes_from_above():
+def test_an_ignored_label_has_no_loss_and_no_gradient_for_any_upstream_gradient():
     hidden, weight, _ = head_inputs(torch.float32, False)
     labels = some_labels()
     (loss,) = token_loss(hidden, weight, labels, chunk=7)
@@ -115,7 +115,7 @@ def test_an_ignored_label_has_no_loss_and_no_gradient_whatever_comes_from_above(
         assert not gradient.any()
 
 
-def test_a_nan_from_above_reaches_the_gradients():
+def test_a_nan_in_the_upstream_gradient_reaches_the_gradients():
     hidden, weight, bias = head_inputs(torch.float32, True)
     (loss,) = token_loss(hidden, weight, some_labels(), bias_V=bias, chunk=7)
     upstream = torch.zeros(TOKENS)
@@ -127,7 +127,7 @@ def test_a_nan_from_above_reaches_the_gradients():
     assert grad_bias.isnan().all()
 
 
-def test_a_frozen_head_passes_the_gradient_on_and_gets_none():
+def test_a_frozen_head_passes_on_the_gradient_of_the_hidden_states():
     hidden, weight, bias = head_inputs(torch.float32, True)
     (loss,) = token_loss(hidden, weight.detach(), some_labels(), bias_V=bias.detach(), chunk=7)
     (gradient,) = torch.autograd.grad(loss.sum(), hidden)
@@ -135,7 +135,7 @@ def test_a_frozen_head_passes_the_gradient_on_and_gets_none():
     close(gradient, expected, 2e-5)
 
 
-def test_frozen_hidden_states_leave_the_gradient_of_the_head():
+def test_frozen_hidden_states_do_not_change_the_gradient_of_the_head():
     hidden, weight, _ = head_inputs(torch.float32, False)
     (loss,) = token_loss(hidden.detach(), weight, some_labels(), chunk=7)
     (gradient,) = torch.autograd.grad(loss.sum(), weight)
@@ -143,7 +143,7 @@ def test_frozen_hidden_states_leave_the_gradient_of_the_head():
     close(gradient, expected, 2e-5)
 
 
-def test_without_gradients_the_losses_are_the_same():
+def test_losses_are_the_same_without_recording_gradients():
     hidden, weight, bias = head_inputs(torch.float32, True)
     with torch.no_grad():
         loss, entropy = token_loss(hidden, weight, some_labels(), bias_V=bias, want=("entropy",), chunk=7)
@@ -153,7 +153,7 @@ def test_without_gradients_the_losses_are_the_same():
     assert torch.equal(entropy, expected[1])
 
 
-def test_no_token_at_all_is_no_error():
+def test_zero_tokens_are_accepted():
     hidden, weight, _ = head_inputs(torch.float32, False)
     loss, entropy = token_loss(hidden[:0], weight, some_labels()[:0], want=("entropy",))
     assert loss.shape == entropy.shape == (0,)
@@ -169,7 +169,7 @@ def test_large_logits_stay_finite():
 
 
 def test_the_weight_gradient_of_bf16_is_summed_in_float32():
-    """A large token and eight small ones, one a chunk: a sum in bf16 would stay at the large one."""
+    """One large and eight small gradients, one token per chunk: a sum in bf16 would lose the small ones."""
     hidden = torch.ones(9, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     (loss,) = token_loss(hidden, weight, torch.zeros(9, dtype=torch.int64), chunk=1)
@@ -178,7 +178,7 @@ def test_the_weight_gradient_of_bf16_is_summed_in_float32():
 
 
 class Recorder(TorchDispatchMode):
-    """Shapes of all tensors that are made."""
+    """A mode that records the shapes of all tensors that are created."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def _tensors(result: object) -> list[torch.Tensor]:
     return [value for value in (result if isinstance(result, tuple | list) else [result]) if torch.is_tensor(value)]
 
 
-def test_no_more_than_one_chunk_of_logits_ever_exists():
+def test_at_most_one_chunk_of_logits_exists_at_a_time():
     hidden, weight = (torch.randn(size, 4, requires_grad=True) for size in (TOKENS, VOCAB))
     with Recorder() as made:
         loss, _ = token_loss(hidden, weight, some_labels(), want=("entropy",), chunk=7)
@@ -202,7 +202,7 @@ def test_no_more_than_one_chunk_of_logits_ever_exists():
     assert max(shape.numel() for _, shape in made.shapes) <= 7 * VOCAB
 
 
-def test_the_backward_recomputes_only_tokens_that_count():
+def test_the_backward_recomputes_only_tokens_with_a_gradient():
     hidden, weight, _ = head_inputs(torch.float32, False)
     labels, upstream = some_labels(), some_upstream().float()
     (loss,) = token_loss(hidden, weight, labels, chunk=7)
@@ -214,7 +214,7 @@ def test_the_backward_recomputes_only_tokens_that_count():
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", list(SHAPES))
-def test_a_model_ends_in_the_losses_entropies_and_gradients_of_its_own_logits(model_type, tied):
+def test_losses_entropies_and_gradients_of_a_model_are_those_of_its_logits(model_type, tied):
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(tiny_config(model_type, tied=tied))
     assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
@@ -238,7 +238,7 @@ def test_a_model_ends_in_the_losses_entropies_and_gradients_of_its_own_logits(mo
         close(parameter.grad, gradients[name], 2e-5)
 
 
-def test_a_head_with_a_bias_is_a_head():
+def test_a_head_with_a_bias_is_supported():
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(tiny_config("phi"))
     torch.nn.init.normal_(lm.get_output_embeddings().bias)
@@ -247,7 +247,7 @@ def test_a_head_with_a_bias_is_a_head():
     close(CausalLM(lm, head_chunk=5)(tokens, tokens, tokens)["loss"][0], expected, 1e-5)
 
 
-def test_a_column_that_is_not_wanted_is_not_made():
+def test_a_column_that_is_not_wanted_is_not_computed():
     module = CausalLM(AutoModelForCausalLM.from_config(tiny_config("llama")))
     tokens = torch.arange(8)[None]
     assert module(tokens, tokens, tokens).keys() == {"loss"}

@@ -86,7 +86,7 @@ def test_an_unknown_model_type_is_refused(model_type: str, remedy: str) -> None:
     assert (error.setting, error.value, error.remedy) == ("model.config.model_type", model_type, remedy)
 
 
-def test_a_key_in_a_group_is_looked_at_there(tmp_path: Path) -> None:
+def test_a_key_in_a_nested_group_is_checked_against_that_group(tmp_path: Path) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 20}
     path = stored(tmp_path, {"model_type": "gemma3", "text_config": text})
     error = refusal({"text_config": {"n_layerz": 3}}, path)
@@ -98,7 +98,7 @@ def test_a_key_in_a_group_is_looked_at_there(tmp_path: Path) -> None:
     assert config.text_config.attention_bias is True and config.text_config.hidden_size == 32
 
 
-def test_another_type_than_that_of_the_path_is_refused(tmp_path: Path) -> None:
+def test_a_model_type_that_differs_from_the_path_is_refused(tmp_path: Path) -> None:
     path = stored(tmp_path, LLAMA)
     error = refusal({"model_type": "mistral"}, path)
     assert (error.setting, error.value) == ("model.config.model_type", "mistral")
@@ -115,21 +115,21 @@ def test_another_type_than_that_of_the_path_is_refused(tmp_path: Path) -> None:
         {"model_type": "gpt_neox", "hidden_size": 32, "num_attention_heads": 2, "rotary_pct": 0.5, "pad_token_id": 3},
     ],
 )
-def test_names_that_are_read_are_taken(config: dict[str, Any]) -> None:
+def test_attributes_that_are_read_are_accepted(config: dict[str, Any]) -> None:
     resolved = resolve(config)
     for key, value in config.items():
         if key not in ("model_type", "attn_implementation", "torch_dtype", "rotary_pct"):
             assert getattr(resolved, key) == value
 
 
-def test_what_the_stored_configuration_holds_may_be_changed(tmp_path: Path) -> None:
+def test_keys_of_the_stored_configuration_may_be_changed(tmp_path: Path) -> None:
     path = stored(tmp_path, LLAMA)
     tree = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(tree | {"license_of_ours": "a"}))
     assert resolve({"license_of_ours": "b"}, path).license_of_ours == "b"
 
 
-def test_code_that_comes_with_a_model_names_its_own_attributes(tmp_path: Path) -> None:
+def test_attributes_of_code_that_comes_with_a_model_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "configuration_own.py").write_text(
         "from transformers import LlamaConfig\n"
         "class OwnConfig(LlamaConfig):\n"
@@ -165,7 +165,7 @@ LINEAR = {"factor": 2.0, "rope_theta": 1e4}
         ({"rope_scaling": None}, DEFAULT | {"rope_theta": 1e4}),
     ],
 )
-def test_older_names_of_rotary_positions_become_the_new_one(
+def test_older_names_of_rotary_positions_are_translated(
     changed: dict[str, Any], expected: dict[str, Any], read: bool, tmp_path: Path
 ) -> None:
     given = copy.deepcopy(changed)
@@ -177,7 +177,7 @@ def test_older_names_of_rotary_positions_become_the_new_one(
     assert AutoConfig.from_pretrained(tmp_path / "again").rope_parameters == expected
 
 
-def test_what_is_not_asked_stays_as_it_was_stored(tmp_path: Path) -> None:
+def test_stored_rotary_parameters_stay_unless_they_are_changed(tmp_path: Path) -> None:
     path = stored(tmp_path, LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 3e5}})
     assert resolve({"rope_theta": 5e5}, path).rope_parameters == LLAMA3 | {"rope_theta": 5e5}
     other = resolve({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, path).rope_parameters

@@ -1,4 +1,4 @@
-"""Rows and replay against plain autograd that detaches, layer by layer, whatever was not selected."""
+"""Comparison of rows and replay with plain autograd that detaches all unselected positions in every layer."""
 
 import dataclasses
 import gc
@@ -56,7 +56,7 @@ WAYS = ("rows", KERNEL, "replay")
 
 
 class Engine:
-    """Of one process, without an optimizer."""
+    """An engine of one process, without an optimizer."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -96,7 +96,7 @@ def make_batch(*, packed: bool = False) -> Batch:
 
 
 def some_weights(batch: Batch, share: float, empty: tuple[int, ...] = ()) -> Tensor:
-    """Not uniform, and of unequal counts; sequences in `empty` have none."""
+    """Return random weights for a share of the tokens; sequences in `empty` have none."""
     generator = torch.Generator().manual_seed(5)
     kept = torch.rand(batch.valid_BT.shape, generator=generator) < share
     weights = (torch.rand(batch.valid_BT.shape, generator=generator) + 0.5) * (kept & batch.valid_BT)
@@ -113,7 +113,7 @@ def gradient(module: CausalLM, way: str, batch: Batch, weights: Tensor, *, keep:
 
 
 def detached(module: CausalLM, batch: Batch, weights: Tensor) -> dict[str, Tensor]:
-    """The definition: every layer's input, and keys and values as attention sees them, constant where weight is 0."""
+    """Return the gradient by its definition: layer inputs, keys and values are constants where the weight is 0."""
     selected_BT = weights != 0
 
     def attention(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any):
@@ -177,7 +177,7 @@ def test_where_all_valid_tokens_are_selected_the_gradient_is_exact(way: str) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_approximation_is_one_below_the_last_layer(way: str) -> None:
+def test_the_gradient_is_exact_in_the_last_layer_and_approximate_below(way: str) -> None:
     module, batch = make_module("llama"), make_batch()
     weights = some_weights(batch, 0.5)
     found, exact = gradient(module, way, batch, weights), gradient(module, "exact", batch, weights)
@@ -202,14 +202,14 @@ def test_sequences_without_a_selected_token_add_nothing(way: str, empty: tuple[i
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_packed_documents_stay_apart(way: str) -> None:
+def test_packed_documents_do_not_attend_to_each_other(way: str) -> None:
     module, batch = make_module("llama"), make_batch(packed=True)
     weights = some_weights(batch, 0.5)
     assert_same(gradient(module, way, batch, weights), detached(module, batch, weights))
 
 
 @pytest.mark.parametrize("way", ["exact", *WAYS])
-def test_a_forward_that_was_not_kept_is_run_again(way: str) -> None:
+def test_a_forward_that_was_not_kept_is_run_again_with_the_same_gradient(way: str) -> None:
     module, batch = make_module("llama"), make_batch()
     weights = some_weights(batch, 0.5)
     assert_same(gradient(module, way, batch, weights, keep=False), gradient(module, way, batch, weights))
@@ -226,7 +226,7 @@ def test_activation_checkpointing_changes_no_gradient(way: str, family: str) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_in_bf16_the_gradient_is_that_of_float64_but_for_its_rounding(way: str) -> None:
+def test_the_bf16_gradient_is_the_float64_one_up_to_rounding(way: str) -> None:
     batch = make_batch()
     weights = some_weights(batch, 0.5)
     expected = gradient(make_module("llama"), way, batch, weights)
@@ -236,7 +236,7 @@ def test_in_bf16_the_gradient_is_that_of_float64_but_for_its_rounding(way: str) 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_scores_are_those_of_the_exact_way(way: str) -> None:
+def test_scores_are_those_of_the_exact_student(way: str) -> None:
     module, batch = make_module("llama"), make_batch()
     expected = student_of("exact", module).score(batch, ("entropy",), keep=False)[0]
     found = student_of(way, module).score(batch, ("entropy",), keep=True)[0]
@@ -247,7 +247,7 @@ def test_scores_are_those_of_the_exact_way(way: str) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_one_kernel_and_sequence_by_sequence_attend_alike(window: int | None) -> None:
+def test_flex_attention_equals_attention_by_sequence(window: int | None) -> None:
     batch = make_batch(packed=True)
     index_R = some_weights(batch, 0.5).flatten().nonzero().squeeze(-1)
     queries = PackedQueries(index_R, batch.position_ids_BT)
@@ -262,7 +262,7 @@ def test_one_kernel_and_sequence_by_sequence_attend_alike(window: int | None) ->
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("together", [1, 4, 128])
-def test_queries_attend_alike_however_many_together(
+def test_attention_by_sequence_does_not_depend_on_the_block_size(
     together: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_attention, "BLOCK", together)
@@ -285,7 +285,7 @@ def test_queries_attend_alike_however_many_together(
 
 
 @pytest.mark.parametrize("window", [None, 700])
-def test_the_kernel_skips_blocks_that_no_query_sees_and_masks_none_that_all_see(window: int | None) -> None:
+def test_the_block_mask_skips_blocks_without_a_query_and_does_not_mask_whole_ones(window: int | None) -> None:
     length = 1000
     position = torch.arange(length).repeat(2, 1)
     position[1, 400:] -= 400
@@ -326,7 +326,7 @@ def test_replay_keeps_the_selected_share_of_the_activations() -> None:
 
 
 @pytest.mark.parametrize("way", ["exact", "rows", "replay"])
-def test_nothing_that_a_pool_kept_is_held_while_the_next_is_scored_or_the_weights_are_updated(way: str) -> None:
+def test_a_tape_is_freed_before_the_next_pool_is_scored_and_before_the_update(way: str) -> None:
     module = make_module("llama", torch.float32)
     student, tapes = student_of(way, module), []
 
@@ -360,7 +360,7 @@ def test_the_backward_of_rows_multiplies_the_selected_rows_alone() -> None:
     assert torch.equal(rows.scatter(rows.gather(tensor)), tensor * mask[..., None])
 
 
-def test_linears_are_as_they_were_after_a_step_and_after_an_error() -> None:
+def test_linears_are_restored_after_a_step_and_after_an_error() -> None:
     module, batch = make_module("llama"), make_batch()
     gradient(module, "rows", batch, some_weights(batch, 0.5))
     with pytest.raises(IndexError):
@@ -381,7 +381,7 @@ def refused_learner(way: str, module: CausalLM, reason: str) -> None:
 
 
 def fresh_module(family: str, **options: Any) -> CausalLM:
-    """In float32, with the small weights of a model from scratch: its losses hardly tell what its attention says."""
+    """Return a float32 model with small initial weights, whose losses hardly depend on its attention."""
     torch.manual_seed(0)
     config = tiny_config(family, **{"initializer_range": 0.02} | options)
     return CausalLM(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
@@ -389,13 +389,13 @@ def fresh_module(family: str, **options: Any) -> CausalLM:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_known_families_pass_the_checks(family: str, dtype: torch.dtype) -> None:
+def test_supported_families_pass_the_checks(family: str, dtype: torch.dtype) -> None:
     learner_of("replay", make_module(family, dtype))
     assert learner_of("rows", make_module(family, dtype))._packed is attend_by_sequence
     learner_of("replay", CausalLM(fresh_module(family, **FAMILIES[family]).lm.to(dtype)))
 
 
-def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
+def test_a_model_that_mixes_positions_outside_of_attention_is_refused() -> None:
     module = make_module("llama")
     mlp = module.lm.model.layers[1].mlp
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden + hidden.roll(1, 1))
@@ -403,7 +403,7 @@ def test_a_model_that_mixes_positions_elsewhere_is_refused() -> None:
         refused_learner(way, module, "outside of its attention")
 
 
-def test_a_model_whose_attention_is_not_plain_is_refused_by_replay_and_not_packed_by_rows() -> None:
+def test_an_unusual_attention_is_refused_by_replay_and_not_packed_by_rows() -> None:
     module = fresh_module("llama")
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     AttentionInterface.register("capped", lambda *inputs, **options: (3 * sdpa(*inputs, **options)[0], None))
@@ -414,7 +414,7 @@ def test_a_model_whose_attention_is_not_plain_is_refused_by_replay_and_not_packe
 
 
 @pytest.mark.parametrize("family", ["phimoe", "qwen2_moe"])
-def test_a_window_that_attention_is_not_told_of_is_found_beyond_it(family: str) -> None:
+def test_a_window_that_is_no_argument_of_attention_is_found_in_sequences_beyond_it(family: str) -> None:
     options = {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": LENGTH - 8}
     options |= {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4} if family == "qwen2_moe" else {}
     module = fresh_module(family, **options)
@@ -427,7 +427,7 @@ def test_a_model_that_counts_positions_itself_is_refused_by_replay() -> None:
     refused_learner("replay", module, "position_ids")
 
 
-def test_a_model_that_asks_for_its_kernel_by_name_is_refused() -> None:
+def test_a_model_that_reads_the_name_of_its_kernel_is_refused() -> None:
     module = make_module("llama")
     mlp, config = module.lm.model.layers[1].mlp, module.lm.config
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden) * (2 if config._attn_implementation == "sdpa" else 1)
@@ -449,7 +449,7 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
     assert down.forward is own
 
 
-def test_replay_runs_a_model_that_takes_a_view_of_what_its_attention_says() -> None:
+def test_replay_runs_a_model_that_takes_a_view_of_its_attention() -> None:
     learner_of("replay", fresh_module("afmoe", num_key_value_heads=2, head_dim=8, num_experts=4, num_dense_layers=2))
 
 
@@ -467,7 +467,7 @@ def test_the_backward_of_rows_costs_the_selected_share(family: str) -> None:
     assert cost("rows") < 0.4 * cost("exact")
 
 
-def test_rows_that_are_not_those_of_the_batch_take_the_linears_own_way() -> None:
+def test_linears_use_their_own_backward_for_rows_in_another_order() -> None:
     module, batch = make_module("llama"), make_batch()
     mlp = module.lm.model.layers[0].mlp
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden.flatten(0, 1).flip(0)).flip(0).view_as(hidden)
@@ -475,7 +475,7 @@ def test_rows_that_are_not_those_of_the_batch_take_the_linears_own_way() -> None
     assert_same(gradient(module, "rows", batch, weights), detached(module, batch, weights))
 
 
-def test_keys_and_values_are_kept_without_the_queries_that_they_were_made_with() -> None:
+def test_kept_keys_and_values_do_not_hold_the_memory_of_fused_queries() -> None:
     for family in ("gpt2", "phi3"):
         module, batch = make_module(family) if family in FAMILIES else fresh_module(family), make_batch()
         student = student_of("replay", module)
@@ -484,7 +484,7 @@ def test_keys_and_values_are_kept_without_the_queries_that_they_were_made_with()
         assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == sum(tensor.nbytes for tensor in kept)
 
 
-def test_an_attention_that_is_the_models_own_is_refused() -> None:
+def test_an_attention_outside_of_the_registry_is_refused() -> None:
     module = make_module("llama")
     module.lm.config._attn_implementation = "eager"
     with pytest.raises(UserError) as caught:

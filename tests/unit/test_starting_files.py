@@ -1,4 +1,4 @@
-"""Which files of a starting model a run keeps, and where they come from."""
+"""The files of a starting model that a run copies, and their sources."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def starting(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_small_files_are_kept_and_weights_are_not(starting: Path, tmp_path: Path, trusted: bool) -> None:
+def test_small_files_are_copied_and_weights_are_not(starting: Path, tmp_path: Path, trusted: bool) -> None:
     config = AutoConfig.for_model(**LLAMA)
     with whole_folder(tmp_path / "model", replace=False) as folder:
         found = copy_model_files(starting, config, folder, trust_remote_code=trusted)
@@ -63,9 +63,7 @@ def test_the_files_of_a_tokenizer_are_copied_unchanged(starting: Path, tmp_path:
         assert (made / name).read_bytes() == (starting / name).read_bytes()
 
 
-def test_a_configuration_that_names_code_of_another_repository_names_what_lies_beside_it(
-    starting: Path, tmp_path: Path
-) -> None:
+def test_references_to_code_of_another_repository_become_local(starting: Path, tmp_path: Path) -> None:
     config = AutoConfig.for_model(**LLAMA)
     config.auto_map = {"AutoModelForCausalLM": "a/b--modeling_own.Own", "AutoConfig": "a/b--configuration_own.Own"}
     (tmp_path / "model").mkdir()
@@ -74,9 +72,7 @@ def test_a_configuration_that_names_code_of_another_repository_names_what_lies_b
     assert written == {"AutoModelForCausalLM": "modeling_own.Own", "AutoConfig": "a/b--configuration_own.Own"}
 
 
-def test_a_hub_name_means_its_snapshot_even_where_nothing_can_be_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_name_resolves_to_its_snapshot_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(path: str, **options: object) -> str:
         if options.get("local_files_only"):
             return str(tmp_path / "snapshots" / "abc")
@@ -89,7 +85,7 @@ def test_a_hub_name_means_its_snapshot_even_where_nothing_can_be_fetched(
     assert starting_folder("someone/model") is None
 
 
-def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (tmp_path / ".model.writing").mkdir()
     (tmp_path / ".model.writing" / "left").write_text("by a process that was killed")
