@@ -60,7 +60,9 @@ class CausalLM(nn.Module):
         """
         options = dict(brought or {})
         if self.router is not None:
+            # Scoring does not need the term, and keeping the logits of all routers costs memory.
             options["output_router_logits"] = torch.is_grad_enabled()
+        # The model without its head: Hugging Face's own forward would hold the logits of all tokens.
         output = self.lm.base_model(input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False, **options)
         hidden_BTD = output.last_hidden_state
         head = self.lm.get_output_embeddings()
@@ -144,6 +146,7 @@ def initialize_weights(
         gathered: `Backend.gathered`.
     """
     owners = _initializers(model)
+    # From the leaves up, so that what a family's function writes to children stays.
     for name, module in reversed(list(model.named_modules())):
         # A family's function may also write to direct children of a module: GPT-2 rescales `c_proj`.
         parameters = {*module.parameters(recurse=False)}

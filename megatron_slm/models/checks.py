@@ -125,6 +125,7 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
         UserError: the first document changes the losses of the second.
     """
     text_BS = some_tokens(model, 2, 17)
+    # The documents of the two sequences end at different positions, which a mask of the first alone would miss.
     tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
     straight_BT = straight(tokens_BT)
     start_B1 = torch.tensor([[5], [9]], device=tokens_BT.device)
@@ -142,6 +143,7 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
     with torch.no_grad(), evaluating(model):
         noise = change(tokens_BT, restarted_BT)
         leaked, attended = change(changed_BT, restarted_BT), change(changed_BT, straight_BT)
+    # Four times, because the difference of one pair of forwards is only a sample of the noise.
     if leaked > LEAK * attended + 4 * noise:
         raise UserError(
             "data.reset_attention",

@@ -112,6 +112,8 @@ class ExactStudent:
         output = tape.output
         if output is None:
             output = score_batch(self._engine.module, tape.batch, weighed_columns(weights))
+        # `scale` divides the sum over all tokens by the planned count, and undoes the engine's average over ranks.
+        # A term is a mean per micro-batch: the engine averages it over ranks, and `share` over micro-batches.
         total = weighted_sum(output, weights) * scale
         for name, coefficient in self._coefficients.items():
             total = total + coefficient * share * output[name]

@@ -85,9 +85,10 @@ def open_attention(lm: PreTrainedModel) -> None:
         UserError: the kernel is not in Hugging Face's registry; `eager` is not, because each model has its own.
     """
     kernel = attention_name(lm)
-    if kernel.startswith(PREFIX):
+    if kernel.startswith(PREFIX):  # opened before
         return
     require_registered(kernel, type(lm).__name__)
+    # With the kernel's own mask, because a model looks up both by the one name in its configuration.
     register_attention(PREFIX + kernel, partial(_attend, find_attention(kernel)), mask_of=kernel)
     set_attention(lm, PREFIX + kernel)
 
@@ -166,6 +167,7 @@ class PackedQueries:
         self.index_R = index_R
         self.num_keys = position_ids_BT.numel()
         self._length = position_ids_BT.shape[1]
+        # A position id counts from the start of its document, so that subtracting it gives the document's first key.
         self._start_R = index_R - position_ids_BT.flatten()[index_R]
         # Layers differ in their windows alone, so that most layers share one list and one mask.
         self._blocks: dict[int | None, list[Block]] = {}
@@ -193,10 +195,12 @@ class PackedQueries:
 
     def _cut(self, window: int | None) -> Iterator[Block]:
         first_R = self.first_R(window)
+        # Queries are in ascending order, so that those of each sequence follow each other, up to `end`.
         begin = 0
         for end in torch.bincount(self.index_R // self._length).cumsum(0).tolist():
             for start in range(begin, end, BLOCK):
                 rows = slice(start, min(start + BLOCK, end))
+                # From the earliest key of any query in the block to the position of its last query.
                 keys = slice(int(first_R[rows].min()), int(self.index_R[rows.stop - 1]) + 1)
                 key_S = torch.arange(keys.start, keys.stop, device=self.index_R.device)
                 mask_RS = (key_S >= first_R[rows, None]) & (key_S <= self.index_R[rows, None])
@@ -229,7 +233,7 @@ def attend_by_sequence(
     queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
     """Return packed attention, block after block, by PyTorch's fused attention; see `PackedAttention`."""
-    grouped = query.shape[1] != len(key)
+    grouped = query.shape[1] != len(key)  # several heads of queries share a head of keys and values
     blocks = queries.blocks(window)
     query_of_blocks = query.split([block.rows.stop - block.rows.start for block in blocks], dim=2)
     key_of_blocks = KeysOfBlocks.apply(key, blocks)
@@ -250,6 +254,7 @@ class KeysOfBlocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor_GND: Tensor, blocks: Sequence[Block]) -> tuple[Tensor, ...]:
         ctx.size, ctx.blocks = tensor_GND.shape, blocks
+        # Views: blocks of neighbouring queries overlap, and copies would hold most keys several times.
         return tuple(tensor_GND[:, block.keys] for block in blocks)
 
     @staticmethod
@@ -269,6 +274,7 @@ class FlexAttention:
     """
 
     def __init__(self, compiled: bool) -> None:
+        # Dynamic shapes, because the number of selected tokens differs in every micro-step.
         self._attend = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
     def __call__(
@@ -318,5 +324,6 @@ def _listed(chosen_QK: Tensor) -> tuple[Tensor, Tensor]:
 
     Both are int32: `[1, 1, Q]` and `[1, 1, Q, K]`, the form of `BlockMask`.
     """
+    # Stable, so that blocks are visited in the order of their keys.
     order_QK = chosen_QK.int().argsort(dim=-1, descending=True, stable=True)
     return chosen_QK.sum(-1).int()[None, None], order_QK.int()[None, None]

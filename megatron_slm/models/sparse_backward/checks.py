@@ -51,6 +51,7 @@ class AttentionComparison:
     def attend(self, call: AttentionCall) -> Attended:
         """Return the layer's own attention, after the comparison."""
         attended, weights = call.run()
+        # Each layer is compared with its own inputs, so that round-off does not add up over layers.
         expected_RI = self._rows.gather(attended.flatten(2))
         packed_RHD = attend_rows(self._rows, self._packed, call.query, call.key, call.value, call.scale, call.window)
         difference_RI = packed_RHD.flatten(1) - expected_RI
@@ -85,6 +86,7 @@ def check_opening(model: PreTrainedModel, before_BT: Tensor, after_BT: Tensor) -
     Raises:
         UserError: they differ by more than round-off.
     """
+    # Written with `not`, so that NaN is refused too.
     if not (after_BT - before_BT).norm() <= TOLERANCE * (before_BT - before_BT.mean()).norm():
         _refuse(model, "its code reads the name of its attention")
 
@@ -95,7 +97,7 @@ def packed_for_rows(module: nn.Module, model: PreTrainedModel, seq_length: int) 
     None if each layer's own kernel runs the backward, of all queries: for a model whose attention does more than
     softmax of scaled products, and on accelerators, where running the queries again was never measured.
     """
-    if next(model.parameters()).device.type != "cpu":
+    if next(model.parameters()).device.type != "cpu":  # every rank has the same kind of device
         return None
     return attend_by_sequence if _packs(module, model, attend_by_sequence, seq_length) else None
 
@@ -119,7 +121,7 @@ def check_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttenti
 def _packs(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> bool:
     position_BT = torch.arange(seq_length, device=next(model.parameters()).device)[None]
     rows = Rows(position_BT, packed)
-    rows.select(position_BT % 3 != 1)
+    rows.select(position_BT % 3 != 1)  # gaps, as between selected tokens
     comparison = AttentionComparison(rows, packed)
     sequence_losses(module, model, seq_length, {"selective": comparison})
     return comparison.same
@@ -140,6 +142,7 @@ def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
     text_BS = some_tokens(model, 2, 10)
     tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
     other_BT = tokens_BT.clone()
+    # Labels stay as they are, and the loss of the first position, which reads this token itself, is left out below.
     other_BT[:, 0] = (other_BT[:, 0] + 1) % model.config.vocab_size
 
     def change(brought: dict[str, Any]) -> Tensor:
@@ -148,6 +151,7 @@ def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
         distance: Tensor = (after_BT - before_BT)[:, 1:].norm()
         return distance
 
+    # Relative to the change through attention, so that the check holds for any weights and dtype.
     with torch.no_grad(), evaluating(model):
         leaked = change({"selective": ZeroAttention()})
         attended = change({})

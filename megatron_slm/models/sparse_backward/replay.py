@@ -34,6 +34,7 @@ class KeyValues:
 
     def attend(self, call: AttentionCall) -> Attended:
         """Return the layer's own attention, and keep its keys and values."""
+        # By module and not by order, because activation checkpointing runs the layers of the second pass again.
         self._layers[call.module] = (_own_memory(call.key), _own_memory(call.value))
         return call.run()
 
@@ -58,6 +59,7 @@ class ReplayAttention:
 
     def attend(self, call: AttentionCall) -> Attended:
         """Return `[1, R, H, D]` for queries `[1, H, R, D]`, keys and values `[1, G, R, D]` of the selected tokens."""
+        # Selected tokens attend to each other with their graph, and to all others without one.
         known_key, known_value = self._known.of_layer(call.module)
         key_GND = self._queries.merge(known_key, call.key)
         value_GND = self._queries.merge(known_value, call.value)
@@ -108,8 +110,10 @@ class ReplayStudent:
         known = tape.known or self._first_pass(batch)[1]
         index_R = selected_tokens(weights).flatten().nonzero().squeeze(-1)
         if len(index_R) == 0:
-            index_R = index_R.new_zeros(1)
+            index_R = index_R.new_zeros(1)  # weight 0: its gradient is zero
 
+        # One sequence of R tokens. Their position ids are those of the batch, so that rotary or learned positions agree
+        # with the first pass; causality and documents are in the masks of `PackedQueries`.
         def pack(column_BT: Tensor) -> Tensor:
             return column_BT.flatten()[index_R][None]
 

@@ -64,12 +64,13 @@ class Rows:
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the selected rows `[R, D]` of `[B, T, D]`."""
         rows_ND = tensor.flatten(0, -2)
+        # No copy if every position is selected, as in a run that trains on all tokens.
         all_selected = len(self.index_R) == len(rows_ND)
         return rows_ND if all_selected else rows_ND.index_select(0, self.index_R)
 
     def scatter(self, rows_RD: Tensor) -> Tensor:
         """Return `[B, T, D]` with these rows at the selected positions, and zero elsewhere."""
-        if len(rows_RD) == self.shape.numel():
+        if len(rows_RD) == self.shape.numel():  # every position is selected, and the rows are in order
             return rows_RD.view(*self.shape, -1)
         whole_ND = rows_RD.new_zeros(self.shape.numel(), rows_RD.shape[-1])
         return whole_ND.index_copy_(0, self.index_R, rows_RD).view(*self.shape, -1)
@@ -78,6 +79,8 @@ class Rows:
         """Return the layer's own attention, in which keys and values that are not selected are constants."""
         if self._packed is not None:
             return RowAttention.apply(call.query, call.key, call.value, call, self._packed, self), None
+        # The kernel's own backward computes the gradient of all queries, keys and values. That of unselected queries is
+        # zero already, because their output has no gradient; that of unselected keys and values is removed here.
         key = ConstantUnlessSelected.apply(call.key, self)
         value = ConstantUnlessSelected.apply(call.value, self)
         return call._replace(key=key, value=value).run()
@@ -115,8 +118,10 @@ class RowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         rows = ctx.rows
         query, key, value = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        if len(rows.index_R) == 0:
+        if len(rows.index_R) == 0:  # packed attention needs a query, and ZeRO-3 a gradient from every rank
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None, None, None
+        # The forward above recorded no graph, so the selected queries are run again with one. This costs their share of
+        # a forward, and their backward costs their share too.
         with torch.enable_grad():
             attended_RHD = attend_rows(rows, ctx.packed, query, key, value, ctx.scale, ctx.window)
         grad_RHD = rows.gather(grad_BTHD.flatten(2)).view_as(attended_RHD)
@@ -172,6 +177,8 @@ class RowLinear(torch.autograd.Function):
 @contextmanager
 def bound(linears: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
     """Let these linears use `RowLinear` with `rows`, in a forward, and in a backward that may run it again."""
+    # An attribute of the instance hides the forward of its class, and leaves hooks and parameters as they are: ZeRO-3
+    # gathers a weight by the hooks of the linear that owns it.
     for linear in linears:
         linear.forward = partial(_forward, linear, rows)
     try:
@@ -223,10 +230,12 @@ class RowStudent:
     def backward(
         self, tape: RowTape, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
     ) -> dict[str, Tensor]:
+        # Fills the slot that the graph of the forward refers to, before autograd reaches it.
         tape.rows.select(selected_tokens(weights))
         output = tape.output
         if output is None:
             output = self._run(tape.batch, tape.rows, weighed_columns(weights))
+        # Activation checkpointing runs forwards again inside of this backward, which must use the rows too.
         with bound(self._linears, tape.rows):
             self._engine.backward(weighted_sum(output, weights) * scale, last=last)
         return {}
