@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_slm.backend import EngineSettings
 from megatron_slm.backend.deepspeed import DeepSpeedBackend, partition
+from megatron_slm.backend.deepspeed_internals import whole_shape
 from megatron_slm.dist import connect, disconnect
 
 WAYS = {"whole": "read whole, then partitioned (this package)", "partitioned": "partitioned as it is read"}
@@ -43,7 +44,7 @@ def load(way: str, folder: str) -> None:
     if way == "whole":
         partition(lm, backend.config(EngineSettings(1, 1, 0.0, torch.float32)), world.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    size = 4 * sum(parameter.ds_numel for parameter in lm.parameters())
+    size = 4 * sum(whole_shape(parameter).numel() for parameter in lm.parameters())
     sys.stdout.write(json.dumps({"rank": world.rank, "models": peak / size, "model_bytes": size}) + "\n")
     disconnect()
 
