@@ -6,7 +6,7 @@ import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -210,13 +210,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def setting_names(settings: type = Config, prefix: str = "") -> Iterator[str]:
-    """Yield the full names of all settings and groups, such as `selection.of.ratio`."""
+def setting_groups(settings: type[Any] = Config, group: str = "") -> Iterator[tuple[str, type[Any]]]:
+    """Yield the settings classes, each with the full name of its group; `Config` first, with an empty name."""
+    yield group, settings
     for name, hint in typing.get_type_hints(settings).items():
-        yield prefix + name
         for nested in (hint, *typing.get_args(hint)):
             if isinstance(nested, type) and dataclasses.is_dataclass(nested):
-                yield from setting_names(nested, f"{prefix}{name}.")
+                yield from setting_groups(nested, f"{group}.{name}".removeprefix("."))
+
+
+def setting_names() -> list[str]:
+    """Return the full names of all settings and groups, such as `selection.of.ratio`."""
+    groups = setting_groups()
+    return [f"{group}.{setting.name}".removeprefix(".") for group, kind in groups for setting in fields(kind)]
 
 
 def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
@@ -279,7 +285,7 @@ def _user_error(details: ErrorDetails) -> UserError:
         return UserError(".".join(filter(None, (name, error.setting))), *error.args[1:])
     if kind in _UNKNOWN:
         value = "null" if value is None else value
-        return UserError(name, value, "there is no such setting", _nearest(name, list(setting_names())))
+        return UserError(name, value, "there is no such setting", _nearest(name, setting_names()))
     reason, remedy = _PROBLEMS.get(kind, ("it is not valid ({message})", "Correct it"))
     return UserError(name, None if kind == "missing" else value, reason.format(**context), remedy.format(**context))
 

@@ -13,10 +13,9 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator
 from typing import Any, Literal
 
-from megatron_slm.config import MAY_CHANGE_ON_RESUME, OWNED_DEEPSPEED_KEYS, PASSED_DEEPSPEED_KEYS, Config
+from megatron_slm.config import MAY_CHANGE_ON_RESUME, OWNED_DEEPSPEED_KEYS, PASSED_DEEPSPEED_KEYS, setting_groups
 
 LINE = re.compile(r"^(\w+) {2,}(.+?) \[([^;\]]*);? ?([^\]]*)\]$", re.MULTILINE | re.DOTALL)
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "group", list: "list"}
@@ -40,14 +39,6 @@ callbacks:
   args: {every: 100, output: counts.jsonl}
 ```
 """
-
-
-def groups(kind: Any = Config, name: str = "") -> Iterator[tuple[str, type]]:
-    """Yield the settings classes, each with the name of its group; the class of the whole run first."""
-    yield name, kind
-    for field, hint in typing.get_type_hints(kind).items():
-        for nested in filter(dataclasses.is_dataclass, (hint, *typing.get_args(hint))):
-            yield from groups(nested, f"{name}{'.' if name else ''}{field}")
 
 
 def explanations(kind: type) -> dict[str, tuple[str, str, str]]:
@@ -117,7 +108,7 @@ def deepspeed_keys() -> str:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    parts = [INTRODUCTION.rstrip(), *(table(name, kind) for name, kind in groups()), deepspeed_keys()]
+    parts = [INTRODUCTION.rstrip(), *(table(name, kind) for name, kind in setting_groups()), deepspeed_keys()]
     sys.stdout.write("\n\n".join(parts) + "\n")
 
 
