@@ -191,12 +191,12 @@ def test_garbled_records_that_rank_0_finds_stop_every_rank(
 
 def train_on_a_full_disk(world: World, tree: dict[str, Any], config: str) -> tuple[int, str]:
     """Train while the disk fills as records are written."""
-    from megatron_slm.training import metrics as jsonl
+    from megatron_slm.training import callbacks
 
-    def full(_: object) -> str:
+    def full(_: object) -> dict[str, float | int | None]:
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    jsonl.finite = full  # type: ignore[assignment, attr-defined]
+    callbacks.finite = full
     return command_line(world, "train", config)
 
 

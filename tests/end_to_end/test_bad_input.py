@@ -300,17 +300,13 @@ def test_a_model_that_cannot_be_made_is_named(corpora: Path, tmp_path: Path, mis
 def test_a_score_of_another_shape_is_named(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     said = refused("train", str(config), "selection.score=tests.end_to_end.deadly:one_for_all")
-    assert said.startswith(
-        "The score one_for_all (selection.score) returned torch.float32 []: return a float tensor [2, 32]"
-    )
+    assert said.startswith("selection.score is") and "torch.float32 []" in said and "[2, 32]" in said
 
 
 def test_a_score_that_reads_a_signal_that_it_does_not_need_is_named(corpora: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run"))
     said = refused("train", str(config), "selection.score=tests.end_to_end.deadly:reads_more_than_it_says")
-    assert (
-        "reads_more_than_it_says (selection.score) reads 'reference.loss', which its @score(needs=...) does not" in said
-    )
+    assert said.startswith("selection.score is") and "reads_more_than_it_says" in said and "'reference.loss'" in said
 
 
 def test_a_score_that_is_not_a_number_is_logged_once_and_counted(corpora: Path, tmp_path: Path) -> None:
