@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 
 class Reader(HTMLParser):
-    """What a browser would show, and the elements that it would make."""
+    """The text and the elements of a page, as a browser would show them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def encode_here(chunks: Iterable[Any], encoding: Any, workers: int, total_bytes: int) -> Iterator[Any]:
-    """What `encode_chunks` yields, without its processes: one takes a second to start."""
+    """Return what `encode_chunks` yields, without its processes, which take a second to start."""
     from megatron_slm.prepare.encoding import encode_documents
 
     return ((encode_documents(encoding, chunk.documents), chunk) for chunk in chunks)

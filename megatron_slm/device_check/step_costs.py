@@ -35,7 +35,7 @@ RATIOS = (1.0, 0.7, 0.6, 0.5, 0.3)
 
 @dataclass(frozen=True)
 class StepKind:
-    """How a step is computed.
+    """A kind of step.
 
     backward       as `selection.backward`
     ratio          share of the tokens that is selected; None for a plain step

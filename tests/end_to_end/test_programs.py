@@ -1,4 +1,4 @@
-"""What people run beside the tests: the wheel, the README's commands, the programs under tools/."""
+"""The programs of a user: examples, the device check, the wheel, the README's commands, and benchmarks."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_slm import __version__
 from megatron_slm.__main__ import main
 from megatron_slm.commands import check_device as check_device_verb
 from megatron_slm.config import load_config
@@ -75,11 +76,11 @@ def test_options_of_the_device_check_are_checked_first(option: list[str], settin
     assert caught.value.setting == setting
 
 
-def test_the_presets_of_the_device_check_are_those_of_its_help() -> None:
+def test_the_help_of_the_device_check_lists_its_presets() -> None:
     assert tuple(PRESETS) == check_device_verb._PRESETS
 
 
-def test_the_benchmark_of_steps_prints_one_line_of_json(tmp_path: Path) -> None:
+def test_the_step_benchmark_prints_one_line_of_json(tmp_path: Path) -> None:
     options = ["--preset", "tiny", "--rounds", "1", "--ratios", "0.6", "--json"]
     ended = run(sys.executable, str(ROOT / "tools" / "bench_step.py"), *options, cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
@@ -95,6 +96,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     built = run(sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(ROOT), cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     wheel = next((tmp_path / "dist").glob("*.whl"))
+    assert f"-{__version__}-" in wheel.name
     pip = [
         sys.executable,
         "-m",
@@ -112,12 +114,14 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(tmp_path / "site")}
     ended = run(sys.executable, "-m", "megatron_slm", "prepare", *arguments, cwd=tmp_path, **environment)
     assert ended.returncode == 0, ended.stderr
+    help_text = run(sys.executable, "-m", "megatron_slm", "check-device", "--help", cwd=tmp_path, **environment)
+    assert help_text.returncode == 0 and "--preset" in help_text.stdout
     where = "import megatron_slm; print(megatron_slm.__file__)"
     assert str(tmp_path / "site") in run(sys.executable, "-c", where, cwd=tmp_path, **environment).stdout
 
 
 def readme_blocks() -> list[str]:
-    """The indented blocks of the README's walk from text to an exported model."""
+    """Return the indented blocks of the README's walk from text to an exported model."""
     walk = (ROOT / "README.md").read_text().split("## Your own text")[1].split("## Settings")[0]
     blocks: list[str] = []
     for line in walk.splitlines():
