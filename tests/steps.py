@@ -161,7 +161,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
     result["before"] = weights(backend, module)
     keep_first_gradient(engine, module, case, result)
     for number in range(case.steps):
-        batches = [ragged(batch) for batch in loader.take(number * times * case.global_batch_size)]
+        batches = [ragged(batch) for batch in loader.load(number * times * case.global_batch_size)]
         outcome = step(batches, objective, case.lr, number + 1)
         result["updates"].append(outcome.update)
         result["selected"].append(outcome.selected_tokens)

@@ -1,10 +1,15 @@
-"""Small texts to prepare, and what a corpus consists of."""
+"""Small texts to prepare, and readers of the corpora that they become."""
 
 import gzip
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from megatron_slm.data.corpus import Corpus
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 PROSE = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) is the area under a curve"
 WORDS = PROSE.split()
@@ -21,10 +26,17 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def encode_here(chunks: Iterable[Any], encoding: Any, workers: int, total_bytes: int) -> Iterator[Any]:
-    """Return what `encode_chunks` yields, without its processes, which take a second to start."""
+    """Yield the same as `encode_chunks` without starting processes, each of which takes a second."""
     from megatron_slm.prepare.encoding import encode_documents
 
     return ((encode_documents(encoding, chunk.documents), chunk) for chunk in chunks)
+
+
+def open_tokens(corpus: Corpus) -> "IndexedDataset":
+    """Open a corpus with megatron-core's own reader; ``[i]`` is document i."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return IndexedDataset(corpus.prefix, multimodal=False, mmap=True)
 
 
 def contents(prefix: Path) -> dict[str, bytes]:

@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
         stores[name], scoring[name] = stored(name, KINDS[name], live, folder, world)
     reading = {name: time_reading(store, loader, live, rounds=options.rounds) for name, store in stores.items()}
     ways = steps_by_way(step, stores, world)
-    batches = loader.take(0)
+    batches = loader.load(0)
     selective = SelectiveLanguageModeling(Rule(live.selection), live.selection.ratio, pools_whole_step=False)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(options.rounds + 2):
@@ -120,7 +120,7 @@ def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world:
 
 def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> dict[str, float]:
     """Return the median seconds to read a step's scores: the first time, when blocks are verified, and again."""
-    steps = [loader.take(turn * config.training.global_batch_size) for turn in range(rounds)]
+    steps = [loader.load(turn * config.training.global_batch_size) for turn in range(rounds)]
     found = {}
     for name in ("first", "again"):
         seconds = []
@@ -146,7 +146,7 @@ def compare(
     """Compare the masks from each store with the live reference's, over all ranks, at the initial weights."""
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in stores}
     for turn in range(steps):
-        batches = loader.take(turn * config.training.global_batch_size)
+        batches = loader.load(turn * config.training.global_batch_size)
         live = step._reference.signals(batches, ())
         taken = {name: store.signals(batches, ()) for name, store in stores.items()}
         for index, batch in enumerate(batches):

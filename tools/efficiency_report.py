@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import AutoModelForCausalLM
 
-from megatron_slm.data.corpus import open_corpus, open_tokens
+from megatron_slm.data.corpus import open_corpus, open_documents
 from megatron_slm.demo.chain import SEQ_LENGTH
 from megatron_slm.demo.report import run_records
 from megatron_slm.reporting.charts import Curve, draw_curves
@@ -84,8 +84,7 @@ def _losses(record: dict[str, Any]) -> dict[str, float]:
 
 def scoring_flops(folder: Path) -> float:
     """Return the FLOPs of scoring the corpus with a model like the base, in overlapping windows (docs/score.md)."""
-    index = open_tokens(open_corpus(str(folder / "general"))).index  # keeps the arrays alive
-    length_D = index.sequence_lengths.astype(np.int64)
+    length_D = open_documents(open_corpus(str(folder / "general"))).length_D.astype(np.int64)
     stride = SEQ_LENGTH // 2
     more_D = -(-np.maximum(0, length_D - SEQ_LENGTH) // stride)
     # Every window but the last of a document is full; the last one ends with the document.

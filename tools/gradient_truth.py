@@ -74,7 +74,7 @@ def scored_batches(config: Config, corpora: Corpora, world: World, count: int) -
     references = [check_reference(part, corpora, plan.seq_length) for part in config.reference.parts]
     reference, _ = make_reference(config, references, PlainBackend(world))
     starts = [loader.end(0, step) for step in range(plan.total_steps - count, plan.total_steps)]
-    batches = [loader.take(start)[0] for start in starts]
+    batches = [loader.load(start)[0] for start in starts]
     return [ScoredBatch(batch, reference.signals([batch], ())[0]) for batch in batches]
 
 

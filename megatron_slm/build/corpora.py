@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_slm.data.corpus import Corpus, load_corpus_tokenizer, open_corpus
-from megatron_slm.data.samples import Kept, Samples, build_samples, kept_documents
+from megatron_slm.data.keep_list import KeptDocuments, kept_documents
+from megatron_slm.data.samples import Samples, build_samples
 from megatron_slm.data.settings import DataSettings, blend
 from megatron_slm.data.tokenizer import TokenizerIdentity, load_tokenizer, tokenizer_identity
 from megatron_slm.dist import World, agree
@@ -31,7 +32,7 @@ class Corpora:
     identity: TokenizerIdentity
     tokenizer: Any
     end_token: str | None = None
-    kept: list[Kept] | None = None
+    kept: list[KeptDocuments] | None = None
 
 
 def open_corpora(data: DataSettings) -> Corpora:

@@ -1,4 +1,10 @@
-"""Documents, tokens and bytes counted by a label, for as many labels as can be read by eye."""
+"""A prepared corpus: documents as tokens, and the files that describe them.
+
+PREFIX.bin PREFIX.idx   the tokens and the index of documents, in Megatron's format
+PREFIX.json             the description: counts, sources, licenses, checksums
+PREFIX.tokenizer/       the tokenizer
+PREFIX.mask             where only answers count toward the loss: a byte per token, 1 if it counts
+"""
 
 import hashlib
 import json
@@ -14,27 +20,34 @@ from megatron_slm.data.tokenizer import TokenizerIdentity, chosen_end_token, loa
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerFast
 
-
+FORMAT_VERSION = 2
+"""Version 1 lacks tokenizer_probe and end_token, and its first files also sources, licenses and skipped."""
+MASK = ".mask"
 MAX_LABELS = 1000
-OTHER = "other"  # all labels after the first MAX_LABELS together
+AGAIN = "Prepare it again with megatron-slm prepare"
+
+_OTHER = "other"  # all labels after the first MAX_LABELS together
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = {4: "int32", 8: "uint16"}  # Megatron's codes
+_BLOCK = 1 << 18  # sequences
 
 Counts = dict[str, int]  # "documents", "tokens" (end tokens included), "bytes" (of text)
-Tally = dict[str, Counts]  # by label, in the order in which they were first seen
+Tally = dict[str, Counts]  # by label, in the order of their first occurrence
 
 
 def counts(documents: int, tokens: int, num_bytes: int) -> Counts:
-    """Name the three counts."""
+    """Return the three counts by name."""
     return {"documents": documents, "tokens": tokens, "bytes": num_bytes}
 
 
 def add_label(tally: Tally, label: str, more: Counts) -> None:
-    """Add to a label's counts; where there are too many, a new one is counted under ``other``."""
+    """Add to the counts of a label; if there are MAX_LABELS, count a new one under ``other``."""
     if label not in tally and len(tally) >= MAX_LABELS:
-        label = OTHER
+        label = _OTHER
     before = tally.get(label, counts(0, 0, 0))
     tally[label] = {key: before[key] + more[key] for key in before}
 
@@ -45,14 +58,8 @@ def add_tally(tally: Tally, more: Tally) -> None:
         add_label(tally, label, count)
 
 
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES = {4: "int32", 8: "uint16"}  # Megatron's codes
-_BLOCK = 1 << 18  # sequences
-
-
 class Index(NamedTuple):
-    """What the header of an index says."""
+    """The header of an index."""
 
     dtype: str
     sequences: int
@@ -60,38 +67,42 @@ class Index(NamedTuple):
 
     @property
     def item_size(self) -> int:
-        """Bytes a token."""
+        """Bytes per token."""
         return np.dtype(self.dtype).itemsize
 
 
-def read_index(path: Path, remedy: str) -> Index:
-    """Read the header.
+def read_index(path: Path, setting: str, value: object, remedy: str = AGAIN) -> Index:
+    """Read the header of an index.
+
+    Args:
+        path: of the index.
+        setting, value, remedy: of the error.
 
     Raises:
-        UserError: it is not an index of tokens, or cut inside its header; the sentence ends with ``remedy``.
+        UserError: the file is not an index of tokens, or is cut off inside its header.
     """
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size:
-        raise UserError(f"{path} is cut short: {remedy}")
+        raise UserError(setting, value, f"{path} is cut off", remedy)
     magic, version, code, sequences, boundaries = _HEADER.unpack(header)
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
-        raise UserError(f"{path} is not an index of tokens: {remedy}")
+        raise UserError(setting, value, f"{path} is not an index of tokens", remedy)
     return Index(_DTYPES[code], sequences, boundaries)
 
 
 def index_size(index: Index) -> int:
-    """Bytes of the whole file."""
+    """Return the bytes of the whole file."""
     return _HEADER.size + (4 + 8) * index.sequences + 8 * index.boundaries
 
 
 def read_lengths(path: Path, index: Index) -> Iterator[np.ndarray]:
-    """Yield the tokens of the sequences, int32, a block at a time."""
+    """Yield the tokens of each sequence, int32, a block at a time."""
     yield from _blocks(path, np.dtype(np.int32), _HEADER.size, index.sequences)
 
 
 def read_pointers(path: Path, index: Index) -> Iterator[np.ndarray]:
-    """Yield the places of the sequences in the .bin, int64 bytes, a block at a time."""
+    """Yield the place of each sequence in the .bin, int64 in bytes, a block at a time."""
     yield from _blocks(path, np.dtype(np.int64), _HEADER.size + 4 * index.sequences, index.sequences)
 
 
@@ -119,7 +130,7 @@ def write_index(path: Path, dtype: str, lengths: Path) -> None:
 
 
 def _write_blocks(stream: IO[bytes], lengths: Path, column: Callable[[np.ndarray, int, int], np.ndarray]) -> None:
-    """Write ``column(block, number of its first document, tokens before it)`` for each block of lengths."""
+    """Write ``column(block, number of its first document, tokens before it)`` for every block of lengths."""
     first = place = 0
     for block in _blocks(lengths, np.dtype(np.int32), 0, lengths.stat().st_size // 4):
         stream.write(column(block, first, place).tobytes())
@@ -139,15 +150,9 @@ def _blocks(path: Path, dtype: np.dtype, offset: int, count: int) -> Iterator[np
             yield np.fromfile(stream, dtype, min(_BLOCK, count - done))
 
 
-FORMAT_VERSION = 2
-"""Version 1 lacks tokenizer_probe and end_token, and the first files of it also sources, licenses and skipped."""
-MASK = ".mask"
-_AGAIN = "prepare it again with megatron-slm prepare"
-
-
 @dataclass(frozen=True)
 class Corpus:
-    """What PREFIX.json says of a corpus. ``num_bytes`` counts the UTF-8 bytes of its text, as far as it counts."""
+    """The description of a corpus, PREFIX.json. ``num_bytes`` counts the UTF-8 bytes of the text that counts."""
 
     prefix: str
     name: str  # the prefix's basename
@@ -165,33 +170,59 @@ class Corpus:
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
-        """Which tokenizer its tokens are of."""
+        """The identity of the tokenizer that made the tokens."""
         return TokenizerIdentity(self.tokenizer_fingerprint, self.tokenizer_probe)
 
     @property
     def masked(self) -> bool:
-        """Whether only some of its tokens count."""
+        """True if only some tokens count toward the loss."""
         return MASK in self.sha256
 
 
-def open_corpus(prefix: str) -> Corpus:
-    """Read PREFIX.json and check that the files it speaks of have the sizes it implies.
+class Documents(NamedTuple):
+    """The documents of a corpus, mapped from its index.
+
+    dtype      of the tokens
+    length_D   int32 `[D]`, tokens of each, its end token included
+    pointer_D  int64 `[D]`, place of each in the .bin, in bytes
+    """
+
+    dtype: np.dtype
+    length_D: "NDArray[np.int32]"
+    pointer_D: "NDArray[np.int64]"
+
+    def starts(self, documents: slice = slice(None)) -> "NDArray[np.int64]":
+        """Return the offset of the first token of each document, int64."""
+        return self.pointer_D[documents] // self.dtype.itemsize
+
+    def between(self, first: int, last: int) -> slice:
+        """Return the documents with a token at an offset from `first` to before `last`."""
+        low = int(np.searchsorted(self.pointer_D, first * self.dtype.itemsize, "right")) - 1
+        return slice(low, int(np.searchsorted(self.pointer_D, last * self.dtype.itemsize, "left")))
+
+
+def open_corpus(prefix: str, setting: str = "corpus") -> Corpus:
+    """Read PREFIX.json and check the existence and the sizes of all files of the corpus.
+
+    Args:
+        prefix: of the corpus.
+        setting: the setting or option that names it, for errors.
 
     Raises:
-        UserError: a file is missing, of another version, of another size or not an index.
+        UserError: a file is missing, of another version, of another size, or not an index.
     """
-    corpus = _read_description(prefix)
+    corpus = _read_description(prefix, setting)
     for suffix in (".bin", ".idx", *([MASK] if corpus.masked else [])):
         if not Path(prefix + suffix).is_file():
-            raise UserError(f"{prefix}{suffix} is missing: {_AGAIN}")
+            raise UserError(setting, prefix, f"{prefix}{suffix} is missing", AGAIN)
     if not corpus_tokenizer_path(corpus).is_dir():
-        raise UserError(f"{corpus_tokenizer_path(corpus)} is missing: {_AGAIN}")
+        raise UserError(setting, prefix, f"{corpus_tokenizer_path(corpus)} is missing", AGAIN)
     if corpus.num_tokens <= 0 or corpus.num_documents <= 0:
-        raise UserError(f"{prefix}.json describes an empty corpus: prepare it from text")
-    item_size = _check_index(corpus)
-    _check_size(Path(prefix + ".bin"), corpus.num_tokens * item_size)
+        raise UserError(setting, prefix, "the corpus is empty", "Prepare it from files that hold text")
+    item_size = _check_index(corpus, setting)
+    _check_size(corpus, ".bin", corpus.num_tokens * item_size, setting)
     if corpus.masked:
-        _check_size(Path(prefix + MASK), corpus.num_tokens)
+        _check_size(corpus, MASK, corpus.num_tokens, setting)
     return corpus
 
 
@@ -208,40 +239,63 @@ def verify_checksums(corpus: Corpus) -> None:
     """
     for suffix, expected in corpus.sha256.items():
         if file_sha256(Path(corpus.prefix + suffix)) != expected:
-            raise UserError(f"{corpus.prefix}{suffix} has changed since it was written (its sha256 differs): {_AGAIN}")
+            raise changed(corpus, suffix)
+
+
+def changed(corpus: Corpus, suffix: str) -> UserError:
+    """Return the error for a file whose checksum is not that of PREFIX.json."""
+    reason = f"{corpus.prefix}{suffix} has changed since it was written (its SHA-256 differs)"
+    return UserError("corpus", corpus.prefix, reason, AGAIN)
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_tokens(corpus: Corpus) -> "IndexedDataset":
-    """Map the tokens into memory; ``[i]`` is document i, ``.bin_reader`` reads at any offset."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+def open_documents(corpus: Corpus) -> Documents:
+    """Map the index of the documents into memory.
 
-    return IndexedDataset(corpus.prefix, multimodal=False, mmap=True)
+    Raises:
+        UserError: the file is not an index of tokens.
+    """
+    path = Path(f"{corpus.prefix}.idx")
+    index = read_index(path, "corpus", corpus.prefix)
+    return Documents(
+        dtype=np.dtype(index.dtype),
+        length_D=np.memmap(path, np.int32, "r", _HEADER.size, (index.sequences,)),
+        pointer_D=np.memmap(path, np.int64, "r", _HEADER.size + 4 * index.sequences, (index.sequences,)),
+    )
 
 
-def count_tokens(corpus: Corpus, documents: "NDArray[np.bool_]") -> int:
-    """Tokens in some of the documents, bool `[num_documents]`."""
-    index = open_tokens(corpus).index  # held, for it takes its arrays with it when it goes
-    return int(index.sequence_lengths[documents].sum(dtype=np.int64))
+def map_tokens(corpus: Corpus) -> "NDArray[np.integer]":
+    """Map the tokens into memory, uint16 or int32 `[num_tokens]`.
+
+    Raises:
+        UserError: the index is not one of tokens.
+    """
+    index = read_index(Path(f"{corpus.prefix}.idx"), "corpus", corpus.prefix)
+    return np.memmap(f"{corpus.prefix}.bin", dtype=index.dtype, mode="r")
 
 
 def open_mask(corpus: Corpus) -> "NDArray[np.uint8] | None":
-    """Map the mask into memory, uint8 `[num_tokens]`, 1 where a token counts; None where all do."""
+    """Map the mask into memory, uint8 `[num_tokens]`, 1 where a token counts; return None if all tokens count."""
     return np.memmap(corpus.prefix + MASK, dtype=np.uint8, mode="r") if corpus.masked else None
 
 
+def count_tokens(corpus: Corpus, documents: "NDArray[np.bool_]") -> int:
+    """Return the tokens of the chosen documents, bool `[num_documents]`."""
+    return int(open_documents(corpus).length_D[documents].sum(dtype=np.int64))
+
+
 def corpus_tokenizer_path(corpus: Corpus) -> Path:
-    """Return the folder of the tokenizer that the corpus carries."""
+    """Return the folder of the corpus's tokenizer."""
     return Path(corpus.prefix + ".tokenizer")
 
 
 def load_corpus_tokenizer(corpus: Corpus) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer that the corpus carries.
+    """Load the corpus's tokenizer.
 
     Raises:
         UserError: it is not the one that the corpus was prepared with.
@@ -250,14 +304,13 @@ def load_corpus_tokenizer(corpus: Corpus) -> "PreTrainedTokenizerFast":
     tokenizer = load_tokenizer(str(folder))
     difference = corpus.tokenizer.difference(tokenizer_identity(tokenizer))
     if difference:
-        raise UserError(
-            f"{folder} is not the tokenizer that {corpus.prefix} was prepared with ({difference}): prepare it again"
-        )
+        reason = f"{folder} is not the tokenizer that it was prepared with ({difference})"
+        raise UserError("corpus", corpus.prefix, reason, AGAIN)
     return tokenizer
 
 
 def describe_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """Return the fields of ``Corpus`` that speak of its tokenizer."""
+    """Return the fields of ``Corpus`` that describe its tokenizer."""
     identity = tokenizer_identity(tokenizer)
     return {
         "tokenizer_fingerprint": identity.fingerprint,
@@ -267,7 +320,7 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
 
 
 def unique_names(prefixes: list[str]) -> list[str]:
-    """Return the basenames of ``prefixes``; one already taken gets the next free suffix -2, -3, ..."""
+    """Return the basenames of ``prefixes``; a repeated one gets the next free suffix -2, -3, ..."""
     names: list[str] = []
     for prefix in prefixes:
         name = base = Path(prefix).name
@@ -279,36 +332,42 @@ def unique_names(prefixes: list[str]) -> list[str]:
     return names
 
 
-def _read_description(prefix: str) -> Corpus:
+def _read_description(prefix: str, setting: str) -> Corpus:
     path = Path(prefix + ".json")
+    known = range(1, FORMAT_VERSION + 1)
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = fields["format_version"]
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise UserError(f"{path} has format version {version}, this program reads 1 to {FORMAT_VERSION}: {_AGAIN}")
-        if not {".bin", ".idx"} <= fields["sha256"].keys():
-            raise UserError(f"{path} does not hold the sha256 of both .bin and .idx: {_AGAIN}")
-        return Corpus(prefix=prefix, name=Path(prefix).name, **fields)
+        if version in known:
+            checksums = fields["sha256"].keys()
+            corpus = Corpus(prefix=prefix, name=Path(prefix).name, **fields)
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing, so {prefix} is no prepared corpus: check the path, or make it with "
-            "megatron-slm prepare"
-        ) from None
+        reason = f"{path} is missing, so it is not a prepared corpus"
+        remedy = "Check the path, or make the corpus with megatron-slm prepare"
+        raise UserError(setting, prefix, reason, remedy) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {_AGAIN}") from error
+        raise UserError(setting, prefix, f"{path} cannot be read ({error})", AGAIN) from error
+    if version not in known:
+        reason = f"{path} has format version {version}, and this program reads 1 to {FORMAT_VERSION}"
+        raise UserError(setting, prefix, reason, AGAIN)
+    if not {".bin", ".idx"} <= checksums:
+        raise UserError(setting, prefix, f"{path} lacks the SHA-256 of .bin or .idx", AGAIN)
+    return corpus
 
 
-def _check_index(corpus: Corpus) -> int:
-    """Check PREFIX.idx against its own header and PREFIX.json; return the bytes a token."""
+def _check_index(corpus: Corpus, setting: str) -> int:
+    """Check PREFIX.idx against its own header and PREFIX.json; return the bytes per token."""
     path = Path(corpus.prefix + ".idx")
-    index = read_index(path, _AGAIN)
+    index = read_index(path, setting, corpus.prefix)
     if (index.sequences, index.boundaries) != (corpus.num_documents, corpus.num_documents + 1):
-        raise UserError(f"{path} counts {index.sequences} documents and PREFIX.json {corpus.num_documents}: {_AGAIN}")
-    _check_size(path, index_size(index))
+        reason = f"{path} has {index.sequences} documents, and {corpus.prefix}.json {corpus.num_documents}"
+        raise UserError(setting, corpus.prefix, reason, AGAIN)
+    _check_size(corpus, ".idx", index_size(index), setting)
     return index.item_size
 
 
-def _check_size(path: Path, expected: int) -> None:
+def _check_size(corpus: Corpus, suffix: str, expected: int, setting: str) -> None:
+    path = Path(corpus.prefix + suffix)
     size = path.stat().st_size
     if size != expected:
-        raise UserError(f"{path} has {size} bytes instead of {expected}: {_AGAIN}")
+        raise UserError(setting, corpus.prefix, f"{path} has {size} bytes instead of {expected}", AGAIN)

@@ -1,7 +1,12 @@
-"""A keep-list: which documents of prepared corpora are worth training on, a bit each, in one safetensors file.
+"""The documents that are trained on: those of the split, less those that a keep-list leaves out.
 
-Tensor NAME   uint8, bit d of the row (highest first within a byte): whether document d of that corpus is kept
-Metadata      `keep_list`: JSON of the format version, where it came from, and each corpus's name and sha256
+A keep-list is one safetensors file with a bit per document of each corpus:
+
+Tensor NAME   uint8, bit d of the row (highest first within a byte) is 1 if document d of that corpus is kept
+Metadata      `keep_list`: JSON of the format version, the origin, and each corpus's name and SHA-256
+
+The split comes first: it divides all documents of a corpus, as in megatron-core, and the keep-list keeps some of its
+training part. So the held-out documents are the same with and without a keep-list.
 """
 
 import json
@@ -11,18 +16,74 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from megatron_slm.data.corpus import Corpus, unique_names
-from megatron_slm.errors import UserError
+from megatron_slm.data.corpus import Corpus, count_tokens, unique_names
+from megatron_slm.data.settings import DataSettings
+from megatron_slm.errors import AgreedError, UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
-_METADATA = "keep_list"  # one key: safetensors writes several in any order, and equal lists shall be equal files
+_METADATA = "keep_list"  # one key: safetensors writes several in any order, and equal lists must be equal files
+
+
+class KeptDocuments(NamedTuple):
+    """The documents of one corpus that are trained on.
+
+    documents   bool `[num_documents]`, True for those of the split's training part that the keep-list keeps
+    num_tokens  tokens in them
+    """
+
+    documents: "NDArray[np.bool_]"
+    num_tokens: int
+
+
+def kept_documents(settings: DataSettings, corpora: Sequence[Corpus]) -> list[KeptDocuments] | None:
+    """Return the documents of each corpus that are trained on; None if there is no keep-list.
+
+    Raises:
+        UserError: the keep-list cannot be read, is of other corpora, or leaves no document of a corpus.
+        AgreedError: as `refuse_empty_split`.
+    """
+    if settings.keep is None:
+        return None
+    refuse_empty_split(settings, corpora)
+    keep_list = open_keep_list(settings.keep)
+    kept = [_kept(keep_list.documents(corpus), corpus, settings.split) for corpus in corpora]
+    for corpus, part in zip(corpora, kept, strict=True):
+        if part.num_tokens < 1:
+            reason = f"it keeps no document of {corpus.prefix} in the part that data.split gives to training"
+            raise UserError(
+                "data.keep", settings.keep, reason, "Raise filter.keep, or leave this corpus out of data.train"
+            )
+    return kept
+
+
+def refuse_empty_split(settings: DataSettings, corpora: Sequence[Corpus]) -> None:
+    """Raise an error if the split gives no document of a corpus to training.
+
+    megatron-core would loop forever.
+
+    Raises:
+        AgreedError: data.split.
+    """
+    from megatron_slm.data.megatron import num_training_documents
+
+    for corpus in corpora:
+        if num_training_documents(settings.split, corpus.num_documents) < 1:
+            reason = f"it gives none of the {corpus.num_documents} documents of {corpus.prefix} to training"
+            raise AgreedError("data.split", settings.split, reason, "Give the first part a larger share")
+
+
+def _kept(documents: "NDArray[np.bool_]", corpus: Corpus, split: str | None) -> KeptDocuments:
+    from megatron_slm.data.megatron import num_training_documents
+
+    documents[num_training_documents(split, corpus.num_documents) :] = False
+    return KeptDocuments(documents, count_tokens(corpus, documents))
 
 
 class Entry(NamedTuple):
-    """Of one corpus: name of its tensor, documents, and sha256 of its files by suffix."""
+    """One corpus of a keep-list: the name of its tensor, its documents, and the SHA-256 of its files by suffix."""
 
     name: str
     documents: int
@@ -34,7 +95,7 @@ class KeepList:
 
     Args:
         path: of the file.
-        entries: one a corpus.
+        entries: one per corpus.
     """
 
     def __init__(self, path: str, entries: Sequence[Entry]) -> None:
@@ -42,17 +103,19 @@ class KeepList:
         self._entries = entries
 
     def documents(self, corpus: Corpus) -> "NDArray[np.bool_]":
-        """Which documents of a corpus are kept, bool `[num_documents]`.
+        """Return which documents of a corpus are kept, bool `[num_documents]`.
 
         Raises:
-            UserError: the list is of other corpora.
+            UserError: the list does not cover the corpus.
         """
         entry = next((entry for entry in self._entries if entry.sha256 == corpus.sha256), None)
         if entry is None:
             names = ", ".join(entry.name for entry in self._entries)
             raise UserError(
-                f"data.keep is {self._path}, which says nothing of {corpus.prefix}, but of {names} with other "
-                "contents (their sha256 differ): run megatron-slm filter on the corpora of data.train."
+                "data.keep",
+                self._path,
+                f"it does not cover {corpus.prefix}, but {names} with other contents (their SHA-256 differ)",
+                "Run megatron-slm filter on the corpora of data.train",
             )
         from safetensors import safe_open
 
@@ -64,7 +127,14 @@ class KeepList:
 def write_keep_list(
     path: Path, corpora: Sequence[Corpus], kept: "Sequence[NDArray[np.bool_]]", origin: Mapping[str, Any]
 ) -> None:
-    """Write which documents are kept of each corpus, and where that came from. The same list is the same bytes."""
+    """Write a keep-list; equal lists give equal bytes.
+
+    Args:
+        path: of the file.
+        corpora: those that it covers.
+        kept: bool `[num_documents]` per corpus.
+        origin: how the documents were chosen, for the reader.
+    """
     from safetensors.numpy import save
 
     names = unique_names([corpus.prefix for corpus in corpora])
@@ -77,27 +147,25 @@ def write_keep_list(
 
 
 def open_keep_list(path: str) -> KeepList:
-    """Read what a keep-list speaks of, and check that it is whole.
+    """Read the description of a keep-list and check that the file is whole.
 
     Raises:
-        UserError: it is not there, is no keep-list, or is of another version.
+        UserError: the file is missing, not a keep-list, or of another version.
     """
     if not Path(path).is_file():
-        raise UserError(f"data.keep is {path}, which is no file: name what megatron-slm filter wrote.")
+        raise UserError("data.keep", path, "it is not a file", "Name the file that megatron-slm filter wrote")
     described, shapes = _read(path)
     if described["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"data.keep is {path}, of format version {described['format_version']}, which this program does not read: "
-            "run megatron-slm filter again."
-        )
+        reason = f"its format version is {described['format_version']}, and this program reads {FORMAT_VERSION}"
+        raise UserError("data.keep", path, reason, "Run megatron-slm filter again")
     entries = [Entry(**entry) for entry in described["corpora"]]
     if any(shapes.get(entry.name) != [-(-entry.documents // 8)] for entry in entries):
-        raise UserError(f"data.keep is {path}, which lacks bits of the corpora that it names: copy it again.")
+        raise UserError("data.keep", path, "it lacks bits of the corpora that it names", "Copy it again")
     return KeepList(path, entries)
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """The description in a file, and the shape of each of its tensors."""
+    """Return the description in a file, and the shapes of its tensors by name."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -105,7 +173,5 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
             described = json.loads((file.metadata() or {})[_METADATA])
             return described, {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"data.keep is {path}, which is no keep-list ({error}): name what megatron-slm filter wrote, or copy it "
-            "again."
-        ) from error
+        remedy = "Name the file that megatron-slm filter wrote, or copy it again"
+        raise UserError("data.keep", path, f"it is not a keep-list ({error})", remedy) from error

@@ -1,4 +1,7 @@
-"""Deals the samples of an optimizer step to the ranks. The rank's share is taken last, so the order knows no ranks."""
+"""Batches: the micro-batches of an optimizer step for each rank, and the windows of an evaluation set.
+
+The order of samples does not depend on the number of ranks: a rank's share is cut from the step's samples at the end.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_slm.data.corpus import Corpus, open_mask, open_tokens
+from megatron_slm.data.corpus import Corpus, map_tokens, open_documents, open_mask
 from megatron_slm.data.samples import Sample, Samples
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
@@ -17,22 +20,24 @@ from megatron_slm.types import Batch
 
 
 def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-steps an optimizer step.
+    """Return the micro-steps per optimizer step.
 
     Raises:
-        UserError: the global batch cannot be dealt evenly.
+        UserError: training.global_batch_size cannot be dealt evenly.
     """
-    at_once = micro_batch_size * world_size
-    if global_batch_size % at_once:
+    micro_step_samples = micro_batch_size * world_size
+    if global_batch_size % micro_step_samples:
         raise UserError(
-            f"training.global_batch_size is {global_batch_size}, not a multiple of training.micro_batch_size "
-            f"({micro_batch_size}) times {world_size} ranks: use a multiple of {at_once}, or another number of ranks."
+            "training.global_batch_size",
+            global_batch_size,
+            f"it is not a multiple of training.micro_batch_size ({micro_batch_size}) times {world_size} ranks",
+            f"Use a multiple of {micro_step_samples}, or another number of ranks",
         )
-    return global_batch_size // at_once
+    return global_batch_size // micro_step_samples
 
 
 def runs_beside(skip: Sequence[tuple[int, int]], first: int, count: int) -> list[range]:
-    """The next `count` ordinals from `first` on that are in none of the half-open ranges of `skip`, as runs."""
+    """Return, as ranges, the next `count` ordinals from `first` on that no half-open range of `skip` contains."""
     runs = []
     for start, stop in sorted(skip):
         run = range(first, start)[:count]
@@ -44,25 +49,24 @@ def runs_beside(skip: Sequence[tuple[int, int]], first: int, count: int) -> list
 
 
 def position_after(skip: Sequence[tuple[int, int]], position: int, count: int) -> int:
-    """The position in the order behind the next `count` samples from this one on, without those to skip."""
+    """Return the position after the next `count` samples from `position` on, not counting those to skip."""
     runs = runs_beside(skip, position, count)
     return runs[-1].stop if runs else position
 
 
 class StepLoader:
-    """The micro-batches of one optimizer step for this rank, the next step read ahead in a thread.
+    """The micro-batches of one optimizer step for this rank; a thread reads the next step ahead.
 
-    Of the samples from a position of the order on, without those to skip, micro-step m takes the next b*W for
-    micro-batch b and W data-parallel ranks, and rank r the r-th run of b. Seeking is arithmetic: the state is the
-    position.
+    From a position of the order on, not counting samples to skip, micro-step m gets the next b*W samples for
+    micro-batch size b and W data-parallel ranks, and rank r the r-th run of b of these. The position is the only state.
 
     Args:
         samples: the run's order.
-        micro_batch_size: samples a rank and micro-step, b.
-        global_batch_size: samples an optimizer step.
-        reset_attention: positions restart at each document.
-        world: this process among all.
-        skip: half-open ranges of the order that are left out.
+        micro_batch_size: samples per rank per micro-step, b.
+        global_batch_size: samples per optimizer step.
+        reset_attention: restart positions at each document.
+        world: the rank and world size of this process.
+        skip: half-open ranges of the order to skip.
     """
 
     def __init__(
@@ -85,11 +89,11 @@ class StepLoader:
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def end(self, position: int, steps: int = 1) -> int:
-        """The position after so many steps from this one on."""
+        """Return the position after `steps` steps from `position` on."""
         return position_after(self._skip, position, steps * self._global_batch_size)
 
-    def take(self, position: int) -> list[Batch]:
-        """This rank's micro-batches of the step that begins at this position of the order, on its device."""
+    def load(self, position: int) -> list[Batch]:
+        """Return this rank's micro-batches of the step that begins at `position`, on its device."""
         start, future = self._ahead or (-1, None)
         batches = future.result() if future and start == position else self.read(position)
         following = self.end(position)
@@ -98,7 +102,7 @@ class StepLoader:
         return [batch.to(self._world.device) for batch in batches]
 
     def read(self, position: int) -> list[Batch]:
-        """Return this rank's micro-batches of the step that begins at this position, in host memory."""
+        """Return this rank's micro-batches of the step that begins at `position`, in host memory."""
         ordinals = list(chain(*runs_beside(self._skip, position, self._global_batch_size)))
         data = self._world.data
         stride = self._micro_batch_size * data.size
@@ -110,7 +114,7 @@ class StepLoader:
 
 
 def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool) -> Batch:
-    """Samples side by side: a label is valid where its token counts."""
+    """Return samples as a batch; a label is valid if its token counts toward the loss."""
     text_BS = _stack([sample.text for sample in samples])
     offset_BS = _stack([sample.offset for sample in samples])
     if reset_attention:
@@ -138,17 +142,17 @@ def _stack(rows: list[np.ndarray]) -> Tensor:
 
 
 class EvaluationStream:
-    """Windows of `seq_length` over a corpus in the order of its `.bin`, the last one padded.
+    """Windows of `seq_length` tokens over a corpus in the order of its `.bin`; the last one is padded.
 
-    Every token is a label once, except the stream's first; end-of-document tokens are not
-    scored, since they are no text, nor is what a mask leaves out. Windows do not overlap: a
-    window's first label is predicted from one token.
+    Every token is a label once, except the stream's first. End-of-document tokens are not text, so they are not
+    scored, nor are tokens that the mask excludes. Windows do not overlap: a window's first label is predicted from one
+    token.
 
     Args:
         corpus: an opened corpus.
-        seq_length: tokens a window, T.
+        seq_length: tokens per window, T.
         eod: id of the end-of-document token.
-        reset_attention: positions restart at each document.
+        reset_attention: restart positions at each document.
     """
 
     def __init__(self, corpus: Corpus, seq_length: int, eod: int, reset_attention: bool) -> None:
@@ -156,18 +160,17 @@ class EvaluationStream:
         self._seq_length = seq_length
         self._eod = eod
         self._reset_attention = reset_attention
-        tokens = open_tokens(corpus)
-        self._tokens = np.memmap(f"{corpus.prefix}.bin", dtype=tokens.index.dtype, mode="r")
+        self._tokens = map_tokens(corpus)
         self._mask = open_mask(corpus)
-        # Of the index, since an end token may also end a turn of a chat.
-        self._document_start = np.asarray(tokens.index.sequence_pointers) // tokens.index.dtype_size
+        # From the index, because in a chat the end token may also end turns.
+        self._document_start = open_documents(corpus).starts()
 
     def __len__(self) -> int:
-        """Windows; a corpus of one token has one, with nothing to score."""
+        """Return the number of windows; a corpus of one token has one, with nothing to score."""
         return max(1, math.ceil((len(self._tokens) - 1) / self._seq_length))
 
     def batch(self, windows: list[int]) -> Batch:
-        """These windows side by side; one beyond the end is all padding, so that all ranks run equally often."""
+        """Return windows as a batch. One beyond the end is all padding, so that all ranks run equally many batches."""
         text_BS, offset_BS = (
             torch.from_numpy(np.stack(rows)) for rows in zip(*map(self._window, windows), strict=True)
         )
@@ -191,12 +194,12 @@ class EvaluationStream:
         return np.concatenate([text, np.full(missing, self._eod)]), offset
 
     def _counts(self, offset_BT: torch.Tensor) -> torch.Tensor:
-        """False for padding, and for what the mask leaves out."""
+        """Return False for padding and for tokens that the mask excludes."""
         real_BT = offset_BT >= 0
         return real_BT if self._mask is None else real_BT & torch.from_numpy(self._mask[offset_BT.numpy()]).bool()
 
     def _continued(self, window_B: np.ndarray) -> torch.Tensor:
-        """Return the tokens at the beginning of each window whose document began before it, int64 `[B]`."""
+        """Return for each window the tokens at its beginning that continue a document from before it, int64 `[B]`."""
         start_B = window_B * self._seq_length
         document_B = np.searchsorted(self._document_start, start_B, side="right") - 1
         end_B = np.append(self._document_start, len(self._tokens))[document_B + 1]

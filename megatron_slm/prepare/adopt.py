@@ -1,4 +1,4 @@
-"""An existing Megatron .bin/.idx made a prepared corpus where it lies: described, checked, given its tokenizer."""
+"""Adoption: an existing Megatron .bin/.idx becomes a prepared corpus in place, with a description and its tokenizer."""
 
 import logging
 from collections.abc import Iterator
@@ -31,15 +31,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_OTHER_INDEX = "give a .bin/.idx pair as Megatron's preprocess_data.py writes it"
+_REMEDY = "Give a .bin/.idx pair as Megatron's preprocess_data.py writes it"
 _BLOCK_TOKENS = 1 << 20
 
 
 class Scan:
-    """What a pass over the tokens finds.
+    """The counts of one pass over the tokens.
 
     Args:
         end_id: the token that should end documents.
+
+    Attributes:
+        smallest, largest: ids.
+        num_tokens, num_bytes: of tokens, and of their text.
+        ended: documents that end with `end_id`.
     """
 
     def __init__(self, end_id: int) -> None:
@@ -48,7 +53,7 @@ class Scan:
         self.num_tokens = self.num_bytes = self.ended = 0
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Look at whole documents."""
+        """Count whole documents."""
         if len(tokens):
             self.smallest = min(self.smallest, int(tokens.min()))
             self.largest = max(self.largest, int(tokens.max()))
@@ -58,17 +63,17 @@ class Scan:
 
 
 def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> Corpus:
-    """Write PREFIX.json and PREFIX.tokenizer for the PREFIX.bin and PREFIX.idx that are there; they are only read.
+    """Write PREFIX.json and PREFIX.tokenizer for an existing PREFIX.bin and PREFIX.idx, which are only read.
 
-    ``num_bytes`` is counted by decoding every document with the tokenizer.
+    ``num_bytes`` is counted by decoding every document.
 
     Args:
         prefix: of the pair.
-        tokenizer, end_token: what ``load_tokenizer`` takes.
+        tokenizer, end_token: as for ``load_tokenizer``.
 
     Raises:
-        UserError: the pair is missing or damaged, an id is none of the tokenizer's, a document has
-            several sequences, or the corpus is described already.
+        UserError: the pair is missing or damaged, an id is not in the tokenizer, a document has several sequences, or
+            the corpus has a description already.
     """
     output = Path(prefix)
     index = _checked_index(output)
@@ -91,50 +96,53 @@ def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> C
 
 def _refuse_described(output: Path) -> None:
     if Path(f"{output}.json").exists():
-        raise UserError(f"--adopt {output} is a prepared corpus already ({output}.json exists): try --verify")
-    refuse_existing(output, (".tokenizer",))
+        raise UserError("--adopt", output, f"it is already a prepared corpus ({output}.json exists)", "Use --verify")
+    refuse_existing(output, (".tokenizer",), "--adopt")
 
 
 def _checked_index(prefix: Path) -> Index:
-    """Check that PREFIX.idx describes documents of one sequence each that fill PREFIX.bin."""
+    """Return the header of PREFIX.idx, which must describe documents of one sequence each that fill PREFIX.bin."""
     path, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for part in (path, tokens):
         if not part.is_file():
-            raise UserError(f"--adopt {prefix} needs {part}, which is missing: {_OTHER_INDEX}")
-    index = read_index(path, _OTHER_INDEX)
+            raise _unsuitable(prefix, f"{part} is missing")
+    index = read_index(path, "--adopt", prefix, _REMEDY)
     if path.stat().st_size != index_size(index):
-        raise UserError(f"{path} has {path.stat().st_size} bytes instead of {index_size(index)}: {_OTHER_INDEX}")
-    _refuse_several_sequences(path, index)
+        raise _unsuitable(prefix, f"{path} has {path.stat().st_size} bytes instead of {index_size(index)}")
+    _refuse_several_sequences(prefix, index)
     place = 0
     for lengths, pointers in zip(read_lengths(path, index), read_pointers(path, index), strict=True):
         starts = (np.cumsum(lengths, dtype=np.int64) - lengths) * index.item_size + place
         if (lengths < 0).any() or (pointers != starts).any():
-            raise UserError(f"{path} does not point to documents that follow each other: {_OTHER_INDEX}")
+            raise _unsuitable(prefix, f"{path} does not point to documents that follow each other")
         place += int(lengths.sum(dtype=np.int64)) * index.item_size
     if tokens.stat().st_size != place or not place:
-        raise UserError(f"{tokens} has {tokens.stat().st_size} bytes and its index counts {place}: {_OTHER_INDEX}")
+        raise _unsuitable(prefix, f"{tokens} has {tokens.stat().st_size} bytes, and its index counts {place}")
     return index
 
 
-def _refuse_several_sequences(path: Path, index: Index) -> None:
-    expected = 0
+def _unsuitable(prefix: Path, reason: str) -> UserError:
+    return UserError("--adopt", prefix, reason, _REMEDY)
+
+
+def _refuse_several_sequences(prefix: Path, index: Index) -> None:
+    path, expected = Path(f"{prefix}.idx"), 0
     single = index.boundaries == index.sequences + 1
     for boundaries in read_boundaries(path, index) if single else ():
         single = single and bool((boundaries == np.arange(expected, expected + len(boundaries))).all())
         expected += len(boundaries)
     if not single:
-        raise UserError(
-            f"{path} holds {index.sequences} sequences in {index.boundaries - 1} documents: "
-            "write it with one sequence a document (without --split-sentences)"
-        )
+        reason = f"{path} holds {index.sequences} sequences in {index.boundaries - 1} documents"
+        remedy = "Write it with one sequence per document (without --split-sentences)"
+        raise UserError("--adopt", prefix, reason, remedy)
 
 
 def _stage(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast", ready: Path) -> None:
-    scan = _scanned(prefix, index, tokenizer)
+    scan = _scan(prefix, index, tokenizer)
     share = scan.ended / index.sequences
     if share < 1:
         logger.warning(
-            "only %.1f %% of the documents end with %r (id %d): elsewhere nothing marks where one ends",
+            "only %.1f %% of the documents end with %r (id %d); nothing marks the end of the others",
             100 * share, tokenizer.eos_token, tokenizer.eos_token_id,
         )  # fmt: skip
     save_tokenizer(tokenizer, ready / f"{prefix.name}.tokenizer")
@@ -150,7 +158,7 @@ def _stage(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast", rea
     write_description(corpus)
 
 
-def _scanned(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -> Scan:
+def _scan(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -> Scan:
     limit = largest_id(tokenizer)
     end_id = tokenizer.eos_token_id
     scan = Scan(end_id)
@@ -161,10 +169,8 @@ def _scanned(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -
         scan.add(tokens, lengths)
         if scan.largest > limit or scan.smallest < 0:
             wrong = scan.largest if scan.largest > limit else scan.smallest
-            raise UserError(
-                f"--adopt {prefix} holds the id {wrong}, and the largest of --tokenizer "
-                f"{tokenizer.name_or_path} is {limit}: give the tokenizer that it was made with"
-            )
+            reason = f"it holds the id {wrong}, and --tokenizer {tokenizer.name_or_path} has the ids 0 to {limit}"
+            raise UserError("--adopt", prefix, reason, "Give the tokenizer that it was made with")
         scan.num_bytes += _decoded_bytes(tokenizer, tokens, lengths)
     return scan
 

@@ -1,4 +1,4 @@
-"""Corpora prepared apart, put together: their tokens one after the other, verified on the way."""
+"""Merging: corpora that were prepared apart become one, and their checksums are verified on the way."""
 
 import hashlib
 import logging
@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatron_slm.data.corpus import (
+    AGAIN,
     Corpus,
     Index,
+    changed,
     corpus_tokenizer_path,
     describe_tokenizer,
     file_sha256,
@@ -26,21 +28,20 @@ from megatron_slm.prepare.staged import StagedCorpus, make_at_once, refuse_exist
 
 logger = logging.getLogger(__name__)
 
-_AGAIN = "prepare it again with megatron-slm prepare"
 _BLOCK = 1 << 23  # tokens
 
 
 def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     """Write the documents of several corpora, in the order given, as the corpus ``output``.
 
-    The result is the corpus that all their inputs would have given at once.
+    The result is the corpus that all their inputs together would give.
 
     Raises:
-        UserError: a corpus is missing, has changed, is given twice, was made with another tokenizer,
-            or alone has answers that count; or something exists at ``output``.
+        UserError: a corpus is missing, has changed, is given twice, has another tokenizer than the others, or is the
+            only one with a mask; or something exists at ``output``.
     """
-    corpora = [open_corpus(str(Path(prefix))) for prefix in prefixes]
-    indices = [read_index(Path(f"{corpus.prefix}.idx"), _AGAIN) for corpus in corpora]
+    corpora = [open_corpus(str(Path(prefix)), "--merge") for prefix in prefixes]
+    indices = [read_index(Path(f"{corpus.prefix}.idx"), "--merge", corpus.prefix) for corpus in corpora]
     described = _describe_common_tokenizer(corpora)
     _refuse_unlike(corpora, indices)
     prefix = Path(output)
@@ -59,15 +60,17 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
 
 
 def _describe_common_tokenizer(corpora: list[Corpus]) -> dict[str, Any]:
-    """Return what the merged description says of the tokenizer, which all corpora must share."""
+    """Return the description of the tokenizer, which all corpora must share."""
     described = describe_tokenizer(load_corpus_tokenizer(corpora[0]))
     first = TokenizerIdentity(described["tokenizer_fingerprint"], described["tokenizer_probe"])
     for corpus in corpora[1:]:
         difference = corpus.tokenizer.difference(first)
         if difference:
             raise UserError(
-                f"--merge {corpora[0].prefix} and {corpus.prefix} were prepared with different tokenizers "
-                f"({difference}): prepare one of them again with the tokenizer of the other"
+                "--merge",
+                corpus.prefix,
+                f"it was prepared with a different tokenizer than {corpora[0].prefix} ({difference})",
+                "Prepare one of them again with the tokenizer of the other",
             )
     chosen = (corpus.end_token for corpus in corpora if corpus.end_token is not None)
     return described | {"end_token": next(chosen, None)}
@@ -78,17 +81,14 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
     for corpus, index in zip(corpora, indices, strict=True):
         path = Path(f"{corpus.prefix}.bin").resolve()
         if path in seen:
-            raise UserError(f"--merge names {corpus.prefix} twice: its documents would count twice; give it once")
+            raise UserError("--merge", corpus.prefix, "it is given twice", "Give it once")
         seen.add(path)
         if corpus.masked != corpora[0].masked:
-            raise UserError(
-                f"--merge {corpora[0].prefix} and {corpus.prefix} do not go together: only answers count in one "
-                "of them; blend them with data.train instead"
-            )
+            reason = f"of it and {corpora[0].prefix}, only one has a mask (answers that count)"
+            raise UserError("--merge", corpus.prefix, reason, "Blend them with data.train instead")
         if index.dtype != indices[0].dtype:
-            raise UserError(
-                f"--merge {corpora[0].prefix} holds {indices[0].dtype} and {corpus.prefix} {index.dtype}: {_AGAIN}"
-            )
+            reason = f"its tokens are {index.dtype}, and those of {corpora[0].prefix} {indices[0].dtype}"
+            raise UserError("--merge", corpus.prefix, reason, AGAIN)
 
 
 def _stage(corpora: list[Corpus], indices: list[Index], described: dict[str, Any], ready: Path, name: str) -> None:
@@ -113,7 +113,7 @@ def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:
     for suffix, expected in corpus.sha256.items():
         actual = sha256.hexdigest() if suffix == ".bin" else file_sha256(Path(corpus.prefix + suffix))
         if actual != expected:
-            raise UserError(f"{corpus.prefix}{suffix} has changed since it was written (its sha256 differs): {_AGAIN}")
+            raise changed(corpus, suffix)
     for lengths in read_lengths(path, index):
         staged.append(nothing, lengths, 0)
     staged.counts["bytes"] += corpus.num_bytes

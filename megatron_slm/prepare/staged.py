@@ -29,15 +29,20 @@ _COMMIT_SHARE = 0.05  # of the time
 _NAME_CHARACTERS = 50  # of a value in a file name, whose limit is 255 bytes
 
 
-def refuse_existing(output: Path, parts: tuple[str, ...] = (DESCRIPTION, *PARTS)) -> None:
+def refuse_existing(output: Path, parts: tuple[str, ...] = (DESCRIPTION, *PARTS), setting: str = "--output") -> None:
     """Raise an error if a file of the corpus to make exists.
+
+    Args:
+        output: prefix of the corpus.
+        parts: suffixes to look for.
+        setting: the option that names the prefix.
 
     Raises:
         UserError: a corpus, or a file with one of its names, exists.
     """
     for part in (f"{output}{suffix}" for suffix in parts):
         if os.path.lexists(part):
-            raise UserError("--output", output, f"{part} already exists", "Remove it, or choose another prefix")
+            raise UserError(setting, output, f"{part} already exists", "Remove it, or choose another prefix")
 
 
 def write_description(corpus: Corpus) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.corpus import Corpus, open_mask, open_tokens
+from megatron_slm.data.corpus import Corpus, open_documents, open_mask
 from megatron_slm.reference.store import ScoreFile
 
 STRETCH = 1 << 22
@@ -69,7 +69,7 @@ def document_excess(
     Raises:
         UserError: a store is corrupted.
     """
-    index, mask_N = open_tokens(corpus).index, open_mask(corpus)
+    documents, mask_N = open_documents(corpus), open_mask(corpus)
     excess = DocumentExcess(np.zeros(corpus.num_documents), np.zeros(corpus.num_documents, dtype=np.int64))
     for first in range(0, corpus.num_tokens, stretch):
         last = min(first + stretch, corpus.num_tokens)
@@ -77,19 +77,12 @@ def document_excess(
         counts_N = np.isfinite(excess_N)
         if mask_N is not None:
             counts_N &= mask_N[first:last] != 0
-        low, begin_D = _begins(index.sequence_pointers, index.dtype_size, first, last)
-        documents = slice(low, low + len(begin_D))
-        excess.total_D[documents] += _sums(np.where(counts_N, excess_N, 0.0), begin_D)
-        excess.count_D[documents] += _sums(counts_N.astype(np.int64), begin_D)
+        here = documents.between(first, last)
+        begin_D = np.maximum(documents.starts(here) - first, 0)
+        excess.total_D[here] += _sums(np.where(counts_N, excess_N, 0.0), begin_D)
+        excess.count_D[here] += _sums(counts_N.astype(np.int64), begin_D)
         report(last)
     return excess
-
-
-def _begins(pointer_D: NDArray[np.int64], item_size: int, first: int, last: int) -> tuple[int, NDArray[np.int64]]:
-    """Return the first document that overlaps a stretch of the `.bin`, and where it and the later ones begin there."""
-    low = int(np.searchsorted(pointer_D, first * item_size, "right")) - 1
-    high = int(np.searchsorted(pointer_D, last * item_size, "left"))
-    return low, np.maximum(pointer_D[low:high] // item_size - first, 0)
 
 
 def _sums(value_N: NDArray[Number], begin_D: NDArray[np.int64]) -> NDArray[Number]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_slm.data.corpus import Corpus, open_tokens
+from megatron_slm.data.corpus import Corpus, open_documents
 from megatron_slm.errors import UserError
 from megatron_slm.reference.scoring import Source, Values
 
@@ -96,8 +96,7 @@ class LinesSource:
         return Values(start, _losses(logprob_N[: stop - start], self._path, start))
 
     def _read(self) -> Iterator[NDArray[np.float32]]:
-        index = open_tokens(self._corpus).index  # kept alive, because its arrays are unmapped with it
-        lengths = index.sequence_lengths
+        lengths = open_documents(self._corpus).length_D
         number = 0
         for number, line in enumerate(self._lines(), start=1):
             if number <= len(lengths):

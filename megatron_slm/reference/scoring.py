@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from megatron_slm.data.corpus import Corpus, open_tokens
+from megatron_slm.data.corpus import Corpus, map_tokens, open_documents
 from megatron_slm.data.loader import make_batch
 from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, all_reduce_sum
@@ -87,11 +87,11 @@ class DocumentWork:
     """
 
     def __init__(self, corpus: Corpus, eod: int, window: int, batch_tokens: int, shard_tokens: int) -> None:
-        self._index = open_tokens(corpus).index  # kept alive, because its arrays are unmapped with it
+        self._layout = open_documents(corpus)
         self.rows = corpus.num_tokens
         self.num_shards = -(-self.rows // max(shard_tokens, window))
         self._shard_tokens = max(shard_tokens, window)
-        self._tokens = np.memmap(f"{corpus.prefix}.bin", self._index.dtype, "r")
+        self._tokens = map_tokens(corpus)
         self._eod = eod
         self._window = window
         self._batch_tokens = batch_tokens
@@ -120,10 +120,8 @@ class DocumentWork:
 
     def _documents(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the start and length in tokens of the documents that overlap a stretch of the `.bin`."""
-        pointer_D, item_size = self._index.sequence_pointers, self._index.dtype_size
-        low = np.searchsorted(pointer_D, first * item_size, "right") - 1
-        high = np.searchsorted(pointer_D, last * item_size, "left")
-        return pointer_D[low:high] // item_size, self._index.sequence_lengths[low:high].astype(np.int64)
+        here = self._layout.between(first, last)
+        return self._layout.starts(here), self._layout.length_D[here].astype(np.int64)
 
     def _batches(self, windows: Windows) -> list[NDArray[np.int64]]:
         """Divide windows into batches of similar lengths, to keep padding low."""

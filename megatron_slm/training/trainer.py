@@ -150,7 +150,7 @@ class Trainer:
     def _train(self, state: RunState) -> StepResult:
         """Run one optimizer step, and count it in the state."""
         start = time.perf_counter()
-        batches = self._loader.take(state.next_sample)
+        batches = self._loader.load(state.next_sample)
         rate = self._learning_rate(state.trained_tokens + state.plan.tokens_per_step)
         objective = self._objective(state.trained_tokens)
         result = self._step(batches, objective, rate, state.step + 1, self._requests.collect)

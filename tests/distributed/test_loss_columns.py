@@ -90,7 +90,7 @@ def tiny_model(backend: Backend) -> Any:
 
 def read_batches(world: World, micro_batch_size: int) -> list[Batch]:
     loader = StepLoader(RaggedSamples(), micro_batch_size, BATCH, False, world)
-    return [ragged(batch) for batch in loader.take(0)]
+    return [ragged(batch) for batch in loader.load(0)]
 
 
 def take_step(world: World, stage: int | None, whole_step: bool) -> dict[str, Any]:

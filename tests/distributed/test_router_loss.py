@@ -32,7 +32,7 @@ def brute_force(world: World, model: dict[str, Any], weights: dict[str, torch.Te
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
     lm.load_state_dict({name.removeprefix("lm."): weight for name, weight in weights.items()}, strict=False)
     loader = StepLoader(RaggedSamples(), case.micro_batch_size, case.global_batch_size, False, world)
-    batches = [ragged(batch) for batch in loader.take(0)]
+    batches = [ragged(batch) for batch in loader.load(0)]
     valid = sum(int(batch.valid_BT.sum()) for batch in batches)
     routers = []
     for batch in batches:

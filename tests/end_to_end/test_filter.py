@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_slm.config import parse_config
-from megatron_slm.data.corpus import Corpus, open_corpus, open_tokens
+from megatron_slm.data.corpus import Corpus, open_corpus
 from megatron_slm.data.keep_list import open_keep_list, write_keep_list
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.dist import World
@@ -20,6 +20,7 @@ from tests.end_to_end.test_dry_run import shown
 from tests.end_to_end.test_score import score_in_process, values_of
 from tests.gloo import RankError, run_ranks
 from tests.runs import LLAMA, config_tree, records, train_in_process, write_config
+from tests.texts import open_tokens
 
 NAMES = ("books", "held_out")
 
@@ -201,10 +202,13 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a link to nothing": (["filter.output=STORES/link"], "filter.output is STORES/link, but it is a link to"),
 }
 TRAINING: dict[str, tuple[list[str], str]] = {
-    "a list that is not there": (["data.keep=/nowhere/keep"], "data.keep is /nowhere/keep, which is no file"),
-    "a file that is no list": (["data.keep=STORES/keep.yaml"], "data.keep is STORES/keep.yaml, which is no keep-list"),
-    "a list of other corpora": (["data.train=CORPORA/web"], "says nothing of CORPORA/web, but of books, held_out"),
-    "a list of nothing in the split": (["data.split=5,95,0", "data.keep=LATE"], "which keeps no document of"),
+    "a list that is not there": (["data.keep=/nowhere/keep"], "data.keep is /nowhere/keep, but it is not a file"),
+    "a file that is no list": (
+        ["data.keep=STORES/keep.yaml"],
+        "keep.yaml, but it is not a keep-list",
+    ),
+    "a list of other corpora": (["data.train=CORPORA/web"], "does not cover CORPORA/web, but books, held_out"),
+    "a list of nothing in the split": (["data.split=5,95,0", "data.keep=LATE"], "it keeps no document of"),
 }
 
 

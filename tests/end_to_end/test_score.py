@@ -21,6 +21,7 @@ from megatron_slm.reference.store import BlockChecksums, Store, open_store
 from tests.end_to_end.test_bad_input import command_line_among, command_lines, sentence_of
 from tests.gloo import RankError, run_ranks
 from tests.runs import LLAMA, config_tree, free_port, megatron_slm, records, train_in_process, write_config
+from tests.texts import open_tokens
 
 SHARD = 1024
 
@@ -79,7 +80,7 @@ def plain_scores(_: World, corpora: Path) -> dict[str, np.ndarray]:
     """Return loss and entropy of each token of `books`, from Hugging Face's own logits, one document at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_slm.data.corpus import open_corpus, open_tokens
+    from megatron_slm.data.corpus import open_corpus
 
     model = AutoModelForCausalLM.from_pretrained(corpora / "reference").eval()
     tokens = open_tokens(open_corpus(str(corpora / "books")))

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.data.corpus import open_tokens
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.prepare.prepare import prepare_corpus
 from tests.end_to_end.test_dry_run import shown
 from tests.gloo import run_ranks
 from tests.runs import LLAMA, config_tree, train_in_process, write_config
-from tests.texts import sentence, write_jsonl
+from tests.texts import open_tokens, sentence, write_jsonl
 from tests.tokenizer_folders import byte_level, with_holes, write_tokenizer
 
 

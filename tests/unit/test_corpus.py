@@ -1,4 +1,4 @@
-"""What open_corpus accepts, and how it refuses the rest."""
+"""Prepared corpora: what `open_corpus` accepts, and the errors for the rest."""
 
 import json
 import shutil
@@ -12,12 +12,14 @@ from megatron_slm.data.corpus import (
     corpus_tokenizer_path,
     describe,
     file_sha256,
+    map_tokens,
     open_corpus,
-    open_tokens,
+    open_documents,
     unique_names,
     verify_checksums,
 )
-from megatron_slm.errors import UserError
+from tests.refusal import refuses
+from tests.texts import open_tokens
 
 KEYS = {"format_version", "tokenizer_fingerprint", "num_documents", "num_tokens", "num_bytes", "sha256"}
 DOCUMENTS = [[5, 6, 7, 1], [8, 1], [9, 10, 11, 12, 1]]
@@ -57,6 +59,12 @@ def test_a_corpus_opens_with_what_was_written(prefix):
     assert corpus_tokenizer_path(corpus) == Path(prefix + ".tokenizer")
     tokens = open_tokens(corpus)
     assert [tokens[i].tolist() for i in range(len(tokens))] == DOCUMENTS
+    documents = open_documents(corpus)
+    assert documents.starts().tolist() == [0, 4, 6] and documents.length_D.tolist() == [4, 2, 5]
+    assert [documents.between(*tokens) for tokens in ((0, 4), (3, 5), (6, 7), (0, 11))] == [
+        slice(0, 1), slice(0, 2), slice(2, 3), slice(0, 3)
+    ]  # fmt: skip
+    assert map_tokens(corpus).tolist() == [token for document in DOCUMENTS for token in document]
     verify_checksums(corpus)
 
 
@@ -83,7 +91,7 @@ def test_a_corpus_may_be_moved(prefix, tmp_path):
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".json", ".tokenizer"])
 def test_a_missing_part_is_named(prefix, suffix):
     Path(prefix + suffix).rename(prefix + ".away")
-    with pytest.raises(UserError, match=rf"math\{suffix} is missing.*megatron-slm prepare"):
+    with refuses("corpus", prefix, rf"math\{suffix} is missing"):
         open_corpus(prefix)
 
 
@@ -92,7 +100,7 @@ def test_a_missing_part_is_named(prefix, suffix):
 def test_a_file_of_another_size_is_named(prefix, suffix, change):
     content = Path(prefix + suffix).read_bytes()
     Path(prefix + suffix).write_bytes(content[:change] if change < 0 else content + b"x")
-    with pytest.raises(UserError, match=rf"math\{suffix} has \d+ bytes instead of \d+.*prepare it again"):
+    with refuses("corpus", prefix, rf"math\{suffix} has \d+ bytes instead of \d+"):
         open_corpus(prefix)
 
 
@@ -102,19 +110,19 @@ def test_a_file_of_another_size_is_named(prefix, suffix, change):
         (0, b"XXXX", "not an index"),
         (9, b"\x07", "not an index"),
         (17, b"\x03", "not an index"),
-        (18, b"\x09", "counts 9"),
+        (18, b"\x09", "has 9 documents"),
     ],
     ids=["magic", "version", "dtype", "count"],
 )
 def test_a_corrupted_index_header_is_found(prefix, position, value, reason):
     edit(prefix + ".idx", position, value)
-    with pytest.raises(UserError, match=rf"math\.idx .*{reason}"):
+    with refuses("corpus", prefix, rf"math\.idx .*{reason}"):
         open_corpus(prefix)
 
 
 def test_an_index_cut_inside_its_header_is_found(prefix):
     Path(prefix + ".idx").write_bytes(b"MMIDIDX\x00\x00\x01")
-    with pytest.raises(UserError, match=r"math\.idx is cut short"):
+    with refuses("corpus", prefix, r"math\.idx is cut off"):
         open_corpus(prefix)
 
 
@@ -123,7 +131,7 @@ def test_a_changed_byte_is_found_by_the_checksums_alone(prefix, suffix):
     last = Path(prefix + suffix).stat().st_size - 1
     edit(prefix + suffix, last, b"\x01")
     corpus = open_corpus(prefix)
-    with pytest.raises(UserError, match=rf"math\{suffix} has changed"):
+    with refuses("corpus", prefix, rf"math\{suffix} has changed"):
         verify_checksums(corpus)
 
 
@@ -138,16 +146,16 @@ def test_a_changed_byte_is_found_by_the_checksums_alone(prefix, suffix):
 )
 def test_a_description_that_is_not_ours_is_refused(prefix, content, reason):
     Path(prefix + ".json").write_text(content)
-    with pytest.raises(UserError, match=rf"math\.json .*{reason}"):
+    with refuses("corpus", prefix, rf"math\.json .*{reason}"):
         open_corpus(prefix)
 
 
 @pytest.mark.parametrize("sums", [{}, {".bin": "ab" * 32}, {".idx": "ab" * 32}])
 def test_a_description_without_both_sums_is_refused(prefix, sums):
-    """Nothing would be left to verify, and the order's fingerprint would not know its tokens."""
+    """Without them, nothing could be verified, and the fingerprint of an order would not depend on its tokens."""
     fields = json.loads(Path(prefix + ".json").read_text())
     Path(prefix + ".json").write_text(json.dumps(fields | {"sha256": sums}))
-    with pytest.raises(UserError, match=r"does not hold the sha256 of both \.bin and \.idx"):
+    with refuses("corpus", prefix, "SHA-256"):
         open_corpus(prefix)
 
 
@@ -155,14 +163,14 @@ def test_a_description_without_both_sums_is_refused(prefix, sums):
 def test_sums_that_are_no_group_are_refused(prefix, sums):
     fields = json.loads(Path(prefix + ".json").read_text())
     Path(prefix + ".json").write_text(json.dumps(fields | {"sha256": sums}))
-    with pytest.raises(UserError, match="cannot be read"):
+    with refuses("corpus", prefix, "cannot be read"):
         open_corpus(prefix)
 
 
 def test_an_empty_corpus_is_refused(prefix):
     fields = json.loads(Path(prefix + ".json").read_text())
     Path(prefix + ".json").write_text(json.dumps(fields | {"num_tokens": 0, "num_documents": 0}))
-    with pytest.raises(UserError, match="empty corpus"):
+    with refuses("corpus", prefix, "the corpus is empty"):
         open_corpus(prefix)
 
 

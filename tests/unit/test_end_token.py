@@ -8,13 +8,14 @@ import pytest
 from megatron_slm.__main__ import main
 from megatron_slm.build.corpora import Corpora, open_corpora, require_tokenizer
 from megatron_slm.config import parse_config
-from megatron_slm.data.corpus import open_corpus, open_tokens
+from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 from megatron_slm.prepare.merge import merge_corpora
 from megatron_slm.prepare.prepare import verify_corpus
+from tests.refusal import refuses
 from tests.runs import config_tree
-from tests.texts import sentence, write_jsonl
+from tests.texts import open_tokens, sentence, write_jsonl
 from tests.tokenizer_folders import CHAT, SPECIAL, byte_level, write_tokenizer
 from tests.unit.test_prepare_merge_adopt import megatron_corpus
 
@@ -94,7 +95,7 @@ def test_corpora_that_end_alike_go_together_and_remember_the_choice(here):
     merge_corpora(["a", "b"], "ab")
     for name in ("chat", "base"):
         require_tokenizer(name, "model", opened("ab"))
-    with pytest.raises(UserError, match="different tokenizers"):
+    with refuses("--merge", None, "different tokenizer"):
         merge_corpora(["b", "c"], "bc")
 
 

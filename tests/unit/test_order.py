@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_slm.data.corpus import open_corpus, open_tokens, unique_names
+from megatron_slm.data.corpus import open_corpus, unique_names
 from megatron_slm.data.loader import StepLoader, accumulation_steps, make_batch, runs_beside
 from megatron_slm.data.samples import Samples, build_samples, cycle_seed
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.dist import World
-from megatron_slm.errors import UserError
 from tests.gloo import RankError, run_ranks
+from tests.refusal import refuses
+from tests.texts import open_tokens
 
 T = 32
 EOD = 1  # of the tokenizer that tests/runs.py trains
@@ -112,7 +113,7 @@ def test_a_split_that_leaves_no_document_is_refused(corpora: Path, tmp_path: Pat
     if left:
         assert len(run_ranks(partial(samples_of, split=split), 1, *args)[0]["samples"]) == 1
     else:
-        with pytest.raises(RankError, match=r"leaves none of the 300 documents of .*web for training"):
+        with pytest.raises(RankError, match=r"data\.split is .*none of the 300 documents of .*web "):
             run_ranks(partial(samples_of, split=split), 1, *args)
 
 
@@ -175,7 +176,7 @@ def test_samples_are_dealt_in_runs_of_the_micro_batch(ranks: int, micro_batch_si
     dealt: list[list[list[int]]] = []
     for rank in range(ranks):
         world = World(rank, ranks, rank, torch.device("cpu"))
-        batches = StepLoader(Numbered(), micro_batch_size, 12, False, world).take(24)
+        batches = StepLoader(Numbered(), micro_batch_size, 12, False, world).load(24)
         dealt.append([batch.tokens_BT[:, 0].tolist() for batch in batches])
     in_order = [n for micro_step in zip(*dealt, strict=True) for share in micro_step for n in share]
     assert in_order == list(range(24, 36))
@@ -187,8 +188,8 @@ def test_seeking_gives_what_reading_through_gives() -> None:
     world = World(0, 1, 0, torch.device("cpu"))
     through = StepLoader(Numbered(), 2, 4, False, world)
     for consumed in (0, 4, 8):
-        read = through.take(consumed)
-    sought = StepLoader(Numbered(), 2, 4, False, world).take(8)
+        read = through.load(consumed)
+    sought = StepLoader(Numbered(), 2, 4, False, world).load(8)
     assert (
         [b.sample_index_B.tolist() for b in read] == [b.sample_index_B.tolist() for b in sought] == [[8, 9], [10, 11]]
     )
@@ -207,9 +208,9 @@ def test_what_is_left_beside_the_skipped_samples_is_dealt_as_ever(ranks: int, mi
             world = World(rank, ranks, rank, torch.device("cpu"))
             loader, position = StepLoader(Numbered(), micro_batch_size, 12, False, world, SKIP), 24
             for _ in range(step):
-                loader.take(position)
+                loader.load(position)
                 position = loader.end(position)
-            batches = loader.take(position)
+            batches = loader.load(position)
             assert all((b.tokens_BT[:, 0] == b.sample_index_B).all() for b in batches)
             dealt.append([batch.sample_index_B.tolist() for batch in batches])
         in_order = [n for micro_step in zip(*dealt, strict=True) for share in micro_step for n in share]
@@ -240,7 +241,7 @@ def reached(world: World, folder: str, cache: str) -> list[int]:
 
 def test_a_batch_that_cannot_be_dealt_names_the_settings() -> None:
     assert accumulation_steps(24, 3, 4) == 2
-    with pytest.raises(UserError, match=r"training.global_batch_size is 10, not a multiple.* multiple of 12"):
+    with refuses("training.global_batch_size", 10, "not a multiple"):
         accumulation_steps(10, 3, 4)
 
 

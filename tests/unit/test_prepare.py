@@ -16,14 +16,14 @@ import psutil
 import pytest
 
 from megatron_slm.commands import prepare as verb
-from megatron_slm.data.corpus import corpus_tokenizer_path, open_tokens
+from megatron_slm.data.corpus import corpus_tokenizer_path
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
 from megatron_slm.prepare import encoding
 from megatron_slm.prepare.documents import Fields, RawDocument, decode_document
 from megatron_slm.prepare.prepare import prepare_corpus, verify_corpus
 from tests.refusal import refuses
-from tests.texts import contents, sentence, write_jsonl
+from tests.texts import contents, open_tokens, sentence, write_jsonl
 
 RUN = """if True:
     import sys
@@ -320,7 +320,7 @@ def test_the_command_trains_a_tokenizer_prepares_and_verifies(tmp_path):
         first = stream.read(1)
         stream.seek(0)
         stream.write(bytes([first[0] ^ 1]))
-    with pytest.raises(UserError, match=r"web\.bin has changed"):
+    with refuses("corpus", None, r"web\.bin has changed"):
         command("--output", output, "--verify")
 
 
@@ -328,7 +328,7 @@ def test_verify_finds_another_tokenizer(model, word_level, tmp_path):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     corpus = prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     load_tokenizer(word_level).save_pretrained(corpus_tokenizer_path(corpus))
-    with pytest.raises(UserError, match=r"web\.tokenizer is not the tokenizer"):
+    with refuses("corpus", None, r"web\.tokenizer is not the tokenizer"):
         verify_corpus(corpus.prefix)
 
 

@@ -10,15 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_slm.__main__ import main
-from megatron_slm.data.corpus import Corpus, open_corpus, open_mask, open_tokens
+from megatron_slm.data.corpus import Corpus, open_corpus, open_mask
 from megatron_slm.data.tokenizer import load_tokenizer
-from megatron_slm.errors import UserError
 from megatron_slm.prepare import encoding
 from megatron_slm.prepare.documents import Fields
 from megatron_slm.prepare.inputs import find_files
 from megatron_slm.prepare.merge import merge_corpora
 from megatron_slm.prepare.prepare import Options, prepare_corpora, prepare_corpus, verify_corpus
-from tests.texts import contents, sentence, write_jsonl
+from tests.refusal import refuses
+from tests.texts import contents, open_tokens, sentence, write_jsonl
 from tests.unit.test_prepare_bad_input import refused
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -218,21 +218,21 @@ def test_a_mask_that_is_gone_cut_or_changed_is_found(masked):
     content = mask.read_bytes()
     mask.write_bytes(content[:50] + bytes([1 - content[50]]) + content[51:])
     open_corpus(str(masked / "qa"))
-    with pytest.raises(UserError, match=r"qa\.mask has changed"):
+    with refuses("corpus", masked / "qa", r"qa\.mask has changed"):
         verify_corpus(str(masked / "qa"))
-    with pytest.raises(UserError, match=r"qa\.mask has changed"):
+    with refuses("corpus", masked / "qa", r"qa\.mask has changed"):
         merge_corpora([str(masked / "qa")], str(masked / "merged"))
     os.truncate(mask, len(content) - 1)
-    with pytest.raises(UserError, match=r"qa\.mask has \d+ bytes instead of"):
+    with refuses("corpus", masked / "qa", r"qa\.mask has \d+ bytes instead of"):
         open_corpus(str(masked / "qa"))
     mask.unlink()
-    with pytest.raises(UserError, match=r"qa\.mask is missing"):
+    with refuses("corpus", masked / "qa", r"qa\.mask is missing"):
         open_corpus(str(masked / "qa"))
 
 
 def test_corpora_with_and_without_a_mask_are_not_merged(masked):
     for names in (["qa", "plain"], ["plain", "qa"]):
-        with pytest.raises(UserError, match=r"do not go together: only answers count in one"):
+        with refuses("--merge", None, "only one has a mask"):
             merge_corpora([str(masked / name) for name in names], str(masked / "merged"))
 
 

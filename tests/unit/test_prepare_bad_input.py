@@ -145,11 +145,11 @@ T = "--tokenizer MODEL --output out/web"
         ),
         ("--input good.jsonl --tokenizer MODEL --output .", "--output is ., but"),
         ("--input good.jsonl --tokenizer MODEL", "--output is missing"),
-        ("--adopt out/old --tokenizer MODEL", "--adopt out/old needs out/old.idx, which is missing"),
+        ("--adopt out/old --tokenizer MODEL", "--adopt is out/old, but out/old.idx is missing"),
         ("--adopt out/old --tokenizer MODEL --by source", "--by says nothing to --adopt"),
         ("--adopt out/old --tokenizer MODEL --output out/new", "--output says nothing to --adopt"),
         ("--adopt out/old", "--adopt needs --tokenizer"),
-        ("--merge out/a out/b --output out/web", "out/a.json is missing, so out/a is no prepared corpus"),
+        ("--merge out/a out/b --output out/web", "--merge is out/a, but out/a.json is missing"),
         ("--merge out/a out/b", "--merge needs --output"),
         ("--merge out/a --tokenizer MODEL --output out/web", "--tokenizer says nothing to --merge"),
         ("--verify --output out/web --workers 2", "--workers says nothing to --verify"),
@@ -218,11 +218,11 @@ def corpora(made, here) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--merge a c --output out/m", "a and c were prepared with different tokenizers"),
-        ("--merge a b ./a --output out/m", "names a twice"),
+        ("--merge a c --output out/m", "--merge is c, but it was prepared with a different tokenizer"),
+        ("--merge a b ./a --output out/m", "--merge is a, but it is given twice"),
         ("--merge a b --output a", "--output is a, but a.json already exists"),
         ("--input a.jsonl --tokenizer a.tokenizer --output b", "--output is b, but b.json already exists"),
-        ("--adopt a --tokenizer a.tokenizer", "--adopt a is a prepared corpus already"),
+        ("--adopt a --tokenizer a.tokenizer", "--adopt is a, but it is already a prepared corpus"),
     ],
 )
 def test_corpora_are_never_mixed_up_or_overwritten(arguments, sentence, corpora, capsys):
@@ -256,7 +256,7 @@ def foreign_tokenizer(prefix: Path) -> None:
     ("damage", "sentence"),
     [
         (cut_index, "old.idx has 60 bytes instead of"),
-        (cut_header, "old.idx is cut short"),
+        (cut_header, "old.idx is cut off"),
         (longer_tokens, "old.bin has"),
         (wrong_pointers, "old.idx does not point to documents that follow each other"),
         (foreign_tokenizer, "old.tokenizer already exists"),
@@ -271,13 +271,13 @@ def test_a_damaged_pair_is_not_adopted(damage: Callable[[Path], None], sentence,
 def test_a_tokenizer_that_is_too_small_is_not_adopted(here, model, other, capsys):
     megatron_corpus(here / "old", [[[5, 320, 1]], [[6, 1]]])
     said = refused(here, capsys, "--adopt", "old", "--tokenizer", other)
-    assert "holds the id 320, and the largest of --tokenizer" in said
+    assert "it holds the id 320" in said
 
 
 def test_an_id_below_0_is_not_adopted(here, model, capsys):
     megatron_corpus(here / "old", [[[5, 1]], [[-6, 1]]], np.int32)
     said = refused(here, capsys, "--adopt", "old", "--tokenizer", model)
-    assert "holds the id -6, and the largest" in said
+    assert "it holds the id -6" in said
 
 
 def test_several_sequences_a_document_are_not_adopted(here, model, capsys):

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_slm.data.corpus import MAX_LABELS, Corpus, add_label, counts, open_corpus, open_tokens
+from megatron_slm.data.corpus import MAX_LABELS, Corpus, add_label, counts, open_corpus
 from megatron_slm.prepare.documents import Fields, RawDocument, decode_document, lookup
 from megatron_slm.prepare.inputs import find_dataset, find_files, read_chunks
 from megatron_slm.prepare.prepare import Options, prepare_corpora
-from tests.texts import contents, sentence
+from tests.texts import contents, open_tokens, sentence
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 

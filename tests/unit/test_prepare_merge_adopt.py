@@ -10,11 +10,11 @@ import pytest
 
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.tokenizer import load_tokenizer
-from megatron_slm.errors import UserError
 from megatron_slm.prepare.adopt import adopt_corpus
 from megatron_slm.prepare.inputs import find_files
 from megatron_slm.prepare.merge import merge_corpora
 from megatron_slm.prepare.prepare import Options, prepare_corpora, prepare_corpus, verify_corpus
+from tests.refusal import refuses
 from tests.texts import contents, sentence, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -68,7 +68,7 @@ def test_a_shard_that_changed_is_found_and_nothing_is_merged(suffix, place, mode
     with open(tmp_path / f"b{suffix}", "r+b") as stream:
         stream.seek(place)
         stream.write(b"\x07\x00")
-    with pytest.raises(UserError, match=rf"b\{suffix} has changed"):
+    with refuses("corpus", tmp_path / "b", rf"b\{suffix} has changed"):
         merge_corpora([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out" / "merged"))
     assert list((tmp_path / "out").iterdir()) == []
 

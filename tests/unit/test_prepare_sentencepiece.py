@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_slm.data.corpus import open_tokens
 from megatron_slm.errors import UserError
 from megatron_slm.prepare.prepare import prepare_corpus, verify_corpus
-from tests.texts import write_jsonl
+from tests.texts import open_tokens, write_jsonl
 from tests.unit.test_tokenizer import ODD, TEXTS, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

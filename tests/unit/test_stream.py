@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_slm.data.corpus import describe, open_corpus, open_tokens
+from megatron_slm.data.corpus import describe, open_corpus
 from megatron_slm.data.loader import EvaluationStream, make_batch
 from megatron_slm.data.samples import Sample
 from megatron_slm.models.causal_lm import CausalLM, score_batch
+from tests.texts import open_tokens
 
 EOD = 1  # of the tokenizer that tests/runs.py trains
 TINY = {
