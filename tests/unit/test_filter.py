@@ -20,8 +20,8 @@ from megatron_slm.data.samples import order_fingerprint
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
 from megatron_slm.reference.filtering import DocumentExcess, StoredLosses, document_excess, highest, least_share
-from tests.refusal import refuses
 from megatron_slm.reference.store import BLOCK_ROWS, ScoreFile
+from tests.refusal import refuses
 from tests.unit.test_store import write_scores
 
 MEANS = st.lists(st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 0.25, 0.5, 3.0]), min_size=1, max_size=40)
