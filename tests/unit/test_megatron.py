@@ -51,7 +51,7 @@ def test_data_sets_have_the_names_that_the_adapter_reads(prefixes: list[str], tm
 
 
 def test_items_of_a_blend_name_their_source(prefixes: list[str], tmp_path: Path) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # which a blend requires  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         found = build(prefixes, tmp_path)
         assert {int(found[number]["dataset_id"]) for number in range(8)} == {0, 1}
