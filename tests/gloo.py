@@ -1,8 +1,8 @@
-"""Run a function on several ranks: fresh processes that meet over gloo, on the CPU.
+"""Run a function on several ranks: fresh processes that communicate over gloo, on the CPU.
 
 A rank must be a fresh process, because DeepSpeed replaces `F.linear` for the whole process, and
 importing torch, DeepSpeed and transformers takes seconds. So the ranks are forked from one
-server, which has imported them and done nothing else.
+server, which has imported them and has done nothing else.
 """
 
 import faulthandler
@@ -50,7 +50,7 @@ ENVIRONMENT = {
 
 
 class RankError(Exception):
-    """What went wrong on a rank: its traceback, its death, or its silence."""
+    """The failure of a rank: its traceback, its death, or a missing answer."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -113,7 +113,7 @@ def _answers(processes: list[BaseProcess], connections: list[Connection], deadli
 
 
 def _rank(rank: int, world_size: int, folder: str, timeout: float, connection: Connection, call: bytes) -> None:
-    """The life of one process: join the others, do the work, answer, and wait to be killed."""
+    """Join the other ranks, do the work, answer, and wait to be killed."""
     # DeepSpeed collects garbage at start, which would copy every page that is shared with the server.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

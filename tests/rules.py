@@ -1,4 +1,4 @@
-"""Every rule of selection, once more, in plain Python: sorts, sums and loops."""
+"""Every rule of selection written again in plain Python, with sorts, sums and loops."""
 
 import math
 import random
@@ -23,7 +23,7 @@ SCORES = {
     "random": lambda signal: signal["uniform"],
 }
 Grid = list[list[Any]]
-"""A value a token: rows are sequences."""
+"""A value per token; rows are sequences."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
 
 
 def random_case(chance: random.Random) -> Case:
-    """Any rule on any small pool."""
+    """Return a random rule and a random small pool."""
     rows, length = chance.randint(0, 9), chance.randint(1, 9)
     awkward = chance.choice((0.0, 0.05))
 
@@ -82,7 +82,7 @@ def random_settings(chance: random.Random) -> SelectionSettings:
 
 
 def expected(case: Case, ranks: list[list[int]]) -> tuple[Grid, Grid, int]:
-    """Mask, weights, and planned k of a case whose rows are dealt to ranks so."""
+    """Return mask, weights and planned k of a case whose rows are dealt to ranks in this way."""
     together = {
         "global": [[row for rank in ranks for row in rank]],
         "rank": ranks,
@@ -121,7 +121,7 @@ def float32(value: float) -> float:
 
 
 class Group:
-    """Rows that are ranked together; tokens are (row, place)."""
+    """The rows that are ranked together; tokens are (row, place)."""
 
     def __init__(self, case: Case, rows: list[int]) -> None:
         self.case, self.settings = case, case.settings
@@ -133,7 +133,7 @@ class Group:
         self.signals = {(r, t): {name: columns[name][r][t] for name in columns} for r, t in self.valid}
 
     def choose(self) -> tuple[set, dict]:
-        """Tokens that are kept, and weights that are not yet scaled."""
+        """Return the selected tokens, and their weights before scaling."""
         settings = self.settings
         if settings.combine is None:
             return self.keep(settings.score, self.case.ratio)
@@ -178,7 +178,7 @@ class Group:
 
 
 def highest(ranked: dict, position: dict, k: int) -> set:
-    """The k highest; NaN last, ties by position."""
+    """Return the k highest, with NaN last and ties by position."""
     order = sorted(
         ranked,
         key=lambda item: (

@@ -1,4 +1,4 @@
-"""A few optimizer steps of a tiny model on any number of ranks, with everything recorded that a test may compare."""
+"""A few optimizer steps of a tiny model on any number of ranks, with records of everything that tests compare."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -38,14 +38,14 @@ REALLY_SHARDED = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
 }
-"""At DeepSpeed's defaults a tiny model is never partitioned, and a test of it would prove nothing."""
+"""Settings under which a tiny model is partitioned; at DeepSpeed's defaults it is not."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One training run; stage None is the plain backend. `initial`: weights to begin with, else random ones.
+    """A training run; stage None is the plain backend. `initial`: weights to begin with, else random ones.
 
-    `candidates`: None is a run without the choice among them.
+    `candidates`: None for a run that does not choose among candidates.
     """
 
     steps: int = 1
@@ -104,7 +104,7 @@ def continued_length(ordinal: int) -> int:
 
 
 def valid_length(sample_index_B: Tensor) -> Tensor:
-    """Valid labels of each sample: ragged, and none at all in some."""
+    """Return the number of valid labels of each sample: they differ, and some samples have none."""
     return (sample_index_B * 7) % (LENGTH + 1)
 
 
@@ -114,7 +114,7 @@ def ragged(batch: Batch) -> Batch:
 
 
 class Recorder:
-    """An objective that remembers scores, masks and thresholds by sample."""
+    """An objective that records scores, masks and thresholds by sample."""
 
     def __init__(self, objective: Any) -> None:
         self._objective = objective
@@ -141,7 +141,7 @@ class Recorder:
 
 
 def run_steps(world: World, case: Case) -> dict[str, Any]:
-    """Train, and return on every rank: weights before and after, the first gradient, choices, sums of each step."""
+    """Train, and return on every rank weights before and after, the first gradient, selections and sums per step."""
     backend = make_backend(world, case)
     module, hf_config = make_student(backend, case)
     write_weights(backend, module, case.initial or {})
@@ -178,7 +178,7 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
 
 @score(needs=("student.entropi",))
 def unknown_signal(signals: TokenSignals) -> Tensor:
-    """A score with a slip of the pen."""
+    """Return a signal that does not exist."""
     return signals["student.entropi"]
 
 
@@ -222,24 +222,24 @@ def make_reference(world: World, backend: Backend, case: Case, hf_config: Pretra
 
 
 def make_candidates(engine: Any, case: Case) -> tuple[Candidates | None, list[tuple[TokenSignals, Tensor]]]:
-    """What chooses, if anything does; and where it notes this rank's signals of the candidates of each micro-step."""
+    """Return the choice among candidates, if the case has one, and the list in which it records its signals."""
     ranked: list[tuple[TokenSignals, Tensor]] = []
     if case.candidates is None:
         return None, ranked
     rule = make_objective(case)._rule
     original = rule.rank_sequences
 
-    def noting(signals: TokenSignals, valid_BT: Tensor) -> Tensor:
+    def recording(signals: TokenSignals, valid_BT: Tensor) -> Tensor:
         ranked.append((signals, valid_BT))
         return original(signals, valid_BT)
 
-    rule.rank_sequences = noting
+    rule.rank_sequences = recording
     student = LiveReference(engine.module, case.micro_batch_size)
     return Candidates(student, rule, case.micro_batch_size, 5, case.min_context), ranked
 
 
 def keep_first_gradient(engine: Any, module: CausalLM, case: Case, result: dict[str, Any]) -> None:
-    """Read the averaged gradient between the last backward of the first step and its update."""
+    """Record the averaged gradient between the last backward of the first step and its update."""
     step = engine.step
 
     def read_then_step(learning_rate: float) -> Any:
@@ -294,7 +294,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Masks, step-1 gradients and final weights agree as far as the order of summation lets them."""
+    """Assert that masks, step-1 gradients and final weights agree, up to the order of summation."""
     assert one["planned"] == other["planned"]
     assert flipped(one["chosen"], other["chosen"]) == (0, 0)
     gradient_one, gradient_other = flat(one["gradient"]), flat(other["gradient"])
@@ -306,7 +306,7 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def flipped(one: dict[int, Any], other: dict[int, Any]) -> tuple[int, int]:
-    """Choices that differ: beyond 1e-5 of the threshold, and within."""
+    """Return how many selections differ: farther than 1e-5 from the threshold, and closer."""
     assert one.keys() == other.keys()
     far = near = 0
     for sample, first in one.items():

@@ -42,6 +42,7 @@ def ratio_at(settings: SelectionSettings, tokens: int, train_tokens: int) -> flo
     if settings.schedule == "steps":
         reached = [ratio for first, ratio in settings.ratio_steps if first <= tokens]
         return reached[-1] if reached else 1.0
+    # From 0 at the start to 1 at the end of the schedule.
     progress = (tokens - begin) / settings.schedule_tokens if settings.schedule_tokens else 1.0
     if progress >= 1:
         return settings.ratio
@@ -117,8 +118,10 @@ def scale_to_plan(
     """
     total = weights.sum(dtype=torch.float64)
     counts = [mask.sum(), valid.sum(), (valid & nan).sum(), own_k(valid, ratio, scope), total]
+    # One all-reduce for all; float64 holds the counts exactly.
     sums = Ranks(group).sum(torch.stack([count.double() for count in counts]))
     num_selected, num_valid, num_nan, k = sums[:4].long().unbind()
+    # The plan of the scope: k of the group's tokens, or the sum of the k of ranks or sequences.
     planned = plan_k(num_valid, ratio) if scope == "global" else k
     # Exactly 1 if as many are selected as were planned.
     factor = (planned / sums[4]).where(sums[4] > 0, 0.0)
@@ -192,6 +195,7 @@ class Rule:
         needs = [name for ranked_by in self._ranked_by for name in ranked_by.score.needs]
         if settings.weighting == "stochastic":
             needs.append("uniform")
+        # Each once, in order.
         self.needs = tuple(dict.fromkeys(needs))
 
     def plan(
@@ -241,6 +245,7 @@ class Rule:
         competition = Competition(valid, position, group, uniform)
         parts = []
         for ranked_by in self._ranked_by:
+            # L_delta of equation 3, or another score.
             scores = ranked_by.scores(signals, valid)
             own_ratio = ratio if ranked_by.ratio is None else ranked_by.ratio
             parts.append(self._select(scores, own_ratio, competition))
@@ -250,6 +255,7 @@ class Rule:
             mask = masks.any(0) if settings.combine == "union" else masks.all(0)
             # Several scores have no common threshold.
             threshold = torch.full_like(threshold, torch.nan)
+        # Soft weights need one threshold, so settings refuse to combine them.
         weights = self._soft(parts[0]) if settings.weighting == "soft" else mask
         nan = torch.stack([part.nan for part in parts]).any(0)
         return scale_to_plan(mask, weights, threshold, valid, ratio, nan=nan, scope=settings.scope, group=group)
@@ -302,6 +308,7 @@ class Rule:
             group=competition.group,
             position=first_position,
         )
+        # A sequence is selected with all of its valid tokens, and only these.
         mask = valid & as_tokens(kept, valid)
         return ScoreSelection(mask, threshold, as_tokens(ranked, valid), valid, scores.isnan())
 
@@ -309,6 +316,7 @@ class Rule:
         return scores if uniform is None else perturbed(scores, uniform, self.settings.temperature)
 
     def _soft(self, part: ScoreSelection) -> Tensor:
+        # Scope `sequence` has a threshold per sequence, which must broadcast over its tokens.
         by_sequence = self.settings.scope == "sequence"
         threshold = part.threshold[..., None] if by_sequence else part.threshold
         return soft_weights(part.ranked, part.competing, threshold, self.settings.temperature)

@@ -50,6 +50,7 @@ def plan_k(valid_counts: Tensor, ratio: float) -> Tensor:
     """
     # In float64, which holds every count of tokens exactly.
     k = (valid_counts.double() * ratio + 0.5).floor().long()
+    # At least 1, so that a small pool is not left out of the loss.
     return torch.maximum(k, (valid_counts > 0).long())
 
 
@@ -69,6 +70,7 @@ def plan_pools(
     Returns:
         int64 `[P]`, equal on all ranks.
     """
+    # Both counts in one all-reduce: k of the sum is not the sum of the ranks' k.
     own_P2 = torch.stack([torch.stack([part.sum(), own_k(part, ratio, scope)]) for part in valid])
     valid_P, k_P = Ranks(group).sum(own_P2).unbind(-1)
     return plan_k(valid_P, ratio) if scope == "global" else k_P
@@ -111,6 +113,7 @@ def select_tokens(
     """
     check_arguments(scores, valid, ratio, scope, position)
     mask, threshold = keep_highest(scores, valid, ratio, scope=scope, group=group, position=position)
+    # Summed in every scope, so that logs show the same numbers on all ranks.
     counts = torch.stack([mask.sum(), valid.sum(), (valid & scores.isnan()).sum()])
     num_selected, num_valid, num_nan = Ranks(group).sum(counts).unbind()
     return Selection(mask, mask.float(), threshold, num_selected, num_valid, num_nan)
@@ -139,6 +142,7 @@ def keep_highest(
     ranks = Ranks(group, alone=scope == "rank")
     competing = valid if among is None else valid & among
     num_valid, num_competing = ranks.sum(torch.stack([valid.sum(), competing.sum()])).unbind()
+    # The divisor was planned from all valid tokens, so k must not shrink with the tokens that compete.
     k = torch.minimum(plan_k(num_valid, ratio), num_competing)
     return _keep_over_ranks(keys, competing, k, position, ranks)
 
@@ -167,6 +171,7 @@ def score_quantiles(
     """
     ranks = Ranks(group)
     num_valid = ranks.sum(valid.sum()) if num_valid is None else num_valid
+    # The search needs k of at least 1; without a valid score, the result is replaced below.
     k_K = torch.stack([plan_k(num_valid, 1 - q) for q in quantiles]).clamp(min=1)
     found = kth_largest(order_key(scores)[valid], k_K, ranks)
     return score_of_key(found.key).where(num_valid > 0, torch.nan)
@@ -206,8 +211,10 @@ def _default_position(keys: Tensor, ranks: Ranks) -> Tensor:
 def _keep_per_sequence(keys: Tensor, valid: Tensor, ratio: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keep the highest keys of each last dimension on its own, without communication."""
     k = plan_k(valid.sum(-1, keepdim=True), ratio)
+    # Below the key of NaN, which is 0.
     keys = keys.masked_fill(~valid, -1)
     if position is not None:
+        # Sorted by position first: the stable sort by key then leaves ties in this order.
         by_position = position.argsort(dim=-1)
         ordered = keys.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
         order = by_position.gather(-1, ordered)
@@ -279,4 +286,5 @@ def selected_loss(loss: Tensor, selection: Selection) -> Tensor:
 
 def weighted_loss(loss: Tensor, weights: Tensor) -> Tensor:
     """Return `sum(weights * loss)`, 0-dim float32; an infinite loss of weight 0 leaves no NaN in it."""
+    # masked_fill, because 0 * inf is NaN, in the loss and in its gradient.
     return (loss.masked_fill(weights == 0, 0.0) * weights).sum()

@@ -85,6 +85,7 @@ class CausalLanguageModeling:
         self._group = group
 
     def plan(self, pools: list[Batch]) -> Tensor:
+        # All N tokens of the CLM loss (Rho-1, equation 2), over all ranks.
         return all_reduce_sum(torch.stack([pool.valid_BT.sum() for pool in pools]), self._group)
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
@@ -121,11 +122,14 @@ class SelectiveLanguageModeling:
         self._group = group
 
     def plan(self, pools: list[Batch]) -> Tensor:
+        # k counts the tokens that compete: those without context count toward neither side of the ratio.
         competing = [competing_tokens(pool, self._min_context) for pool in pools]
         return self._rule.plan(competing, self._ratio, group=self._group)
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
-        competing_BT, position_BT = competing_tokens(pool, self._min_context), pool.token_position_BT
+        competing_BT = competing_tokens(pool, self._min_context)
+        # Ties go to the earlier sample of the run's order, so the selection is the same on any number of ranks.
+        position_BT = pool.token_position_BT
         # A faulty score raises on every rank alike, because all ranks run the same function.
         selection = agreed(
             lambda: self._rule.choose(signals, competing_BT, self._ratio, group=self._group, position=position_BT)

@@ -1,4 +1,4 @@
-"""Whole sequences chosen online: each rank keeps the best of its own candidates, and all else is as ever."""
+"""The online choice of whole sequences: each rank trains on the best of its own candidates."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_the_highest_rows_are_kept_in_their_order_and_ties_go_to_the_earlier(
 
 
 def run_and_choose(world: World, case: Case) -> dict[str, Any]:
-    """What a run did, and on each rank every candidate's mean excess loss as a loop over its tokens finds it."""
+    """Return the records of a run, and the mean excess loss of each candidate of this rank by a loop over its tokens."""
     result = run_steps(world, case)
     times, accumulation = case.candidates or 1, len(result["ranked"]) // case.steps
     means: list[dict[int, float]] = []
@@ -53,7 +53,7 @@ def run_and_choose(world: World, case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize("pool", ["micro_step", "step"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_each_rank_trains_on_the_best_of_its_own_candidates(world_size: int, pool: str) -> None:
-    """Two micro-steps of b samples a rank out of 3b; some candidates have no valid token at all."""
+    """Two micro-steps choose b samples per rank out of 3b; some candidates have no valid token."""
     case = Case(steps=2, micro_batch_size=2, global_batch_size=4 * world_size, candidates=3, pool=pool, stage=None)
     ranks = run_ranks(run_and_choose, world_size, case)
     best: list[set[int]] = [set() for _ in range(case.steps)]
@@ -108,7 +108,7 @@ def own_number(signals: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_the_score_of_the_run_ranks_and_needs_no_model() -> None:
-    """By the numbers that belong to the samples, whatever the models say."""
+    """The score is random, and depends on the samples alone."""
     case = Case(steps=1, micro_batch_size=2, candidates=4, score=f"{__name__}:own_number", stage=None)
     wilder = replace(case, model=case.model | {"initializer_range": 0.4})
     one, other = (run_ranks(without_ranked, 2, of)[0]["chosen"] for of in (case, wilder))

@@ -1,4 +1,4 @@
-"""The harness itself: a test that cannot fail on a rank proves nothing."""
+"""The harness itself: a failure on any rank fails the test."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The histogram of the excess loss is that of all ranks' tokens."""
+"""The histogram of the excess loss, over the tokens of all ranks."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ LENGTH = 50
 
 
 def pool_of(world: World, number: int, empty: bool) -> tuple[Batch, dict[str, torch.Tensor]]:
-    """A batch whose size, valid tokens and losses differ from rank to rank; some losses lie on a bin's edge."""
+    """Return a batch whose size, valid tokens and losses differ between ranks; some losses lie on the edge of a bin."""
     draw = torch.Generator().manual_seed(100 * number + world.rank)
     shape = (1 + world.rank, LENGTH)
     valid = torch.rand(shape, generator=draw) < 0.3 + 0.2 * world.rank

@@ -1,4 +1,4 @@
-"""A second loss column beside the cross-entropy: only the model's forward and the objective know of it."""
+"""A second loss column beside the cross-entropy: only the model's forward and the objective change for it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The engine against a loop that anyone would write: full logits, one process, a sort, nothing of this package."""
+"""The engine against a plain loop: full logits, one process, a sort, and nothing of this package."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ CASE = Case(steps=10, micro_batch_size=2, global_batch_size=8)
 
 
 def plain_loop(_: World, start: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Selective language modeling in thirty lines: `start` and `reference` are weights."""
+    """Train by selective language modeling in thirty lines; `start` and `reference` are weights."""
     config = AutoConfig.for_model(**TINY_LLAMA)
     student, teacher = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     student.load_state_dict({name.removeprefix("lm."): weight for name, weight in start.items()})
@@ -48,7 +48,7 @@ def plain_loop(_: World, start: dict[str, torch.Tensor], reference: dict[str, to
 
 
 def reference_weights(world: World) -> dict[str, torch.Tensor]:
-    """What `tests.steps.make_reference` initialises."""
+    """Return the weights that `tests.steps.make_reference` initialises."""
     from megatron_slm.backend.plain import PlainBackend
     from megatron_slm.models.causal_lm import initialize_weights
     from tests.steps import make_student

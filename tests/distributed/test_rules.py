@@ -26,7 +26,7 @@ def cases() -> list[Case]:
 
 
 def dealt(case: Case, size: int) -> list[list[int]]:
-    """Rows of each rank: unequal runs, some of them empty."""
+    """Return the rows of each rank: runs of different lengths, some of them empty."""
     rows, chance = list(range(len(case.valid))), random.Random(size)
     cuts = [0, *sorted(chance.choices(range(len(rows) + 1), k=size - 1)), len(rows)]
     return [rows[first:last] for first, last in itertools.pairwise(cuts)]
@@ -45,7 +45,7 @@ def choose_case(case: Case, rows: list[int]) -> dict[str, torch.Tensor]:
 
 @cache
 def answers(size: int) -> list[list[dict[str, torch.Tensor]]]:
-    """For each case, what each rank answered."""
+    """Return the answer of each rank for each case."""
     return list(zip(*run_ranks(choose_cases, size), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The same scores on any number of ranks: one selection, bit for bit, and that of a sort."""
+"""The same scores on any number of ranks give the same selection, bit for bit, and that of a sort."""
 
 import math
 import random
@@ -20,7 +20,7 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 @dataclass(frozen=True)
 class Case:
-    """A pool, and how it is dealt to the ranks.
+    """A pool, and its split over the ranks.
 
     `cuts` are where rank 1, 2 and 3 begin, as shares of the pool: for fewer ranks the later ones
     do not count, so ranks differ in size and some are empty. `positions` None deals in this order
@@ -35,7 +35,7 @@ class Case:
     positions: torch.Tensor | None = None
 
     def held(self, rank: int, size: int) -> torch.Tensor:
-        """Indices of the tokens of one rank."""
+        """Return the indices of the tokens of one rank."""
         everything = torch.arange(len(self.scores))
         if self.positions is not None:
             return everything[rank::size]
@@ -108,7 +108,7 @@ def select_case(case: Case, world: World, scope: str) -> dict[str, torch.Tensor]
 
 @cache
 def answers(size: int, scope: str) -> list[list[dict[str, torch.Tensor]]]:
-    """For each case, what each rank answered."""
+    """Return the answer of each rank for each case."""
     return list(zip(*run_ranks(select_cases, size, scope), strict=True))
 
 
@@ -120,7 +120,7 @@ def joined_mask(case: Case, ranks: list[dict[str, torch.Tensor]]) -> torch.Tenso
 
 
 def expected_selection(case: Case, indices: torch.Tensor) -> tuple[set[int], float]:
-    """The sort's selection among the tokens at `indices`."""
+    """Return the selection of a sort among the tokens at `indices`."""
     positions = indices if case.positions is None else case.positions[indices]
     chosen, threshold = sorted_selection(
         case.scores[indices].tolist(), case.valid[indices].tolist(), positions.tolist(), case.ratio
@@ -173,7 +173,7 @@ def test_a_narrow_scope_sorts_the_scores_of_one_rank_and_counts_those_of_all(sco
 
 
 def select_in_pairs(world: World) -> list[tuple[bool, ...]]:
-    """Two groups that select at once, one of them of scores that are all below the other's."""
+    """Two groups select at once, and all scores of one are below those of the other."""
     pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
     scores = torch.arange(4.0) + 4 * world.rank
     selection = select_tokens(scores, torch.ones(4).bool(), 0.5, group=pairs[world.rank // 2])

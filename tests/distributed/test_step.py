@@ -1,4 +1,4 @@
-"""The optimizer step is one function of its samples, however they are dealt to ranks and micro-steps."""
+"""The optimizer step depends on its samples alone, not on how they are dealt to ranks and micro-steps."""
 
 import math
 from dataclasses import replace

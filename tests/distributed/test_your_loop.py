@@ -1,4 +1,4 @@
-"""The loops in examples/your_loop: on several ranks, with unequal counts, they do what one rank does with a sort."""
+"""The loops in examples/your_loop: several ranks with unequal counts equal one rank with a sort."""
 
 import importlib.util
 import runpy
@@ -36,7 +36,7 @@ def toy(seed: int) -> nn.Sequential:
 
 
 def texts(micro_steps: int = 2, samples: int = 6) -> list[tuple[Tensor, Tensor]]:
-    """Micro-batches of all ranks; valid tokens are ragged, and none in the first sample."""
+    """Return the micro-batches of all ranks; the number of valid tokens differs, and the first sample has none."""
     chance = torch.Generator().manual_seed(3)
     batches = []
     for _ in range(micro_steps):
@@ -47,7 +47,7 @@ def texts(micro_steps: int = 2, samples: int = 6) -> list[tuple[Tensor, Tensor]]
 
 
 def part(world: World, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """This rank's samples of each micro-batch."""
+    """Return this rank's samples of each micro-batch."""
     return [
         tuple(column.tensor_split(world.size)[world.rank] for column in batch)  # type: ignore[misc]
         for batch in batches
@@ -55,7 +55,7 @@ def part(world: World, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tenso
 
 
 def sorted_gradient() -> Tensor:
-    """Of the summed loss of the highest 60 % of each micro-batch, divided once."""
+    """Return the gradient of the summed loss of the highest 60 % of each micro-batch, divided once."""
     student, reference = toy(1), toy(2)
     total, count = torch.zeros(()), 0
     for tokens, valid in texts():
@@ -112,7 +112,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def plain_weights(_: World, rule: str, micro_steps: int) -> dict[str, Any]:
-    """What six micro-batches, so many a step, make of a model by the plain loop and SGD."""
+    """Return the weights after six micro-batches, so many per step, by the plain loop with SGD."""
     student, reference = causal_lm(1), causal_lm(2)
     start, losses = weights(student), []
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -127,7 +127,7 @@ def plain_weights(_: World, rule: str, micro_steps: int) -> dict[str, Any]:
 
 
 def hugging_face_weights(world: World, rule: str, folder: str, micro_steps: int) -> dict[str, Any]:
-    """The same by Hugging Face's Trainer, and its loss on all tokens beside that of the Trainer itself."""
+    """Return the same by Hugging Face's Trainer, and its loss on all tokens beside that of the unchanged Trainer."""
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
 
@@ -168,7 +168,7 @@ def hugging_face_weights(world: World, rule: str, folder: str, micro_steps: int)
 def test_hugging_faces_trainer_takes_the_steps_of_the_plain_loop(
     rule: str, micro_steps: int, ranks: int, tmp_path: Path
 ) -> None:
-    """With four of six micro-batches a step, the last step has only two."""
+    """With four micro-batches per step, the last of six has only two."""
     plain = run_ranks(plain_weights, 1, rule, micro_steps)[0]
     moved = (plain["weights"] - plain["start"]).norm()
     for found in run_ranks(hugging_face_weights, ranks, rule, str(tmp_path), micro_steps):
@@ -179,7 +179,7 @@ def test_hugging_faces_trainer_takes_the_steps_of_the_plain_loop(
 
 
 def steps_of_a_stream(_: World, folder: str) -> int:
-    """Three steps an epoch, and five are wanted: the Trainer asks for batches where there are none."""
+    """An epoch has three steps and five are wanted, so the Trainer asks for batches beyond the end."""
     from torch.utils.data import IterableDataset
     from transformers import TrainingArguments
 

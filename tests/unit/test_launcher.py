@@ -1,4 +1,4 @@
-"""Which rank a process is, as each launcher says it, and which sets of variables are refused."""
+"""The rank of a process by the variables of each launcher, and the sets of variables that are refused."""
 
 import pytest
 

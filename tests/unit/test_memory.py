@@ -1,4 +1,4 @@
-"""The estimate of a rank's memory, against what PyTorch itself keeps."""
+"""The estimate of a rank's memory, against the tensors that PyTorch keeps."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def make(name: str, layers: int) -> PretrainedConfig:
 
 
 def really_kept(name: str, layers: int, samples: int, seq_length: int) -> int:
-    """Bytes of all tensors, weights aside, that a real forward saves for its backward."""
+    """Return the bytes of all tensors, without weights, that a real forward keeps for its backward."""
     model = AutoModelForCausalLM.from_config(make(name, layers))
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Going back loses nothing, whenever it is cut off."""
+"""A rollback loses nothing, whenever it is interrupted."""
 
 import json
 import shutil
@@ -42,34 +42,36 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def go_back(run_dir: Path, step: int) -> None:
+def roll_back_to(run_dir: Path, step: int) -> None:
     roll_back(run_dir, CheckpointStore(run_dir / "checkpoints", ALONE), step, ALONE)
 
 
-def standing(run_dir: Path) -> list[int]:
+def published_steps(run_dir: Path) -> list[int]:
     return [int(path.name[5:]) for path in list_checkpoints(run_dir / "checkpoints")]
 
 
 def weights(run_dir: Path) -> list[str]:
-    """Of all checkpoints, wherever they are."""
+    """Return the weights of all checkpoints, wherever they are."""
     return sorted(path.read_text() for path in run_dir.rglob("weights"))
 
 
 def test_what_came_after_is_moved_aside_with_its_records(run_dir: Path) -> None:
     before = weights(run_dir)
-    go_back(run_dir, 10)
+    roll_back_to(run_dir, 10)
     aside = run_dir / "rolled-back" / "0001"
-    assert standing(run_dir) == [5, 10] and (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(10)
+    assert published_steps(run_dir) == [5, 10] and (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(
+        10
+    )
     assert {path.name for path in aside.glob("step_*")} == {checkpoint_name(step) for step in (15, 20, 25)}
     assert (aside / "metrics.jsonl").read_text() == "".join(LINES[10:]) + '{"step": 21, "lo'
     assert (aside / "spikes.jsonl").read_text() == LINES[12]
     assert weights(run_dir) == before
     (run_dir / "metrics.jsonl").write_text("".join(LINES[:10]))
     (run_dir / "spikes.jsonl").unlink()
-    go_back(run_dir, 10)
+    roll_back_to(run_dir, 10)
     assert [path.name for path in (run_dir / "rolled-back").iterdir()] == ["0001"]
-    go_back(run_dir, 5)
-    assert standing(run_dir) == [5] and (run_dir / "rolled-back" / "0002" / checkpoint_name(10)).exists()
+    roll_back_to(run_dir, 5)
+    assert published_steps(run_dir) == [5] and (run_dir / "rolled-back" / "0002" / checkpoint_name(10)).exists()
     assert weights(run_dir) == before
 
 
@@ -77,7 +79,7 @@ def test_what_came_after_is_moved_aside_with_its_records(run_dir: Path) -> None:
 def test_a_kill_at_any_moment_loses_nothing_and_asking_again_finishes(
     run_dir: Path, moment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files of records, three checkpoints, and `latest`: killed before each is touched."""
+    """The run has two files of records, three checkpoints and `latest`; it is killed before each is changed."""
     before, left = weights(run_dir), [moment]
 
     def dies(work: Any) -> Any:
@@ -93,34 +95,34 @@ def test_a_kill_at_any_moment_loses_nothing_and_asking_again_finishes(
         patch.setattr(rollback, "write_durably", dies(rollback.write_durably))  # type: ignore[attr-defined]
         patch.setattr(shutil, "move", dies(shutil.move))
         with pytest.raises(KeyboardInterrupt):
-            go_back(run_dir, 10)
+            roll_back_to(run_dir, 10)
     assert weights(run_dir) == before
     assert (run_dir / "metrics.jsonl").read_text().startswith("".join(LINES))
     newest = CheckpointStore(run_dir / "checkpoints", ALONE).newest()
     assert newest is not None and int(newest.name[5:]) == {4: 15, 5: 10}.get(moment, 20)
-    go_back(run_dir, 10)
-    assert standing(run_dir) == [5, 10] and weights(run_dir) == before
+    roll_back_to(run_dir, 10)
+    assert published_steps(run_dir) == [5, 10] and weights(run_dir) == before
     assert (run_dir / "checkpoints" / "latest").read_text() == checkpoint_name(10)
 
 
-def test_a_damaged_checkpoint_is_not_gone_back_to(run_dir: Path) -> None:
+def test_a_rollback_to_a_damaged_checkpoint_is_refused(run_dir: Path) -> None:
     (run_dir / "checkpoints" / checkpoint_name(10) / "weights").write_text("else")
     with pytest.raises(AgreedError) as caught:
-        go_back(run_dir, 10)
+        roll_back_to(run_dir, 10)
     assert (caught.value.setting, caught.value.value) == ("--rollback", 10) and "damaged" in caught.value.reason
-    assert standing(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
+    assert published_steps(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
 
 
 @pytest.mark.parametrize("line", ["garbage\n", "[1]\n", "{}\n"])
-def test_records_that_are_none_are_named_and_nothing_is_moved(run_dir: Path, line: str) -> None:
+def test_a_line_that_is_not_a_record_is_reported_and_nothing_is_moved(run_dir: Path, line: str) -> None:
     (run_dir / "metrics.jsonl").write_text(LINES[0] + line)
     with pytest.raises(AgreedError) as caught:
-        go_back(run_dir, 10)
+        roll_back_to(run_dir, 10)
     assert caught.value.value == str(run_dir) and "metrics.jsonl" in caught.value.reason
-    assert standing(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
+    assert published_steps(run_dir) == list(STEPS) and not (run_dir / "rolled-back").exists()
 
 
-def test_what_there_is_to_go_back_to_is_listed(run_dir: Path) -> None:
+def test_the_steps_with_a_checkpoint_are_listed(run_dir: Path) -> None:
     refuse_missing_checkpoint(run_dir / "checkpoints", 15)
     with pytest.raises(UserError) as caught:
         refuse_missing_checkpoint(run_dir / "checkpoints", 25)
@@ -129,9 +131,7 @@ def test_what_there_is_to_go_back_to_is_listed(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_launcher_that_starts_a_run_again_does_not_take_it_back_again(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_a_launcher_restarts_is_not_rolled_back_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "0")
     assert _rollback(10) == 10
     monkeypatch.setenv(name, "1")
@@ -158,7 +158,7 @@ def test_copies_with_other_names_are_never_read_moved_or_removed(run_dir: Path) 
     assert saved_steps(checkpoints) == [5, 10, 15, 20]
     (checkpoints / "latest").unlink()
     assert saved_steps(checkpoints) == [5, 10, 15, 20, 25]
-    go_back(run_dir, 10)
+    roll_back_to(run_dir, 10)
     assert saved_steps(checkpoints) == [5, 10]
     store = CheckpointStore(checkpoints, ALONE, keep=1)
     store.save(FileEngine(), {"step": 11})  # type: ignore[arg-type]

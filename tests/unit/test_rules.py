@@ -50,8 +50,8 @@ def test_a_score_rises_and_falls_with_the_columns_that_its_description_names(nam
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 1 << 32))
-def test_any_rule_on_any_pool_is_what_sorts_and_loops_say(seed: int):
-    """From seeds: Hypothesis's own draws of a whole pool repeat themselves, and meet few rules."""
+def test_any_rule_on_any_pool_equals_sorts_and_loops(seed: int):
+    """Cases are drawn from seeds, because Hypothesis's draws of a whole pool repeat themselves and reach few rules."""
     case = random_case(random.Random(seed))
     mask, weights, planned = expected(case, [list(range(len(case.valid)))])
     rule = Rule(case.settings)
@@ -68,6 +68,7 @@ def test_any_rule_on_any_pool_is_what_sorts_and_loops_say(seed: int):
         assert selection.weights.double().sum().item() == pytest.approx(planned, rel=1e-6)
 
 
+@settings(deadline=None)
 @given(st.randoms(use_true_random=False))
 def test_the_plain_rule_is_select_tokens(chance: random.Random):
     case = random_case(chance)
@@ -89,7 +90,7 @@ def both_ways(combine: str, ratio: float = 0.25) -> Rule:
     return Rule(SelectionSettings(combine=combine, of=of, ratio=0.5))
 
 
-def test_a_union_and_an_intersection_weigh_as_much_as_was_planned():
+def test_the_weights_of_a_union_and_of_an_intersection_sum_to_the_plan():
     signals = signals_of([[4.0, 3.0, 2.0, 1.0]], [[3.0, 4.0, 1.0, 2.0]])
     valid = torch.ones(1, 4).bool()
     union = both_ways("union").choose(signals, valid)
@@ -99,7 +100,7 @@ def test_a_union_and_an_intersection_weigh_as_much_as_was_planned():
     assert union.threshold.isnan() and union.num_selected == 2
 
 
-def test_an_empty_intersection_weighs_nothing_and_leaves_no_nan():
+def test_an_empty_intersection_has_no_weight_and_no_nan():
     signals = signals_of([[4.0, 3.0, 2.0, 1.0]], [[1.0, 2.0, 3.0, 4.0]])
     selection = both_ways("intersection").choose(signals, torch.ones(1, 4).bool())
     assert not selection.mask.any() and selection.weights.tolist() == [[0.0] * 4]
@@ -110,7 +111,7 @@ def test_an_empty_intersection_weighs_nothing_and_leaves_no_nan():
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_draw_is_without_replacement_in_proportion_to_the_exponential(count):
-    """Plackett-Luce: the chance of each ordered draw is known; 20,000 draws of 3 tokens come near to it."""
+    """The probability of each ordered draw is known (Plackett-Luce); 20,000 draws of 3 tokens approach it."""
     score, temperature, draws = torch.tensor([0.0, 1.0, 2.0]), 0.7, 20_000
     rule = Rule(
         SelectionSettings(score="student_loss", scope="sequence", weighting="stochastic", temperature=temperature)
@@ -130,7 +131,7 @@ def test_a_draw_is_without_replacement_in_proportion_to_the_exponential(count):
         assert abs(found - chance) < 4 * math.sqrt(chance * (1 - chance) / draws)
 
 
-def test_cold_soft_weights_are_hard_and_hot_ones_are_equal():
+def test_soft_weights_are_hard_at_low_temperature_and_equal_at_high_temperature():
     signals = {"student.loss": torch.randn(8, 16, generator=torch.Generator().manual_seed(0))}
     valid = torch.ones(8, 16).bool()
     hard = Rule(SelectionSettings(score="student_loss", ratio=0.5)).choose(signals, valid)
@@ -147,7 +148,7 @@ def test_cold_soft_weights_are_hard_and_hot_ones_are_equal():
 
 
 @pytest.mark.parametrize("weighting", ["hard", "stochastic", "soft"])
-def test_the_gradient_of_each_token_is_its_weight_times_what_comes_from_above(weighting):
+def test_the_gradient_of_each_token_is_its_weight_times_the_upstream_gradient(weighting):
     loss = torch.rand(4, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
     signals = {"student.loss": loss.detach(), "uniform": token_uniform(1, torch.arange(4), 8)}
     rule = Rule(SelectionSettings(score="student_loss", ratio=0.5, weighting=weighting))
@@ -176,7 +177,7 @@ def test_whole_sequences_are_kept_and_empty_ones_never_compete():
     assert selection.weights.sum() == 3 and selection.threshold == 1.0
 
 
-def test_tokens_are_taken_from_the_highest_sequences_as_many_as_were_planned():
+def test_as_many_tokens_as_planned_are_selected_from_the_highest_sequences():
     signals = signals_of([[5.0, 5.0, 0.0, 0.0], [9.0, 0.0, 0.0, 0.0], [3.0, 3.0, 3.0, 3.0], [1.0, 1.0, 1.0, 1.0]])
     rule = Rule(SelectionSettings(score="student_loss", ratio=0.25, unit="both", sequence_ratio=0.5))
     selection = rule.choose(signals, torch.ones(4, 4).bool())
@@ -186,7 +187,7 @@ def test_tokens_are_taken_from_the_highest_sequences_as_many_as_were_planned():
     assert more.num_selected == 8 and more.weights.max() == 1.5
 
 
-def test_nan_scores_weigh_nothing_under_soft_weights():
+def test_nan_scores_have_no_soft_weight():
     rule = Rule(SelectionSettings(score="student_loss", ratio=1.0, weighting="soft"))
     selection = rule.choose(signals_of([[NAN, 1.0, -INF, INF]]), torch.ones(1, 4).bool())
     assert selection.weights[0, 0] == 0 and selection.weights.sum() == 4 and selection.num_nan == 1
@@ -194,7 +195,7 @@ def test_nan_scores_weigh_nothing_under_soft_weights():
     assert nothing.weights.tolist() == [[0.0, 0.0]]
 
 
-def test_a_rule_needs_what_its_scores_need_and_a_draw_its_random_numbers():
+def test_a_rule_needs_the_signals_of_its_scores_and_a_draw_random_numbers():
     of = [RankedScore("excess", 0.5), RankedScore("reference_entropy", 0.5)]
     rule = Rule(SelectionSettings(combine="union", of=of, weighting="stochastic"))
     assert rule.needs == ("student.loss", "reference.loss", "reference.entropy", "uniform")

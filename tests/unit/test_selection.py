@@ -1,4 +1,4 @@
-"""The selection core in one process, against a sort in plain Python."""
+"""Selection in one process, against a sort in plain Python."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ AWKWARD = (0.0, -0.0, INF, -INF, NAN, -NAN, SMALLEST, -SMALLEST, 2.0**-126, LARG
 
 
 def sorted_selection(scores: list[float], valid: list[bool], positions: list[int], ratio: float):
-    """The definition, as a sort: (indices that are selected, the lowest selected score)."""
+    """Return the indices and the lowest score that a sort selects, by the definition."""
 
     def place(index: int) -> tuple[bool, float, int]:
         value = scores[index]
@@ -133,7 +133,7 @@ def test_minus_zero_ties_with_zero():
     assert selection.mask.tolist() == [True, True, False, False]
 
 
-def test_nan_is_kept_after_minus_infinity_and_counted():
+def test_nan_is_selected_after_minus_infinity_and_counted():
     scores, valid = torch.tensor([NAN, -INF, NAN, 1.0]), torch.ones(4).bool()
     assert select_tokens(scores, valid, 0.5).mask.tolist() == [False, True, False, True]
     last = select_tokens(scores, valid, 0.75)
@@ -150,7 +150,7 @@ def test_no_score_of_an_invalid_token_competes():
 
 @pytest.mark.parametrize("shape", [(0,), (3,), (2, 0), (2, 3)])
 @pytest.mark.parametrize("scope", ["global", "rank", "sequence"])
-def test_where_nothing_is_valid_nothing_is_selected_and_the_threshold_is_nan(shape, scope):
+def test_without_a_valid_token_nothing_is_selected_and_the_threshold_is_nan(shape, scope):
     selection = select_tokens(torch.ones(shape), torch.zeros(shape).bool(), 0.6, scope=scope)
     assert not selection.mask.any()
     assert selection.threshold.isnan().all()
@@ -221,7 +221,7 @@ def test_a_ratio_outside_zero_to_one_is_refused_with_its_value(ratio):
     assert caught.value.setting == "ratio" and caught.value.value is ratio
 
 
-def test_arguments_that_do_not_fit_are_refused():
+def test_invalid_arguments_are_refused():
     ones, valid = torch.ones(3), torch.ones(3).bool()
     with pytest.raises(ValueError, match="one shape"):
         select_tokens(ones, torch.ones(4).bool(), 0.5)
@@ -247,7 +247,7 @@ def test_the_selected_loss_and_its_gradient_equal_a_sum_over_the_selected():
 
 
 @pytest.mark.parametrize("bad", [INF, -INF, NAN])
-def test_an_unselected_loss_that_is_not_finite_leaves_no_trace(bad):
+def test_an_unselected_loss_that_is_not_finite_has_no_effect(bad):
     inner = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     loss = inner * torch.tensor([1.0, bad, 1.0])
     selection = select_tokens(torch.tensor([3.0, 1.0, 2.0]), torch.ones(3).bool(), 0.6)
@@ -257,13 +257,13 @@ def test_an_unselected_loss_that_is_not_finite_leaves_no_trace(bad):
     assert gradient.tolist() == [1.0, 0.0, 1.0]
 
 
-def test_nothing_selected_gives_a_zero_that_can_be_differentiated():
+def test_an_empty_selection_has_a_zero_loss_with_a_gradient():
     loss = torch.ones(3, requires_grad=True)
     selected_loss(loss, select_tokens(loss, torch.zeros(3).bool(), 0.5)).backward()
     assert loss.grad.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_uniform_numbers_belong_to_the_token_and_not_to_the_batch():
+def test_uniform_numbers_depend_on_the_token_and_not_on_the_batch():
     samples = torch.tensor([5, 0, 10**12, 7])
     whole = token_uniform(3, samples, 16)
     assert torch.equal(whole, torch.cat([token_uniform(3, part, 16) for part in samples.split([1, 3])]))
@@ -282,7 +282,7 @@ def test_uniform_numbers_are_uniform_and_lie_inside_zero_to_one():
     assert ((values.double() * 2**24) % 2 == 1).all()
 
 
-def test_uniform_numbers_of_neighbours_and_of_seeds_have_nothing_to_do_with_each_other():
+def test_uniform_numbers_of_neighbours_and_of_seeds_are_uncorrelated():
     values = token_uniform(0, torch.arange(256), 512).double() - 0.5
     other = token_uniform(1, torch.arange(256), 512).double() - 0.5
     for left, right in ((values[:-1], values[1:]), (values[:, :-1], values[:, 1:]), (values, other)):
@@ -307,7 +307,7 @@ def user_module(tmp_path, monkeypatch):
     sys.modules.pop("my_scores", None)
 
 
-def test_a_score_may_live_in_anyones_package(user_module):
+def test_a_score_can_be_in_a_package_of_the_user(user_module):
     found = find_score(f"{user_module}:confident")
     assert found.needs == ("student.entropy",)
     assert found({"student.entropy": torch.tensor([[1.0]])}).item() == -1.0

@@ -1,4 +1,4 @@
-"""Which losses are spikes."""
+"""The detection of loss spikes."""
 
 import json
 import math
@@ -16,7 +16,7 @@ NOISE = np.random.default_rng(0).normal(0, 0.1, 400)
 
 
 def run(losses: list[float], path: Path | None, state: RunState, sigma: float = 6.0) -> list[int]:
-    """Counted spikes after each step; the state goes on from where it stands."""
+    """Return the number of spikes after each step; the state continues from its last step."""
     spikes, counts = Spikes(path, sigma), []
     if path is not None:
         cut_back(path, state.step)  # as every start of a run does

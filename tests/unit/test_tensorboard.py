@@ -1,4 +1,4 @@
-"""What TensorBoard gets, read back from the event files."""
+"""The content of the event files for TensorBoard, read back."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ CONFIGURATION = "run_dir: runs/a\nmodel: {path: '<script>alert(1)</script> **x**
 
 
 def train(folder: Path, first: int, last: int) -> None:
-    """Steps `first` to `last`, with a histogram every second one; the process then dies without closing."""
+    """Write steps `first` to `last` with a histogram every second step, and leave the writer open, as when killed."""
     state = RunState(Plan(100, 1, 8, 1, 100, 100), step=first - 1)
     writer = open_event_files(folder, state.step)
     callbacks = [ExcessHistogram(2, writer), TensorBoard(writer, CONFIGURATION, ["math"])]
@@ -44,7 +44,7 @@ def read(folder: Path) -> Any:
 
 
 def charts(tags: list[str]) -> dict[str, list[str]]:
-    """The tags in each chart."""
+    """Return the tags in each chart."""
     found = {title: chart[1] for charts in layout(tags).values() for title, chart in charts.items()}
     return {
         title: [tag for tag in tags if any(re.match(pattern, tag) for pattern in patterns)]
@@ -86,7 +86,7 @@ def test_the_layout_is_in_the_event_files_and_knows_what_will_be_evaluated(tmp_p
 
 
 def test_quantiles_that_are_not_defined_yet_have_their_chart(tmp_path: Path) -> None:
-    """All tokens count at first, and no reference is run: the layout is written once, by the first record."""
+    """All tokens count at first, without a reference, but the layout is written only once, with the first record."""
     writer = open_event_files(tmp_path, 0)
     record = {"loss/all": 1.0, "excess/q50": None, "mfu": None}
     callback = TensorBoard(writer, CONFIGURATION, [])
@@ -127,7 +127,7 @@ def test_the_configuration_is_shown_as_it_is(tmp_path: Path) -> None:
     assert "'&lt;script&gt;alert(1)&lt;/script&gt; **x** | `y`'" in page
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError) as caught:
         open_event_files(tmp_path / "tensorboard", 0)
@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
     assert "folder tensorboard cannot be written" in caught.value.reason
 
 
-def test_a_missing_tensorboard_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_tensorboard_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError) as caught:
         open_event_files(tmp_path, 0)
@@ -143,7 +143,7 @@ def test_a_missing_tensorboard_is_a_sentence(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_share_of_a_source_is_of_its_own_tokens() -> None:
-    """Excess loss from 1 to 8.5, above 4 selected: the last of source 0, all of source 1."""
+    """The excess loss is 1 to 8.5; tokens above 4 are selected: the last of source 0, and all of source 1."""
     result = result_of_step(1)
     state = RunState(Plan(100, 1, 8, 1, 100, 100), step=1, record={})
     StepMetrics(["web", "books"], True, (0.5,)).on_step_end(state, result)

@@ -1,4 +1,4 @@
-"""The table of tokens, as TensorBoard's own Markdown and sanitizer show it."""
+"""The table of tokens, as TensorBoard's Markdown and sanitizer render it."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -56,7 +56,7 @@ SPELLED = {"\x02klzzwxh:0001\x03": r"\u0002klzzwxh:0001\u0003", "\u202eabc": r"\
 
 
 class Page(HTMLParser):
-    """Texts of table cells, the text before the table, what was marked in it, and all tags."""
+    """The parsed page: texts of table cells, the text before the table, the marked texts, and all tags."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_selected_tokens_are_marked_and_losses_may_be_missing() -> None:
 
 
 def byte_level() -> Any:
-    """A tokenizer whose every token is one byte, as GPT-2 writes them."""
+    """Return a tokenizer of single bytes, in the alphabet of GPT-2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +132,7 @@ def byte_level() -> Any:
 
 
 def pool_of(ids: list[int], valid: int, reference: bool = True) -> ScoredPool:
-    """One sequence among others; the loss of label t is t, of the reference 1, every third is selected."""
+    """Return a pool of two sequences; label t has loss t, the reference has loss 1, and every third is selected."""
     length = len(ids) - 1
     text = torch.tensor([ids, [0] * len(ids)])
     valid_BT = (torch.arange(length) < valid).repeat(2, 1)
