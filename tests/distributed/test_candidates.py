@@ -31,7 +31,7 @@ def test_the_highest_rows_are_kept_in_their_order_and_ties_go_to_the_earlier(
 
 
 def run_and_choose(world: World, case: Case) -> dict[str, Any]:
-    """Return the records of a run, and the mean excess loss of each candidate of this rank by a loop over its tokens."""
+    """Return the records of a run, and the mean excess loss of each candidate of this rank, by a loop."""
     result = run_steps(world, case)
     times, accumulation = case.candidates or 1, len(result["ranked"]) // case.steps
     means: list[dict[int, float]] = []
