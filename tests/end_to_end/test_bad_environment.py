@@ -186,7 +186,7 @@ def test_garbled_records_that_rank_0_finds_stop_every_rank(
     garble(name)(tmp_path / "run")
     tree = finished[1] | {"run_dir": str(tmp_path / "run")}
     said = run_ranks(sentence_on_a_rank, 2, tree)
-    assert said[0] == said[1] and f"{name} holds a line that is no record" in said[0]
+    assert said[0] == said[1] and f"{name} in it has a line that is not a record" in said[0]
 
 
 def train_on_a_full_disk(world: World, tree: dict[str, Any], config: str) -> tuple[int, str]:
