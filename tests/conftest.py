@@ -42,7 +42,7 @@ def ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A sentencepiece model of 330 pieces, for the sentences of `tests/texts.py`."""
-    from megatron_slm.data.tokenizer import train_tokenizer
+    from megatron_slm.data.sentencepiece_model import train_tokenizer
     from tests.texts import sentence
 
     path = tmp_path_factory.mktemp("model") / "tokenizer.model"

@@ -26,7 +26,8 @@ import psutil
 from common import CommandCost, measure_command, option_parser
 
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from megatron_slm.data.sentencepiece_model import train_tokenizer
+from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_slm.prepare.encoding import load_encoder
 
 BATCH = 256  # documents

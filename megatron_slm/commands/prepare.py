@@ -1,16 +1,17 @@
 """Turn text into a prepared corpus: tokens, their index, and the tokenizer.
 
-A corpus is PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json (counts, sources, licences,
-checksums) and PREFIX.tokenizer/; it appears when it is complete, and an existing one is never
-overwritten. Input files are .jsonl, .ndjson or .json (a document a line), .parquet (a document a
-row), or text (a file is one document), each plain, .gz or .zst. After a kill, the same command
-goes on: input files that were finished are not encoded again. Of prompts with completions, and of
-chats, only the answers are learned from: PREFIX.mask says which tokens those are.
+A corpus is PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json (counts, sources, licenses, checksums) and
+PREFIX.tokenizer/. It appears when it is complete, and an existing corpus is never overwritten. Input files are .jsonl,
+.ndjson or .json (one document per line), .parquet (one document per row), or text (one document per file), each plain,
+.gz or .zst. After a kill, the same command resumes: finished input files are not encoded again. Of prompts with
+completions and of chats, only the answers count toward the loss: PREFIX.mask marks their tokens.
 """
 
 import argparse
 import os
 from typing import TYPE_CHECKING
+
+from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_slm.prepare.documents import Fields
@@ -21,25 +22,25 @@ _EPILOG = r"""examples:
     megatron-slm prepare --input notes.txt --train-tokenizer 8000 --output data/notes
   with the tokenizer of a chat model, whose own end token ends turns:
     megatron-slm prepare --input web/ --tokenizer T --end-token '<|endoftext|>' --output data/web
-  one corpus for each source, data/web-wikipedia, data/web-arxiv, ...:
+  one corpus per source, data/web-wikipedia, data/web-arxiv, ...:
     megatron-slm prepare --input web.parquet --by meta.source --tokenizer T --output data/web
-  a data set of the hub, streamed:
+  a data set from the hub, streamed:
     megatron-slm prepare --dataset open-web-math/open-web-math --tokenizer T --output data/owm
-  to fine-tune on: questions with answers, of which the answers count; or chats, as the tokenizer's template writes them
+  for fine-tuning: questions and answers, or chats, as the tokenizer's template writes them:
     megatron-slm prepare --input gsm8k.jsonl --format prompt-completion --prompt-key question --completion-key answer \
         --separator '\n' --tokenizer T --output data/gsm8k
     megatron-slm prepare --input chats.jsonl --format messages --tokenizer T --output data/chats
-  up to 100 bad documents left out; evaluation files looked for, report in data/web.contamination.json:
+  skip up to 100 bad documents, and report overlaps with evaluation files in data/web.contamination.json:
     megatron-slm prepare --input web/ --tokenizer T --output data/web --skip-bad 100 --contamination test.jsonl
-  shards made on several machines, put together:
+  merge shards that were made on several machines:
     megatron-slm prepare --merge shards/a shards/b --output data/web
-  a .bin/.idx that Megatron's own tools wrote, described where it lies:
+  describe, in place, a .bin/.idx pair that Megatron's own tools wrote:
     megatron-slm prepare --adopt data/old --tokenizer T
-  checksums:
+  verify checksums:
     megatron-slm prepare --output data/web --verify
 """
 _KEYS = {"--json-key": "text", "--prompt-key": "prompt", "--completion-key": "completion", "--messages-key": "messages"}
-_FORMATS = {  # the options that say something to each
+_FORMATS = {  # the options that apply to each
     "text": {"--json-key"},
     "prompt-completion": {"--prompt-key", "--completion-key", "--separator"},
     "messages": {"--messages-key"},
@@ -53,18 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
-    _add_input(parser.add_argument_group("what is read"))
-    _add_output(parser.add_argument_group("what is made of it"))
-    modes = parser.add_argument_group("corpora that are there already").add_mutually_exclusive_group()
-    modes.add_argument(
-        "--merge", metavar="PREFIX", nargs="+", help="put these corpora together, in this order, as --output"
-    )
+    _add_input(parser.add_argument_group("input"))
+    _add_output(parser.add_argument_group("output"))
+    modes = parser.add_argument_group("existing corpora").add_mutually_exclusive_group()
+    modes.add_argument("--merge", metavar="PREFIX", nargs="+", help="merge these corpora, in this order, into --output")
     modes.add_argument(
         "--adopt", metavar="PREFIX", help="describe Megatron's PREFIX.bin and PREFIX.idx, made with --tokenizer"
     )
-    modes.add_argument(
-        "--verify", action="store_true", help="write nothing; check the checksums of the corpus at --output"
-    )
+    modes.add_argument("--verify", action="store_true", help="only verify the checksums of the corpus at --output")
 
 
 def _add_input(group: argparse._ArgumentGroup) -> None:
@@ -73,23 +70,23 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         "--input",
         metavar="PATH",
         nargs="+",
-        help="files in this order, and folders, whose files are sorted",
+        help="files, read in this order, and folders, whose files are read in sorted order",
     )
-    source.add_argument("--dataset", metavar="NAME", help="a Hugging Face data set, streamed: a hub name or a folder")
-    group.add_argument("--dataset-config", metavar="C", help="its configuration, where it has several")
+    source.add_argument("--dataset", metavar="NAME", help="a Hugging Face data set, streamed; a hub name or a folder")
+    group.add_argument("--dataset-config", metavar="C", help="its configuration, if it has several")
     group.add_argument("--dataset-split", metavar="S", help="its split (default: train)")
     group.add_argument(
         "--format", choices=tuple(_FORMATS),
-        help="what a record holds: a text (default), a prompt and its completion, or the messages of a chat; of the "
-        "last two the answers alone count, in loss and selection",
+        help="content of a record: a text (default), a prompt and its completion, or the messages of a chat; of the "
+        "last two, only the answers count toward the loss and the selection",
     )  # fmt: skip
     for option, name in _KEYS.items():
-        group.add_argument(option, metavar="KEY", help=f"the field of a record that holds its {name} (default: {name})")
+        group.add_argument(option, metavar="KEY", help=f"key of a record's {name} (default: {name})")
     group.add_argument(
-        "--separator", metavar="S", help=r"written between prompt and completion; \n is a new line (default: nothing)"
+        "--separator", metavar="S", help=r"text between prompt and completion; \n is a newline (default: none)"
     )
     group.add_argument(
-        "--skip-bad", metavar="N", type=int, help="leave out up to N documents and damaged files (default: 0)"
+        "--skip-bad", metavar="N", type=int, help="skip up to N bad documents and damaged files (default: 0)"
     )
 
 
@@ -105,23 +102,23 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--end-token",
         metavar="TOKEN",
-        help="the piece of --tokenizer that ends documents, such as '<|endoftext|>' (default: its eos_token)",
+        help="piece of --tokenizer that ends documents, such as '<|endoftext|>' (default: its eos_token)",
     )
     group.add_argument(
-        "--by", metavar="FIELD", help="one corpus PREFIX-VALUE for each value of this field, such as meta.source"
+        "--by", metavar="FIELD", help="make one corpus PREFIX-VALUE per value of this field, such as meta.source"
     )
     group.add_argument(
         "--source-key",
         metavar="KEY",
-        help="the field counted as sources in PREFIX.json, or under meta (default: source)",
+        help="field to count as sources in PREFIX.json, also looked for under meta (default: source)",
     )
     group.add_argument(
         "--contamination", metavar="EVAL", nargs="+",
-        help="evaluation files: report which of their 13-word runs occur in the input, to PREFIX.contamination.json",
+        help="evaluation files; report in PREFIX.contamination.json which of their 13-word runs occur in the input",
     )  # fmt: skip
     group.add_argument(
         "--workers", metavar="N", type=int,
-        help=f"processes that encode (default: one a core, here {_cores()}); the result is the same with any number",
+        help=f"processes that encode (default: one per core, here {_cores()}); the result does not depend on them",
     )  # fmt: skip
 
 
@@ -129,7 +126,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prepare, merge, adopt or verify.
 
     Raises:
-        UserError: arguments, input or an existing corpus that the person who runs this can mend.
+        UserError: an argument, the input or an existing corpus does not work.
     """
     _check(arguments)
     if arguments.merge:
@@ -189,8 +186,6 @@ def _cores() -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from megatron_slm.errors import UserError
-
     given = {
         f"--{name.replace('_', '-')}"
         for name, value in vars(arguments).items()
@@ -199,42 +194,48 @@ def _check(arguments: argparse.Namespace) -> None:
     keys = (option.removeprefix("--").replace("-", "_") for option in _KEYS)
     for name in ("output", "tokenizer", "end_token", "by", "dataset", "source_key", *keys):
         if getattr(arguments, name) == "":
-            raise UserError(f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
+            raise UserError(f"--{name.replace('_', '-')}", "", "it is empty", "Give it a value, or remove it")
     mode = next(iter(given & _MODES), None)
     if mode:
         for option in sorted(given - {mode} - _ALLOWED[mode]):
-            raise UserError(f"{option} says nothing to {mode}: leave it out")
+            raise _inapplicable(arguments, option, mode)
         for option in sorted(_NEEDED[mode] - given):
-            raise UserError(f"{mode} needs {option}: see megatron-slm prepare --help")
+            raise UserError(option, None, f"{mode} needs it", "See megatron-slm prepare --help")
         return
     if "--output" not in given:
-        raise UserError("--output is missing: name the prefix of the corpus, such as data/corpus")
+        raise UserError("--output", None, "every corpus needs a prefix", "Set it, for example to data/corpus")
     if not given & {"--input", "--dataset"}:
-        raise UserError("--input is missing: name the files to prepare, or a data set with --dataset")
+        raise UserError("--input", None, "there is nothing to prepare", "Name files, or a data set with --dataset")
     if not given & {"--tokenizer", "--train-tokenizer"}:
-        raise UserError("no tokenizer is given: name one with --tokenizer, or train one with --train-tokenizer")
+        raise UserError("--tokenizer", None, "a corpus needs one", "Name one, or train one with --train-tokenizer")
     if given >= {"--train-tokenizer", "--end-token"}:
-        raise UserError("--end-token says nothing to --train-tokenizer, which makes a piece of its own: leave it out")
+        raise _inapplicable(arguments, "--end-token", "--train-tokenizer")
     if "--dataset" not in given and (alone := given & {"--dataset-config", "--dataset-split"}):
-        raise UserError(f"{min(alone)} says nothing to --input: leave it out, or give --dataset")
-    _check_format(arguments.format or "text", given)
+        raise _inapplicable(arguments, min(alone), "--input", "set --dataset")
+    _check_format(arguments, given)
     _check_numbers(arguments)
 
 
-def _check_format(chosen: str, given: set[str]) -> None:
-    from megatron_slm.errors import UserError
-
+def _check_format(arguments: argparse.Namespace, given: set[str]) -> None:
+    chosen = arguments.format or "text"
     for name, options in _FORMATS.items():
         if name != chosen and (others := given & options):
-            raise UserError(f"{min(others)} says nothing to --format {chosen}: leave it out, or give --format {name}")
+            raise _inapplicable(arguments, min(others), f"--format {chosen}", f"set --format {name}")
+
+
+def _inapplicable(arguments: argparse.Namespace, option: str, other: str, instead: str | None = None) -> UserError:
+    """Return the error for an option that has no meaning together with another one."""
+    value = getattr(arguments, option.removeprefix("--").replace("-", "_"))
+    remedy = f"Remove it, or {instead}" if instead else "Remove it"
+    return UserError(option, value, f"it does not apply to {other}", remedy)
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
-    from megatron_slm.errors import UserError
-
     if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers {arguments.workers} does no work: give 1 or more")
+        raise UserError("--workers", arguments.workers, "it must be above 0", "Use 1 or more")
     if arguments.train_tokenizer is not None and arguments.train_tokenizer < 1:
-        raise UserError(f"--train-tokenizer {arguments.train_tokenizer} is no vocabulary size: give for instance 8000")
+        raise UserError(
+            "--train-tokenizer", arguments.train_tokenizer, "it must be above 0", "Use a vocabulary size such as 8000"
+        )
     if arguments.skip_bad is not None and arguments.skip_bad < 0:
-        raise UserError(f"--skip-bad {arguments.skip_bad} is no number of documents: give 0 or more")
+        raise UserError("--skip-bad", arguments.skip_bad, "it must not be negative", "Use 0 or more")

@@ -67,7 +67,7 @@ class Index(NamedTuple):
 
     @property
     def item_size(self) -> int:
-        """Bytes per token."""
+        """Return the bytes per token."""
         return np.dtype(self.dtype).itemsize
 
 
@@ -170,12 +170,12 @@ class Corpus:
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
-        """The identity of the tokenizer that made the tokens."""
+        """Return the identity of the tokenizer that made the tokens."""
         return TokenizerIdentity(self.tokenizer_fingerprint, self.tokenizer_probe)
 
     @property
     def masked(self) -> bool:
-        """True if only some tokens count toward the loss."""
+        """Return True if only some tokens count toward the loss."""
         return MASK in self.sha256
 
 

@@ -1,16 +1,18 @@
-"""Sentencepiece model files, read as fast tokenizers that give the ids of sentencepiece itself.
+"""Sentencepiece models: trained, and read as fast tokenizers that give the ids of sentencepiece itself.
 
-Both must give the same ids to fixed texts and, in prepare, to a sample of the documents. They can break ties between
-segmentations of equal score differently, because sentencepiece adds scores in float32 and tokenizers in float64.
+Both forms must give the same ids for fixed texts and, in prepare, for a sample of the documents. They can break ties
+between segmentations of equal score differently, because sentencepiece adds scores in float32 and tokenizers in
+float64.
 """
 
+import io
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from megatron_slm.data.probe_texts import PROBE_TEXTS
 from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+_MAX_LINE = 4000  # characters; sentencepiece skips sentences above 4,192 bytes unless told otherwise
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 _UNIGRAM, _BPE, _WORD, _CHAR = range(1, 5)  # TrainerSpec.ModelType
@@ -25,21 +28,109 @@ _PROBE = (
     "  A café: x_1 = 12.50;\n\n\tif (a <= b) {  return 'über';  }\r\n\u00a0日本 🙂 \u0007 "
     "<s></s><unk><0x0A> e\u0301 ﬁ .  "
 )
-_INSTEAD = "give its Hugging Face folder instead"
+_INSTEAD = "Give its Hugging Face folder instead"
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, output_model: Path, *, max_lines: int = 1_000_000, seed: int = 1
+) -> None:
+    """Train a sentencepiece BPE model on ``texts`` and write it to ``output_model``.
+
+    Decoding restores the text exactly, spaces and newlines included; characters without a piece are spelled in bytes.
+    The same texts give the same model.
+
+    Args:
+        texts: to train on.
+        vocab_size: pieces.
+        output_model: file to write.
+        max_lines: lines to hold in memory, drawn from all of them.
+        seed: of the draw.
+
+    Raises:
+        UserError: the text has too few pieces for ``vocab_size``, or too many characters.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_sample(_lines(texts), max_lines, seed)),
+            model_writer=model,
+            vocab_size=vocab_size,
+            # In a small vocabulary every rare character displaces a useful piece.
+            character_coverage=0.9995 if vocab_size >= 16_000 else 0.995,
+            **_TRAINER_OPTIONS,
+        )
+    except RuntimeError as error:
+        raise UserError("--train-tokenizer", vocab_size, *_reason_and_remedy(str(error))) from error
+    output_model.write_bytes(model.getvalue())
+
+
+_TRAINER_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentence_length": 4 * _MAX_LINE,
+    "unk_id": 0,
+    "eos_id": 1,
+    "bos_id": -1,
+    "pad_id": -1,
+    "num_threads": 4,  # part of the model file, so never the machine's own number
+    "minloglevel": 2,
+}
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            yield from (line[start : start + _MAX_LINE] for start in range(0, len(line), _MAX_LINE))
+
+
+def _sample(lines: Iterable[str], count: int, seed: int) -> list[str]:
+    """Draw ``count`` lines with equal chances; sentencepiece's own draw differs from process to process."""
+    generator = random.Random(seed)
+    kept: list[str] = []
+    for number, line in enumerate(lines):
+        if number < count:
+            kept.append(line)
+        elif (place := generator.randrange(number + 1)) < count:
+            kept[place] = line
+    return kept
+
+
+def _reason_and_remedy(message: str) -> tuple[str, str]:
+    """Return the reason and the remedy of an error from an error message of sentencepiece."""
+    if "too high" in message:
+        most = message.rstrip(". ").rsplit(" ", 1)[-1]
+        return f"the text gives at most {most} pieces", f"Use {most} or less, or give more text"
+    if "smaller than required_chars" in message:
+        needed = message.split(" vs ")[-1].split(".")[0]
+        return f"the characters of the text and the 256 bytes need {needed} pieces", f"Use {needed} or more"
+    if "sentences_.empty" in message:
+        return "there is no text in the input", "Give files that hold text"
+    return f"sentencepiece fails ({message})", "Try another size, or other text"
 
 
 class Compared(NamedTuple):
-    """How much text got the same ids in both forms."""
+    """The amount of text that has the same ids in both forms."""
 
     documents: int
     characters: int
 
 
-def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
-    """Build the fast tokenizer that encodes as the sentencepiece model does.
+def read_sentencepiece(path: Path, texts: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """Build the fast tokenizer that gives the ids of a sentencepiece model.
+
+    Args:
+        path: of the model file.
+        texts: on which both must agree.
 
     Raises:
-        UserError: the file is no sentencepiece model, or the fast tokenizer would give other ids.
+        UserError: the file is not a sentencepiece model, or the fast tokenizer gives other ids.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from transformers import PreTrainedTokenizerFast
@@ -48,27 +139,27 @@ def read_sentencepiece(path: Path) -> "PreTrainedTokenizerFast":
     proto = ModelProto.FromString(processor.serialized_model_proto())
     trainer = proto.trainer_spec
     if trainer.model_type == _WORD:
-        raise UserError(f"tokenizer {path} is of the type word, which has no fast form: {_INSTEAD}")
+        raise UserError("tokenizer", path, "it is of the type word, which has no fast form", _INSTEAD)
     ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id, "eos_token": trainer.eos_id}
     named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_fast_tokenizer(proto, path), clean_up_tokenization_spaces=False, **named
     )
     symbols = [p.piece.replace(_SPACE, " ") for p in proto.pieces if p.type == _USER_DEFINED]
-    for text in (_PROBE + "x".join(symbols[:64]), *PROBE_TEXTS):
+    for text in (_PROBE + "x".join(symbols[:64]), *texts):
         if first_difference(processor, tokenizer, text) is not None:  # symbols that hold spaces, for instance
-            raise UserError(f"tokenizer {path} cannot be converted with the same ids: {_INSTEAD}")
+            raise UserError("tokenizer", path, "it cannot be converted with the same ids", _INSTEAD)
     return tokenizer
 
 
 def compare_with_sentencepiece(
     path: Path, tokenizer: "PreTrainedTokenizerFast", texts: Iterable[tuple[str, str]]
 ) -> Compared:
-    """Compare the ids of a sentencepiece model with those of the fast tokenizer that was made of it.
+    """Compare the ids of a sentencepiece model with those of its fast form.
 
     Args:
         path: of the model file.
-        tokenizer: what ``read_sentencepiece`` returned for it.
+        tokenizer: its fast form, from ``read_sentencepiece``.
         texts: pairs of a place, for messages, and a text.
 
     Raises:
@@ -79,10 +170,11 @@ def compare_with_sentencepiece(
     for place, text in texts:
         begin = first_difference(processor, tokenizer, text)
         if begin is not None:
-            raise UserError(
-                f"tokenizer {path} gives other ids in its fast form than in sentencepiece, in {place} from character "
-                f"{begin} on ({text[begin : begin + 40]!r}): {_INSTEAD}"
+            excerpt = text[begin : begin + 40]
+            reason = (
+                f"its fast form gives other ids than sentencepiece in {place}, from character {begin} ({excerpt!r})"
             )
+            raise UserError("tokenizer", path, reason, _INSTEAD)
         documents, characters = documents + 1, characters + len(text)
     return Compared(documents, characters)
 
@@ -90,7 +182,7 @@ def compare_with_sentencepiece(
 def first_difference(
     processor: "SentencePieceProcessor", tokenizer: "PreTrainedTokenizerFast", text: str
 ) -> int | None:
-    """Return the character at which the ids of a text begin to differ, or None where they are the same."""
+    """Return the character at which the ids of a text begin to differ; None if they are the same."""
     theirs = processor.encode_as_ids(text)
     found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     ours = found["input_ids"]
@@ -106,7 +198,7 @@ def _sentencepiece(path: Path) -> "SentencePieceProcessor":
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise UserError(f"tokenizer {path} is not a sentencepiece model file: give one, or a folder") from error
+        raise UserError("tokenizer", path, "it is not a sentencepiece model", "Give one, or a folder") from error
 
 
 def _fast_tokenizer(proto: Any, path: Path) -> "Tokenizer":
@@ -129,7 +221,7 @@ def _fast_tokenizer(proto: Any, path: Path) -> "Tokenizer":
 
 
 def _bpe(proto: Any) -> Any:
-    """The model whose merges are every way to make a piece from two, best pieces first."""
+    """Return the BPE model whose merges are all pairs of pieces that form a piece, best pieces first."""
     from tokenizers.models import BPE
 
     ids = {p.piece: index for index, p in enumerate(proto.pieces)}
@@ -145,12 +237,12 @@ def _bpe(proto: Any) -> Any:
 
 
 def _unigram(proto: Any) -> Any:
-    """The model of the pieces and their scores. One of single characters (type char) has one segmentation at most."""
+    """Return the Unigram model of the pieces and their scores; it also serves the type char."""
     from tokenizers.models import Unigram
 
     best = max((p.score for p in proto.pieces if p.type == _NORMAL), default=0.0)
     scores = [
-        # The score that sentencepiece gives to user-defined symbols (unigram_model.cc, 0.2).
+        # For user-defined symbols, the score that sentencepiece gives them (unigram_model.cc, version 0.2).
         (p.piece, len(p.piece.encode()) * best - 0.1 if p.type == _USER_DEFINED else p.score)
         for p in proto.pieces
     ]
@@ -158,11 +250,11 @@ def _unigram(proto: Any) -> Any:
 
 
 def _apart(proto: Any, path: Path) -> Any:
-    """Return the pre-tokenizer that keeps Unigram from reading special pieces where a text spells them out.
+    """Return the pre-tokenizer that keeps Unigram from matching special pieces where a text spells them out.
 
-    Unigram takes every piece that it finds in a text, also ``</s>`` and ``<0x0A>``; sentencepiece takes only those of
-    ordinary text. So a text is split inside such a spelling, between two characters that follow each other in no
-    ordinary piece: no other segmentation changes.
+    Unigram matches every piece, also ``</s>`` and ``<0x0A>``; sentencepiece matches only ordinary ones. So a text is
+    split inside such a spelling, between two characters that are adjacent in no ordinary piece. No other segmentation
+    changes.
 
     Raises:
         UserError: a spelling has no such place.
@@ -171,14 +263,16 @@ def _apart(proto: Any, path: Path) -> Any:
 
     ordinary = {p.piece for p in proto.pieces if p.type in (_NORMAL, _USER_DEFINED)}
     together = {piece[place : place + 2] for piece in ordinary for place in range(len(piece) - 1)}
-    if not proto.trainer_spec.byte_fallback:  # two unknown characters beside each other are one token
+    if not proto.trainer_spec.byte_fallback:  # two adjacent unknown characters are one token
         together |= {a + b for p in proto.pieces for a, b in pairwise(p.piece) if ordinary.isdisjoint((a, b))}
     patterns: set[str] = set()
     for kind, piece in ((p.type, p.piece) for p in proto.pieces if p.piece not in ordinary):
         cut = next((place for place in range(1, len(piece)) if piece[place - 1 : place + 1] not in together), None)
         if cut is None:
-            raise UserError(f"tokenizer {path} cannot be converted with the same ids ({piece} is in text): {_INSTEAD}")
-        # One pattern serves all bytes, because each is tried at every character of the corpus.
+            raise UserError(
+                "tokenizer", path, f"it cannot be converted with the same ids (because of {piece})", _INSTEAD
+            )
+        # One pattern for all byte pieces, because every pattern is tried at every character of the corpus.
         rest = "0x[0-9A-F]{2}>" if kind == _BYTE and cut == 1 else re.escape(piece[cut:])
         patterns.add(f"{re.escape(piece[cut - 1])}(?<={re.escape(piece[:cut])})(?={rest})")
     return pre_tokenizers.Split(Regex("|".join(sorted(patterns))), "merged_with_previous")

@@ -1,20 +1,17 @@
-"""Tokenizers: load one from any common form, train one, and tell whether two are the same.
+"""Tokenizers: loading one from any common form, saving it with a corpus, and comparing two.
 
-A tokenizer.json decides which ids a text gets. transformers rebuilds parts of it from `tokenizer_class` for some
-folders, which can change every id.
+The ids of a text are those of the tokenizer.json. For some folders, transformers rebuilds parts of it from
+`tokenizer_class`, which can change every id.
 """
 
 import hashlib
-import io
 import json
 import logging
-import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_slm.data.probe_texts import PROBE_TEXTS, PROBE_VERSION
 from megatron_slm.data.sentencepiece_model import read_sentencepiece
 from megatron_slm.errors import UserError, refuse_missing_folder
 
@@ -33,22 +30,39 @@ _DOCUMENT_ENDS = (
     "<eos>",
     "</s>",
 )
-_MAX_LINE = 4000  # characters; sentencepiece skips sentences above 4,192 bytes unless told otherwise
+PROBE_VERSION = 1
+"""Raised with every change of the texts: hashes of different versions are not compared."""
+
+PROBE_TEXTS = (
+    "The quick brown fox doesn't jump; they'll say it's the dog's, I'M SURE WE'VE SEEN 'em.",
+    "0 12 345 6789 1234567890 3.14159 -2,000,000.50 1e-9 0xFF 10:30 2024-02-29 50% $5 №7 ½ ²",
+    "  two spaces,   three,\ttab\t\ttabs \n\n\nlines\r\nand \n indented\n    four\n\t\tdeep  \n ",
+    'def f(x_1, *args):\n    if x_1 <= 10**-3 and args[0] != {}:\n        return f"{x_1!r}\\n"  # done\n\n\n',
+    "日本語の文章、中文句子。한국어 문장 ภาษาไทย हिन्दी العربية עברית русский язык Ελληνικά",
+    "🙂 👩\u200d👩\u200d👧 🇺🇳 e\u0301 é ﬁ \uff21\uff11 \u00a0 \u2009 \u3000 \ufeff \u0007 naïve café über",
+    "<s></s><unk><pad> <|endoftext|><|im_end|> <0x0A> [CLS] [MASK] https://a.example/b?c=d&e=f#g",
+    "camelCaseWords snake_case_words ALLCAPS (a) [b] {c}; ... -- 'd' \"e\" !? <f/> g@h.i #j $k %l ^m &n *o +p =q",
+    "Although understanding international relationships requires patience, unbelievable misinterpretations of "
+    "electromagnetic phenomena frequently reappear throughout undergraduate laboratories; nevertheless, thoughtful "
+    "experimentalists rediscover hydrodynamics, photosynthesis, jurisprudence, thermodynamic equilibrium and "
+    "counterrevolutionary antidisestablishmentarianism whenever knowledgeable neighbours quietly exchange views.",
+)
+"""Fixed texts in which tokenizers of the same pieces differ. No long runs of a piece, which rounding splits."""
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What must be equal for the ids of two tokenizers to mean the same text.
+    """The properties that two tokenizers share if their ids mean the same text.
 
     fingerprint  of the pieces with their ids, and of the ids of bos, eos and unk
-    probe        of the ids that fixed texts get; empty where an earlier version did not note it
+    probe        of the ids of PROBE_TEXTS; empty if an earlier version did not record it
     """
 
     fingerprint: str
     probe: str = ""
 
     def difference(self, other: "TokenizerIdentity") -> str | None:
-        """Return in words how the two differ, or None if nothing that both know differs."""
+        """Return how the two differ, in words; None if they agree in everything that both record."""
         if self.fingerprint != other.fingerprint:
             return "their pieces or special tokens differ"
         versions = {probe.partition(":")[0] for probe in (self.probe, other.probe)}
@@ -65,35 +79,34 @@ def load_tokenizer(path: str, end_token: str | None = None) -> "PreTrainedTokeni
 
     Args:
         path: folder, name or file.
-        end_token: the piece that ends documents, in place of the tokenizer's own.
+        end_token: the piece that ends documents; None for the tokenizer's eos_token.
 
     Raises:
-        UserError: nothing loadable is there, it has no fast form, or it has no end token.
+        UserError: the tokenizer cannot be loaded, has no fast form, or has no end token.
     """
-    tokenizer = read_sentencepiece(Path(path)) if Path(path).is_file() else _from_hugging_face(path)
+    tokenizer = read_sentencepiece(Path(path), PROBE_TEXTS) if Path(path).is_file() else _from_hugging_face(path)
     if not tokenizer.is_fast:
-        raise UserError(f"tokenizer {path} has no fast form: give one with a tokenizer.json, or a sentencepiece model")
+        remedy = "Give one with a tokenizer.json, or a sentencepiece model"
+        raise UserError("tokenizer", path, "it has no fast form", remedy)
     if end_token is not None:
         _choose_end(tokenizer, end_token, path)
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"tokenizer {path} has no end token, which ends documents: set eos_token in its configuration, or name one "
-            "of its pieces with --end-token"
-        )
+        remedy = "Set eos_token in its configuration, or name one of its pieces with --end-token"
+        raise UserError("tokenizer", path, "it has no end token, which ends documents", remedy)
     return tokenizer
 
 
 def chosen_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """Return the end token that was chosen for the tokenizer's documents, or None if it is the tokenizer's own."""
+    """Return the end token that was chosen with --end-token; None if documents end with the tokenizer's own."""
     chosen: str | None = tokenizer.init_kwargs.get(_CHOSEN_END)
     return chosen
 
 
 def likelier_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
-    """Return the piece that ended documents in pretraining, where the end token of a chat model ends its turns.
+    """Return the piece that probably ended documents in pretraining, if the tokenizer's end token ends chat turns.
 
-    None where the tokenizer has no chat template, its template does not write the end token, or the end token was
-    chosen, is known to end documents, or is the only such piece.
+    Return None if the tokenizer has no chat template, if the template does not write the end token, if the end token
+    was chosen or is known to end documents, or if there is no other such piece.
     """
     own, template = tokenizer.eos_token, str(tokenizer.chat_template or "")
     if chosen_end_token(tokenizer) or own in _DOCUMENT_ENDS or not ("eos_token" in template or own in template):
@@ -103,49 +116,49 @@ def likelier_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerFast") -> TokenizerIdentity:
-    """Return what tells the tokenizer from others."""
+    """Return the properties that tell the tokenizer from others."""
     return TokenizerIdentity(tokenizer_fingerprint(tokenizer), tokenizer_probe(tokenizer))
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return the sha256, in hex, of every (id, piece) and of the ids of bos, eos and unk."""
+    """Return the SHA-256, in hex, of every (id, piece) and of the ids of bos, eos and unk."""
     pieces = sorted((index, piece) for piece, index in tokenizer.get_vocab().items())
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     return hashlib.sha256(json.dumps([pieces, special]).encode()).hexdigest()
 
 
 def tokenizer_probe(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return the version of the probe texts and the sha256, in hex, of the ids that they get."""
+    """Return the version of the probe texts, and the SHA-256, in hex, of their ids."""
     backend = tokenizer.backend_tokenizer
-    before = backend.encode_special_tokens  # which transformers leaves as its last call set it
+    before = backend.encode_special_tokens  # transformers changes it in every call
     ids = [_text_ids(tokenizer, text) for text in PROBE_TEXTS]
     backend.encode_special_tokens = before
     return f"{PROBE_VERSION}:{hashlib.sha256(json.dumps(ids).encode()).hexdigest()}"
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Save a tokenizer for a corpus to carry; AutoTokenizer loads it to the same ids.
+    """Save a tokenizer to a folder from which AutoTokenizer gives the same ids.
 
     Raises:
-        UserError: what is loaded from the folder is not the same.
+        UserError: the tokenizer that is loaded from the folder is another.
     """
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    # Of any other class, transformers builds the pre-tokenizer anew and ignores that of tokenizer.json.
+    # For any other class, transformers rebuilds the pre-tokenizer and ignores that of tokenizer.json.
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     loaded = (load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder))
     if any(tokenizer_identity(other) != tokenizer_identity(tokenizer) for other in loaded):
-        name = tokenizer.name_or_path
-        raise UserError(f"tokenizer {name} changes when it is saved and loaded: give its tokenizer.json folder")
+        reason = "it changes when it is saved and loaded"
+        raise UserError("tokenizer", tokenizer.name_or_path, reason, "Give the folder of its tokenizer.json")
 
 
 def auto_tokenizer_agrees(folder: Path) -> bool:
-    """Return whether AutoTokenizer, by which others load the folder, gives the ids of its tokenizer.json.
+    """Return True if AutoTokenizer, with which others load the folder, gives the ids of its tokenizer.json.
 
-    It does not take `tokenizer_class` into account beside a config.json of some model types, such as qwen2.
+    Next to a config.json of some model types, such as qwen2, AutoTokenizer ignores `tokenizer_class`.
     """
     from transformers import AutoTokenizer
 
@@ -154,102 +167,26 @@ def auto_tokenizer_agrees(folder: Path) -> bool:
 
 
 def largest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Return the largest id that the tokenizer gives."""
+    """Return the largest id of the tokenizer."""
     return int(max(tokenizer.get_vocab().values()))
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Return the rows that an embedding needs: ids may have holes, so this can exceed the number of pieces."""
+    """Return the rows that an embedding needs, which exceed the number of pieces if some ids are unused."""
     return largest_id(tokenizer) + 1
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, output_model: Path, *, max_lines: int = 1_000_000, seed: int = 1
-) -> None:
-    """Train a sentencepiece BPE model on ``texts`` and write it to ``output_model``.
-
-    Decoding gives back the text exactly, spaces and newlines included: what has no piece is
-    spelled in bytes. The same texts give the same model. At most ``max_lines`` lines, drawn from
-    all of them, are held in memory.
-
-    Raises:
-        UserError: the text cannot fill ``vocab_size`` pieces, or they are too few for its characters.
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(_lines(texts), max_lines, seed)),
-            model_writer=model,
-            vocab_size=vocab_size,
-            # In a small vocabulary every rare character displaces a useful piece.
-            character_coverage=0.9995 if vocab_size >= 16_000 else 0.995,
-            **_TRAINER_OPTIONS,
-        )
-    except RuntimeError as error:
-        raise UserError(f"--train-tokenizer {vocab_size} does not fit the text: {_remedy(str(error))}") from error
-    output_model.write_bytes(model.getvalue())
-
-
-_TRAINER_OPTIONS: dict[str, Any] = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-    "max_sentence_length": 4 * _MAX_LINE,
-    "unk_id": 0,
-    "eos_id": 1,
-    "bos_id": -1,
-    "pad_id": -1,
-    "num_threads": 4,  # part of the model file, so never the machine's own number
-    "minloglevel": 2,
-}
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.split("\n"):
-            yield from (line[start : start + _MAX_LINE] for start in range(0, len(line), _MAX_LINE))
-
-
-def _sample(lines: Iterable[str], count: int, seed: int) -> list[str]:
-    """Keep ``count`` lines, each with the same chance (sentencepiece's own draw differs from process to process)."""
-    generator = random.Random(seed)
-    kept: list[str] = []
-    for number, line in enumerate(lines):
-        if number < count:
-            kept.append(line)
-        elif (place := generator.randrange(number + 1)) < count:
-            kept[place] = line
-    return kept
-
-
-def _remedy(message: str) -> str:
-    if "too high" in message:
-        return f"ask for at most {message.rstrip('. ').rsplit(' ', 1)[-1]} pieces, or give more text"
-    if "smaller than required_chars" in message:
-        needed = message.split(" vs ")[-1].split(".")[0]
-        return f"its characters and the 256 bytes alone need {needed} pieces"
-    if "sentences_.empty" in message:
-        return "there is no text in the input"
-    return message
 
 
 def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import has_file
 
-    refuse_missing_folder("the tokenizer", path)
+    refuse_missing_folder("tokenizer", path)
     failure: Exception | None = None
     try:
         theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # perhaps of a class that cannot be built from these pieces, or that comes with code
+    except Exception as error:  # for example, a class that needs other files, or that comes with code
         failure = error
-    # This class alone takes tokenizer.json as it is (transformers 5.17 and 5.24).
+    # Only this class uses tokenizer.json unchanged (transformers 5.17 and 5.24).
     if failure is None and type(theirs) is PreTrainedTokenizerFast:
         return theirs
     if not _read(path, lambda: has_file(path, "tokenizer.json")):
@@ -259,13 +196,15 @@ def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     tokenizer = _read(path, lambda: PreTrainedTokenizerFast.from_pretrained(path))
     if failure is not None:
         logger.info(
-            "tokenizer %s: AutoTokenizer cannot load it (%s); its tokenizer.json is used", path, _first_line(failure)
+            "tokenizer %s: AutoTokenizer cannot load it (%s), so its tokenizer.json is used directly",
+            path,
+            _first_line(failure),
         )
         return tokenizer
-    _take_special_tokens(tokenizer, theirs)
+    _copy_special_tokens(tokenizer, theirs)
     if theirs.is_fast and _splits(theirs) != _splits(tokenizer):
         logger.info(
-            "tokenizer %s: the %s of transformers gives other ids than its tokenizer.json, which is used",
+            "tokenizer %s: the %s of transformers gives other ids than its tokenizer.json, so that file is used",
             path, type(theirs).__name__,
         )  # fmt: skip
     return tokenizer
@@ -283,18 +222,16 @@ def _read(path: str, work: Callable[[], Any]) -> Any:
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"tokenizer {path} cannot be loaded: give a Hugging Face folder, a hub name, "
-        f"or a sentencepiece model file ({_first_line(error)})"
-    )
+    remedy = "Give a Hugging Face folder, a hub name, or a sentencepiece model file"
+    return UserError("tokenizer", path, f"it cannot be loaded ({_first_line(error)})", remedy)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _take_special_tokens(tokenizer: "PreTrainedTokenizerFast", theirs: "PreTrainedTokenizerFast") -> None:
-    """Take the special tokens that no file names and a class of transformers knows, as far as they are pieces."""
+def _copy_special_tokens(tokenizer: "PreTrainedTokenizerFast", theirs: "PreTrainedTokenizerFast") -> None:
+    """Copy the special tokens that no file names, but a class of transformers defines, if they are pieces."""
     pieces = tokenizer.get_vocab()
     for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
         token = getattr(theirs, name)
@@ -304,17 +241,15 @@ def _take_special_tokens(tokenizer: "PreTrainedTokenizerFast", theirs: "PreTrain
 
 def _choose_end(tokenizer: "PreTrainedTokenizerFast", end_token: str, path: str) -> None:
     if end_token not in tokenizer.get_vocab():
-        raise UserError(
-            f"--end-token {end_token} is no piece of the tokenizer {path}: name a single piece of it, such as its "
-            "<|endoftext|>"
-        )
+        remedy = "Name a single piece, such as <|endoftext|>"
+        raise UserError("--end-token", end_token, f"it is not a piece of the tokenizer {path}", remedy)
     tokenizer.add_special_tokens({"eos_token": end_token})
     tokenizer.init_kwargs[_CHOSEN_END] = end_token
 
 
 def _text_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int] | None:
-    """Return the ids of a text in which special tokens are text; None where it cannot be encoded."""
+    """Return the ids of a text in which special tokens count as text; None if it cannot be encoded."""
     try:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
-    except Exception:  # of the library in Rust, for instance where a piece is unknown and none stands for that
+    except Exception:  # from Rust, for example for an unknown piece without an unknown token
         return None

@@ -76,7 +76,7 @@ def make_corpora(folder: Path, sizes: Sizes) -> None:
     Raises:
         UserError: sympy or mpmath is not installed, or a corpus cannot be prepared.
     """
-    from megatron_slm.data.tokenizer import train_tokenizer
+    from megatron_slm.data.sentencepiece_model import train_tokenizer
     from megatron_slm.prepare.prepare import prepare_corpus
 
     folder.mkdir(parents=True, exist_ok=True)

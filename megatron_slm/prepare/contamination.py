@@ -1,4 +1,4 @@
-"""Which runs of words two texts share: n-grams of lower-cased words, as 64-bit numbers."""
+"""Contamination: the runs of words that evaluation files share with the input, as 64-bit hashes of n-grams."""
 
 import functools
 import hashlib
@@ -16,22 +16,28 @@ from megatron_slm.io.files import publish
 from megatron_slm.prepare.documents import RawDocument, decode_record
 from megatron_slm.prepare.inputs import find_files
 
-NGRAM_WORDS = 13  # as GPT-3 and most since count overlaps with evaluation sets
+logger = logging.getLogger(__name__)
+
+NGRAM_WORDS = 13  # as GPT-3 and most later models count overlaps with evaluation sets
 _WORD = re.compile(r"[^\W_]+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so no bit of a word's hash is lost
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a word's hash is lost
+OPTION = "--contamination"
+REPORT_SUFFIX = ".contamination.json"
+_FORMAT_VERSION = 1
+_WORST = 20
 
 
 def word_ngrams(text: str, n: int = NGRAM_WORDS) -> set[int]:
-    """Return the different n-grams of ``text`` as 64-bit hashes; none where it has fewer than ``n`` words.
+    """Return the distinct n-grams of ``text`` as 64-bit hashes; none if it has fewer than ``n`` words.
 
-    Words are runs of letters and digits, lower-cased; punctuation and spacing do not count. The
-    same text gives the same numbers in every process and on every machine.
+    Words are runs of letters and digits, lower-cased; punctuation and spacing do not matter. The same text gives the
+    same numbers in every process and on every machine.
     """
     return set(hash_ngrams(text, n).tolist())
 
 
 def hash_ngrams(text: str, n: int = NGRAM_WORDS) -> np.ndarray:
-    """Return the hash of every n-gram of ``text``, in its order: uint64 [words - n + 1], or [0]."""
+    """Return the hashes of the n-grams of ``text`` in order, uint64 `[max(0, words - n + 1)]`."""
     words = _WORD.findall(text.lower())
     word_hashes = np.fromiter(map(_word_hash, words), np.uint64, len(words))
     count = max(0, len(words) - n + 1)
@@ -46,59 +52,52 @@ def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
-logger = logging.getLogger(__name__)
-
-OPTION = "--contamination"
-REPORT_SUFFIX = ".contamination.json"
-_FORMAT_VERSION = 1
-_WORST = 20
-
-
 class EvaluationDocument(NamedTuple):
-    """An evaluation document and its different n-grams, uint64."""
+    """An evaluation document and its distinct n-grams, uint64."""
 
     raw: RawDocument
     ngrams: np.ndarray
 
 
 class ContaminationReport:
-    """The n-grams of evaluation files, and which of them have been seen. Only these are held in memory.
+    """The n-grams of evaluation files, and which of them occur in the input. No other n-grams are held in memory.
 
     Args:
         names: jsonl, text or parquet files or folders; every string of a record counts.
 
     Raises:
-        UserError: a file cannot be read, or none has ``NGRAM_WORDS`` words in a row.
+        UserError: a file cannot be read, or no string has ``NGRAM_WORDS`` words.
     """
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
         self._ngrams = np.unique(_joined(document.ngrams for document in _read(names)))
         if not len(self._ngrams):
-            raise UserError(f"{OPTION} {' '.join(names)} holds no text of {NGRAM_WORDS} words")
+            reason = f"it holds no text of {NGRAM_WORDS} words or more"
+            raise UserError(OPTION, " ".join(names), reason, "Give files with longer texts")
         self._found = np.zeros(len(self._ngrams), bool)
 
     def fingerprint(self) -> str:
-        """Which n-grams are looked for."""
+        """Return the SHA-256 of the n-grams that are looked for."""
         return hashlib.sha256(self._ngrams.tobytes()).hexdigest()
 
     def begin(self, folder: Path) -> str:
-        """Go on with what ``folder`` holds, and return the file of n-grams for those who encode."""
-        self._seen = folder / "found.npy"
-        if self._seen.exists():
-            self._found = np.load(self._seen, allow_pickle=False)
+        """Resume from a staging folder, and return the file of n-grams for the workers."""
+        self._marks = folder / "found.npy"
+        if self._marks.exists():
+            self._found = np.load(self._marks, allow_pickle=False)
         np.save(folder / "evaluation.npy", self._ngrams)
         return str(folder / "evaluation.npy")
 
     def add(self, places: np.ndarray) -> None:
-        """Note the n-grams at these places as seen."""
+        """Mark the n-grams at these places as found."""
         self._found[places] = True
 
     def save(self) -> None:
-        """Write down what was seen. It may be ahead of the journal: what is encoded again is seen again."""
-        aside = self._seen.with_name("found.new.npy")
+        """Save the marks durably. They may be ahead of the journal: encoding a document again sets the same marks."""
+        aside = self._marks.with_name("found.new.npy")
         np.save(aside, self._found)
-        publish(aside, self._seen, replace=True)  # what the journal counts as encoded is not read again
+        publish(aside, self._marks, replace=True)  # what the journal counts as encoded is not read again
 
     def write(self, path: Path) -> None:
         """Write the report."""

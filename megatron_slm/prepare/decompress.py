@@ -1,7 +1,7 @@
-"""Streams of .gz and .zst files: all of their members or frames, and an error where a file was cut.
+"""Streams of .gz and .zst files, with all members or frames, and with an error if a file is truncated.
 
-The readers of other libraries fall short: most take an empty file for empty content, zstandard's also takes a file that
-was cut for one that ends, and pyarrow's cannot decode frames of large windows.
+The readers of other libraries do not suffice: most read an empty file as empty content, zstandard's reads a truncated
+file as a complete one, and pyarrow's cannot decode frames with large windows.
 """
 
 import io
@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import IO, Any
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
-_INPUT_BYTES = 1 << 13  # decoded at once, to whatever they hold: at most 256 MB where zstd repeats one byte
+_INPUT_BYTES = 1 << 13  # decoded at once; zstd can expand them to at most 256 MB
 _BUFFER_BYTES = 1 << 20
 _GZIP = 31  # zlib's wbits for a gzip member with header and checksum
-_LARGEST_WINDOW = 1 << 31  # bytes; that of zstd --long=31 or --ultra -22, which is the most that zstd reads at all
+_LARGEST_WINDOW = 1 << 31  # bytes; the window of zstd --long=31, the largest that zstd reads
 
 
 def decompressed(file: IO[bytes], compression: str) -> io.BufferedReader:
-    """Return the content of a compressed file.
+    """Return the content of a compressed file as a stream.
 
-    Reading raises EOFError where the file ends inside a member or frame or holds none, and OSError where it is damaged.
+    Reading from it raises EOFError if the file is empty or ends inside a member or frame, and OSError if it is damaged.
 
     Args:
         file: open, at its beginning; closed with the stream.
@@ -29,7 +29,10 @@ def decompressed(file: IO[bytes], compression: str) -> io.BufferedReader:
 
 
 def make_fsspec_strict() -> None:
-    """Let fsspec, through which `datasets` reads, find .gz and .zst files that are empty or cut, in this process."""
+    """Make fsspec, through which `datasets` reads, raise errors for empty and truncated .gz and .zst files.
+
+    This changes the current process. Checked against fsspec 2026.9: `fsspec.compression.compr` is not documented.
+    """
     from fsspec.compression import compr, register_compression
 
     theirs = compr["gzip"]

@@ -1,7 +1,12 @@
-"""Which characters of a document are learned from: the completion of a prompt, the assistant's turns of a chat."""
+"""Documents: the text of a record, and which of its characters count toward the loss.
 
+Of a prompt with a completion only the completion counts, and of a chat only the assistant's turns.
+"""
+
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -9,15 +14,16 @@ from megatron_slm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 Span = tuple[int, int]  # half-open, in characters
+Format = Literal["text", "prompt-completion", "messages"]
+
+_LICENSE_KEYS = ("license", "licence")
+_LABEL_CHARACTERS = 200  # of a source or a license: enough for a name, and memory stays bounded
 
 
 class Answered(NamedTuple):
-    """A text, and the spans of it that count, in order and apart."""
+    """A text, and the spans of it that count, in order and disjoint."""
 
     text: str
     spans: tuple[Span, ...]
@@ -27,41 +33,39 @@ def join_completion(prompt: str, separator: str, completion: str, place: str) ->
     """Return prompt, separator and completion as one text, of which the completion counts.
 
     Raises:
-        UserError: nothing is answered.
+        UserError: the completion is empty.
     """
     if not completion.strip():
-        raise UserError(f"{place} has an empty answer: give one, or remove the record")
+        raise bad_document(place, "its answer is empty", "Add an answer, or remove the record")
     before = prompt + separator
     return Answered(before + completion, ((len(before), len(before) + len(completion)),))
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerFast", messages: Any, place: str) -> Answered:
-    """Return a chat as the tokenizer's template writes it; what each turn of the assistant adds to it counts.
+    """Return a chat as the tokenizer's template writes it, of which the assistant's turns count.
 
-    That is what follows when the turns before are rendered with ``add_generation_prompt``: what the
-    model will have to write, the end of its turn included.
+    A turn is what follows the earlier turns, rendered with ``add_generation_prompt``: the text that the model will have
+    to write, including the end of the turn.
 
     Raises:
-        UserError: it is no list of messages, the assistant says nothing, or the template refuses it
-            or changes what it wrote before.
+        UserError: the messages are not a list of messages, an answer of the assistant is missing or empty, or the
+            template fails or changes earlier turns.
     """
-    turns = _checked(messages, place)
-    text = _rendered(tokenizer, turns, place)
+    turns = _check_messages(messages, place)
+    text = _render(tokenizer, turns, place)
     spans = []
     for number in (index for index, turn in enumerate(turns) if turn["role"] == "assistant"):
-        before = _rendered(tokenizer, turns[:number], place, add_generation_prompt=True)
-        after = _rendered(tokenizer, turns[: number + 1], place)
+        before = _render(tokenizer, turns[:number], place, add_generation_prompt=True)
+        after = _render(tokenizer, turns[: number + 1], place)
         if not (after.startswith(before) and text.startswith(after)):
-            raise UserError(
-                f"{place} is no chat whose answers can be found: the chat template changes what it wrote before "
-                f"message {number + 1}; give a tokenizer whose template only appends"
-            )
+            reason = f"the chat template changes earlier text at message {number + 1}, so its answers cannot be found"
+            raise bad_document(place, reason, "Give a tokenizer whose template only appends")
         spans.append((len(before), len(after)))
     return Answered(text, tuple(spans))
 
 
 def token_mask(begins: Sequence[int], spans: tuple[Span, ...]) -> np.ndarray:
-    """uint8: 1 for each token whose first character lies in a span."""
+    """Return uint8 `[len(begins)]`, 1 for each token whose first character lies in a span."""
     begin_N = np.asarray(begins, dtype=np.int64)
     mask_N = np.zeros(len(begin_N), dtype=bool)
     for first, last in spans:
@@ -69,27 +73,39 @@ def token_mask(begins: Sequence[int], spans: tuple[Span, ...]) -> np.ndarray:
     return mask_N.astype(np.uint8)
 
 
-def _checked(messages: Any, place: str) -> list[dict[str, Any]]:
+def bad_document(place: str, reason: str, remedy: str) -> UserError:
+    """Return the error for a document that cannot be used.
+
+    Args:
+        place: FILE:LINE, or FILE.
+        reason: why.
+        remedy: what to do, apart from --skip-bad.
+    """
+    return UserError("document", place, reason, remedy)
+
+
+def _check_messages(messages: Any, place: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(
         isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages
     ):
-        raise UserError(f'{place} has no list of messages, each {{"role": ..., "content": ...}}: correct it')
+        raise bad_document(place, "it is not a list of messages", 'Give a list of {"role": ..., "content": ...}')
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         roles = sorted({message["role"] for message in messages})
-        raise UserError(f"{place} has no message of the role 'assistant', only of {roles}: nothing would be learned")
-    if any(not _says_something(turn) for turn in answers):
-        raise UserError(f"{place} has an empty answer of the assistant: give one, or remove the record")
-    # Parquet fills in keys that other messages have; templates ask whether a key is there.
+        reason = f"it has no message with the role 'assistant', only {roles}"
+        raise bad_document(place, reason, "Add an answer, or remove the record")
+    if any(not _has_content(turn) for turn in answers):
+        raise bad_document(place, "an answer of the assistant is empty", "Add an answer, or remove the record")
+    # Parquet adds the keys of other messages, with null; templates test for the presence of keys.
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
-def _says_something(turn: dict[str, Any]) -> bool:
+def _has_content(turn: dict[str, Any]) -> bool:
     content = turn.get("content")
     return bool(turn.get("tool_calls") or (content.strip() if isinstance(content, str) else content))
 
 
-def _rendered(
+def _render(
     tokenizer: "PreTrainedTokenizerFast",
     turns: list[dict[str, Any]],
     place: str,
@@ -99,23 +115,17 @@ def _rendered(
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as error:  # a template is a program of the tokenizer's author
-        raise UserError(f"{place} is refused by the tokenizer's chat template ({error}): correct it") from error
-
-
-Format = Literal["text", "prompt-completion", "messages"]
-
-_LICENSE_KEYS = ("license", "licence")
-_LABEL_CHARACTERS = 200  # of a source or a licence: enough for a name, and memory stays bounded
+        raise bad_document(place, f"the tokenizer's chat template rejects it ({error})", "Correct it") from error
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record holds what is read of it; ``meta.source`` is ``source`` of the object under ``meta``."""
+    """The keys under which a record holds its parts; ``meta.source`` is ``source`` of the object under ``meta``."""
 
     text: str = "text"
     by: str | None = None  # one corpus for each of its values
     source: str = "source"  # counted in PREFIX.json; also looked for under ``meta``
-    format: Format = "text"  # which of text, prompt and completion, and messages is read
+    format: Format = "text"  # which of these keys are read
     prompt: str = "prompt"
     completion: str = "completion"
     separator: str = ""  # written between prompt and completion
@@ -123,11 +133,11 @@ class Fields:
 
     @property
     def masked(self) -> bool:
-        """Whether only answers count."""
+        """Return True if only answers count."""
         return self.format != "text"
 
     def needed(self) -> dict[str, str]:
-        """The fields that every record must have, by the option that names each."""
+        """Return the keys that every record must have, by option."""
         needed = {
             "text": {"--json-key": self.text},
             "prompt-completion": {"--prompt-key": self.prompt, "--completion-key": self.completion},
@@ -136,25 +146,22 @@ class Fields:
         return needed | ({} if self.by is None else {"--by": self.by})
 
     def columns(self) -> set[str]:
-        """The top-level columns of a table that may be needed."""
+        """Return the top-level columns of a table that may be needed."""
         names = {*self.needed().values(), self.source, "meta", *_LICENSE_KEYS}
         return names | {name.partition(".")[0] for name in names}
 
 
-class Damage(str):
-    """A sentence in place of the documents that could not be read because their file is damaged."""
-
-
 class RawDocument(NamedTuple):
-    """One document as it was read, and where."""
+    """One document as it was read, and its place."""
 
     file: str
     line: int  # line or row, from 1; 0: the whole file is the document
-    content: bytes | dict[str, Any] | Damage  # bytes: plain text (line 0) or JSON; dict: a row of a table
+    content: bytes | dict[str, Any] | UserError
+    """Plain text (line 0) or a line of JSON; a row of a table; or the error in place of the rest of a damaged file."""
 
     @property
     def place(self) -> str:
-        """How an error message names it: FILE:LINE, or FILE."""
+        """Return the name of the document in errors: FILE:LINE, or FILE."""
         return f"{self.file}:{self.line}" if self.line else self.file
 
 
@@ -169,15 +176,15 @@ class Document(NamedTuple):
 
 
 def decode_document(raw: RawDocument, fields: Fields, tokenizer: "PreTrainedTokenizerFast | None" = None) -> Document:
-    """Return what a document says; a blank line has no text.
+    """Return the parts of a document; a blank line has an empty text.
 
     Args:
         raw: as it was read.
-        fields: where it holds what.
-        tokenizer: whose chat template writes messages as text; other formats need none.
+        fields: the keys of the record.
+        tokenizer: its chat template writes messages as text; None for other formats.
 
     Raises:
-        UserError: it is not UTF-8 or not a JSON object, or it lacks a text, an answer or a value to sort by.
+        UserError: the document is not UTF-8 or not a JSON object, or lacks a text, an answer or a value for --by.
     """
     record = decode_record(raw, fields.text)
     if record is None:
@@ -192,13 +199,13 @@ def decode_document(raw: RawDocument, fields: Fields, tokenizer: "PreTrainedToke
 
 
 def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
-    """Return the document as a record; None for a blank line. A text file is its text under ``text_key``.
+    """Return the document as a record, None for a blank line; a text file becomes one with ``text_key``.
 
     Raises:
-        UserError: it is not UTF-8, its line is not a JSON object, or it stands for damage.
+        UserError: the document is not UTF-8, its line is not a JSON object, or its file is damaged.
     """
-    if isinstance(raw.content, Damage):
-        raise UserError(raw.content)
+    if isinstance(raw.content, UserError):
+        raise raw.content
     if isinstance(raw.content, dict):
         return raw.content
     try:
@@ -211,7 +218,7 @@ def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
 
 
 def lookup(record: dict[str, Any], path: str) -> Any:
-    """Return the value at a key or a dotted path such as ``meta.source``; None where there is none."""
+    """Return the value at a key or a dotted path such as ``meta.source``; None if there is none."""
     if path in record:
         return record[path]
     head, _, rest = path.partition(".")
@@ -223,14 +230,12 @@ def _answered(
     raw: RawDocument, record: dict[str, Any], fields: Fields, tokenizer: "PreTrainedTokenizerFast | None"
 ) -> Answered:
     if not raw.line:
-        raise UserError(f"{raw.place} is plain text, without an answer in it: give jsonl or parquet to --format")
+        raise UserError("--format", fields.format, f"{raw.place} is plain text", "Give jsonl or parquet files")
     if fields.format == "messages":
         assert tokenizer is not None
         messages = _value(raw, record, "--messages-key", fields.messages)
         if messages is None:
-            raise UserError(
-                f"{raw.place} has no messages under {fields.messages!r}, but null: correct it, or remove it"
-            )
+            raise bad_document(raw.place, f"{fields.messages!r} is null", "Correct the record, or remove it")
         return render_chat(tokenizer, messages, raw.place)
     prompt = _string(raw, record, "--prompt-key", fields.prompt)
     completion = _string(raw, record, "--completion-key", fields.completion)
@@ -241,28 +246,27 @@ def _value(raw: RawDocument, record: dict[str, Any], option: str, key: str) -> A
     lack = _lack(record, key)
     if lack is None:
         return lookup(record, key)
-    if lack.keys:
-        raise UserError(f"{raw.place} has {lack.cause}: choose one of {lack.keys} with {option}")
-    raise UserError(f"{raw.place} has {lack.cause}, and {option} is {key!r}: correct it, or choose another {option}")
+    remedy = f"Choose one of {lack.keys}" if lack.keys else "Correct the record, or choose another key"
+    raise UserError(option, key, f"{raw.place} has {lack.cause}", remedy)
 
 
 def _string(raw: RawDocument, record: dict[str, Any], option: str, key: str) -> str:
     value = _value(raw, record, option, key)
     if not isinstance(value, str):
-        found = _in_words(value)
-        raise UserError(f"{raw.place} has no text under {key!r}, but {found}: correct it, or choose another {option}")
+        reason = f"{raw.place} has {_in_words(value)} there instead of text"
+        raise UserError(option, key, reason, "Correct the record, or choose another key")
     return value
 
 
 class _Lack(NamedTuple):
-    """Why a record has no value at a path."""
+    """The cause of a missing value at a path of a record."""
 
     cause: str
     keys: list[str]  # the paths that it has instead
 
 
 def _lack(record: dict[str, Any], path: str, above: str = "") -> _Lack | None:
-    """Return why ``lookup`` finds nothing at a path, or None if the path is there, though its value may be null."""
+    """Return why a record has no value at a path; None if the path exists, even if its value is null."""
     if path in record:
         return None
     head, _, rest = path.partition(".")
@@ -276,7 +280,7 @@ def _lack(record: dict[str, Any], path: str, above: str = "") -> _Lack | None:
 
 
 def _in_words(value: Any) -> str:
-    """Return what a value of JSON is called."""
+    """Return the type of a JSON value, in words."""
     words = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
     return "null" if value is None else words.get(type(value), f"a {type(value).__name__}")
 
@@ -285,31 +289,29 @@ def _json_object(line: str, raw: RawDocument) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{raw.place} is not valid JSON ({error}): correct the line, or remove it") from error
+        raise bad_document(raw.place, f"it is not valid JSON ({error})", "Correct the line, or remove it") from error
     if not isinstance(record, dict):
-        raise UserError(f"{raw.place} is not a JSON object: give one object a line, its text under a key")
+        raise bad_document(raw.place, "it is not a JSON object", "Give one object per line, with its text under a key")
     return record
 
 
 def _refuse_half_characters(raw: RawDocument, text: str) -> None:
     try:
-        text.encode()  # fails where JSON spells half a character
+        text.encode()  # fails for half of a surrogate pair, which JSON can spell
     except UnicodeError as error:
         raise _not_utf8(raw, error) from error
 
 
 def _not_utf8(raw: RawDocument, error: UnicodeError) -> UserError:
-    return UserError(f"{raw.place} is not valid UTF-8 ({error}): convert it, or remove it")
+    return bad_document(raw.place, f"it is not valid UTF-8 ({error})", "Convert it, or remove it")
 
 
 def _group(raw: RawDocument, record: dict[str, Any], by: str) -> str:
     value = lookup(record, by)
     if value is None or isinstance(value, dict | list):
         lack = _lack(record, by)
-        found = f"but {_in_words(value)}" if lack is None else f"because it has {lack.cause}"
-        raise UserError(
-            f"{raw.place} has no single value under {by!r}, {found}: correct it, or choose another field with --by"
-        )
+        cause = f"{_in_words(value)} there instead of a single value" if lack is None else lack.cause
+        raise UserError("--by", by, f"{raw.place} has {cause}", "Correct the record, or choose another field")
     return str(value).encode(errors="replace").decode()
 
 

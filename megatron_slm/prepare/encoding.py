@@ -1,9 +1,16 @@
-"""Documents to tokens, as each worker does it."""
+"""Encoding: documents become tokens, in worker processes whose results come back in order."""
 
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,31 +20,21 @@ import numpy as np
 from megatron_slm.data.corpus import Tally, add_label, counts
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
+from megatron_slm.io.progress import show_progress
 from megatron_slm.prepare.contamination import hash_ngrams
 from megatron_slm.prepare.documents import Document, Fields, RawDocument, decode_document, token_mask
+from megatron_slm.prepare.inputs import Chunk
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding as TokenizerEncoding
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-
-from megatron_slm.io.progress import show_progress
-from megatron_slm.prepare.inputs import Chunk
 
 _WINDOW, _OVERLAP = 65_536, 4_096  # characters; longer documents are encoded window by window
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How workers turn documents into tokens."""
+class EncoderSettings:
+    """The settings with which workers turn documents into tokens."""
 
     tokenizer_file: str
     end_id: int
@@ -48,12 +45,12 @@ class Encoding:
 
 @dataclass
 class Group:
-    """Documents of one corpus as tokens, end tokens included."""
+    """The documents of one corpus in a chunk, as tokens with end tokens."""
 
     pieces: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)  # uint8, of the same tokens; empty where all of them count
+    masks: list[np.ndarray] = field(default_factory=list)  # uint8, of the same tokens; empty if all of them count
     lengths: list[int] = field(default_factory=list)
-    num_bytes: int = 0  # of their text in UTF-8, as far as it counts
+    num_bytes: int = 0  # of the text that counts, in UTF-8
     sources: Tally = field(default_factory=dict)
     licenses: Tally = field(default_factory=dict)
 
@@ -70,7 +67,7 @@ class Group:
 
 
 class Tokens(NamedTuple):
-    """A document's tokens, its end token included; no pieces where it has none."""
+    """A document's tokens with its end token; no pieces if its text has no tokens."""
 
     pieces: list[np.ndarray]
     masks: list[np.ndarray]
@@ -81,40 +78,40 @@ class Encoded(NamedTuple):
     """A chunk, encoded."""
 
     groups: dict[str, Group]  # by the value of the field ``by``; "" without one
-    bad: list[str]  # a sentence for each document that could not be read
-    found: np.ndarray | None  # places of the n-grams of ``evaluation_file`` that occur
+    bad: list[UserError]  # one for each document that cannot be used
+    found: np.ndarray | None  # places in ``evaluation_file`` of the n-grams that occur
 
 
-def encode_documents(encoding: Encoding, raw: list[RawDocument]) -> Encoded:
-    """Encode documents; those without text or tokens are left out."""
-    bad: list[str] = []
-    documents = list(_decoded(raw, encoding, bad))
+def encode_documents(settings: EncoderSettings, raw: list[RawDocument]) -> Encoded:
+    """Encode documents; those without text or tokens are dropped."""
+    bad: list[UserError] = []
+    documents = list(_decode(raw, settings, bad))
     groups: dict[str, Group] = {}
-    encode = _encode_answers if encoding.fields.masked else _encode
-    for document, tokens in zip(documents, encode(encoding, documents), strict=True):
+    encode = _encode_answers if settings.fields.masked else _encode
+    for document, tokens in zip(documents, encode(settings, documents), strict=True):
         if tokens.pieces:
             groups.setdefault(document.group, Group()).add(document, tokens)
     for group in groups.values():
         group.pieces = [np.concatenate(group.pieces)]
         group.masks = [np.concatenate(group.masks)] if group.masks else []
-    return Encoded(groups, bad, _found(encoding.evaluation_file, documents) if encoding.evaluation_file else None)
+    return Encoded(groups, bad, _found(settings.evaluation_file, documents) if settings.evaluation_file else None)
 
 
 @functools.lru_cache(maxsize=1)
 def load_encoder(tokenizer_file: str, special_tokens: bool = False) -> "Tokenizer":
-    """Load a tokenizer.json for whole texts: nothing is cut, padded or added.
+    """Load a tokenizer.json to encode whole texts, without truncation, padding or added tokens.
 
     Args:
         tokenizer_file: its path.
-        special_tokens: read them where they are spelled out, as a chat template does; otherwise that is text.
+        special_tokens: recognise special tokens that are spelled out, as chat templates write them; else they are text.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(tokenizer_file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.post_processor = None  # some take the space that a token begins with out of its offsets
-    tokenizer.encode_special_tokens = not special_tokens  # an end token in a plain text does not end a document
+    tokenizer.post_processor = None  # some of them exclude a token's leading space from its offsets
+    tokenizer.encode_special_tokens = not special_tokens  # an end token that is spelled out does not end a document
     return tokenizer
 
 
@@ -123,60 +120,60 @@ def _chat_tokenizer(tokenizer_file: str) -> "PreTrainedTokenizerFast":
     return load_tokenizer(str(Path(tokenizer_file).parent))
 
 
-def _decoded(raw: list[RawDocument], encoding: Encoding, bad: list[str]) -> Iterator[Document]:
-    tokenizer = _chat_tokenizer(encoding.tokenizer_file) if encoding.fields.format == "messages" else None
+def _decode(raw: list[RawDocument], settings: EncoderSettings, bad: list[UserError]) -> Iterator[Document]:
+    tokenizer = _chat_tokenizer(settings.tokenizer_file) if settings.fields.format == "messages" else None
     for one in raw:
         try:
-            yield decode_document(one, encoding.fields, tokenizer)
+            yield decode_document(one, settings.fields, tokenizer)
         except UserError as error:
-            bad.append(str(error))
+            bad.append(error)
 
 
-def _encode(encoding: Encoding, documents: list[Document]) -> Iterator[Tokens]:
-    encoder = load_encoder(encoding.tokenizer_file)
-    end = np.array([encoding.end_id], dtype=encoding.dtype)
+def _encode(settings: EncoderSettings, documents: list[Document]) -> Iterator[Tokens]:
+    encoder = load_encoder(settings.tokenizer_file)
+    end = np.array([settings.end_id], dtype=settings.dtype)
     texts = [document.text for document in documents]
     short = [text for text in texts if len(text) <= _WINDOW]
     encoded = iter(encoder.encode_batch_fast(short, add_special_tokens=False))
     for text in texts:
         parts = [next(encoded).ids] if len(text) <= _WINDOW else [*_encode_long(encoder, text)]
-        pieces = [*(np.asarray(part, dtype=encoding.dtype) for part in parts), end]
+        pieces = [*(np.asarray(part, dtype=settings.dtype) for part in parts), end]
         yield Tokens(pieces if any(map(len, parts)) else [], [], len(text.encode()))
 
 
-def _encode_answers(encoding: Encoding, documents: list[Document]) -> Iterator[Tokens]:
-    """Encode each text in one pass, for its tokens not to depend on where the answer begins."""
-    encoder = load_encoder(encoding.tokenizer_file, special_tokens=encoding.fields.format == "messages")
+def _encode_answers(settings: EncoderSettings, documents: list[Document]) -> Iterator[Tokens]:
+    """Encode each text in one pass, so that its tokens do not depend on where the answer begins."""
+    encoder = load_encoder(settings.tokenizer_file, special_tokens=settings.fields.format == "messages")
     encoded = encoder.encode_batch([document.text for document in documents], add_special_tokens=False)
     for document, one in zip(documents, encoded, strict=True):
-        yield _masked(encoding, document, one) if one.ids else Tokens([], [], 0)
+        yield _mask(settings, document, one) if one.ids else Tokens([], [], 0)
 
 
-def _masked(encoding: Encoding, document: Document, encoded: "TokenizerEncoding") -> Tokens:
-    """The tokens and their mask. The end token counts after an answer; it is no text, however it is spelled."""
+def _mask(settings: EncoderSettings, document: Document, encoded: "Encoding") -> Tokens:
+    """Return the tokens and their mask. The end token counts after an answer, but never as bytes of text."""
     assert document.spans is not None
     ids, text = encoded.ids, document.text
     mask = token_mask([begin for begin, _ in encoded.offsets], document.spans)
     size = sum(len(text[first:last].encode()) for first, last in document.spans)
-    ends = (place for place, index in enumerate(ids) if index == encoding.end_id and mask[place])
+    ends = (place for place, index in enumerate(ids) if index == settings.end_id and mask[place])
     size -= sum(len(text[slice(*encoded.offsets[place])].encode()) for place in ends)
-    if ids[-1] != encoding.end_id:
-        ids, mask = [*ids, encoding.end_id], np.append(mask, np.uint8(document.spans[-1][1] == len(text)))
-    return Tokens([np.array(ids, dtype=encoding.dtype)], [mask], size)
+    if ids[-1] != settings.end_id:
+        ids, mask = [*ids, settings.end_id], np.append(mask, np.uint8(document.spans[-1][1] == len(text)))
+    return Tokens([np.array(ids, dtype=settings.dtype)], [mask], size)
 
 
 def _encode_long(tokenizer: "Tokenizer", text: str) -> list["array[int]"]:
-    """Encode a long text in overlapping windows: the ids of one pass, without its memory.
+    """Encode a long text in overlapping windows, which gives the ids of one pass with less memory.
 
-    Where two windows disagree on the tokens that begin just after their seam, the text has no
-    place to cut, and it is encoded in one pass after all.
+    If two windows disagree on the tokens just after their seam, the text has no place to cut, and it is encoded in one
+    pass.
     """
     parts: list[array[int]] = []
     expected: list[tuple[int, int]] | None = None  # (first character, id) after the seam, as the last window saw it
     for start in range(0, len(text), _WINDOW):
         low = max(0, start - _OVERLAP)
-        encoding = tokenizer.encode(text[low : start + _WINDOW + _OVERLAP], add_special_tokens=False)
-        ids, begins = encoding.ids, [low + begin for begin, _ in encoding.offsets]
+        encoded = tokenizer.encode(text[low : start + _WINDOW + _OVERLAP], add_special_tokens=False)
+        ids, begins = encoded.ids, [low + begin for begin, _ in encoded.offsets]
         first, last = bisect_left(begins, start), bisect_left(begins, start + _WINDOW)
         if expected is not None and expected != _after(begins, ids, first, start):
             return [array("i", tokenizer.encode(text, add_special_tokens=False).ids)]
@@ -204,11 +201,14 @@ def _evaluation(path: str) -> np.ndarray:
 
 
 def encode_chunks(
-    chunks: Iterable[Chunk], encoding: Encoding, workers: int, total_bytes: int
+    chunks: Iterable[Chunk], settings: EncoderSettings, workers: int, total_bytes: int
 ) -> Iterator[tuple[Encoded, Chunk]]:
-    """Yield the encoded chunks in order; a few a worker are in flight, however long the input.
+    """Yield the encoded chunks in order; only a few per worker are in memory at a time.
 
     Args:
+        chunks: of documents.
+        settings: of the encoder.
+        workers: processes.
         total_bytes: of all chunks, for the progress; 0 if unknown.
 
     Raises:
@@ -216,15 +216,18 @@ def encode_chunks(
     """
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    encode = functools.partial(encode_documents, encoding)
+    encode = functools.partial(encode_documents, settings)
     try:
         pending = ((executor.submit(encode, chunk.documents), _without_documents(chunk)) for chunk in chunks)
         results = _in_order(pending, 2 * workers + 2)
         yield from show_progress(((result, result[1].position) for result in results), total_bytes, "bytes")
     except BrokenProcessPool as error:
         raise UserError(
-            f"a worker was killed: if memory ran out, use fewer than --workers {workers}; a script of your own must "
-            "prepare under `if __name__ == '__main__':`, for workers import it"
+            "--workers",
+            workers,
+            "a worker was killed",
+            "Use fewer if memory ran out. A script must prepare under `if __name__ == '__main__':`, because workers "
+            "import it",
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
@@ -236,7 +239,7 @@ def _without_documents(chunk: Chunk) -> Chunk:
 
 def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Links to the files of a folder, under names that `datasets` reads as names and not as patterns or URLs."""
+"""Inputs: files and Hugging Face data sets, read as documents in chunks."""
 
 import contextlib
 import logging
@@ -12,45 +12,10 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megatron_slm.errors import UserError, refuse_missing_folder
 from megatron_slm.prepare.decompress import SUFFIXES, decompressed, make_fsspec_strict
-from megatron_slm.prepare.documents import Damage, Fields, RawDocument
+from megatron_slm.prepare.documents import Fields, RawDocument
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-
-
-# What fsspec reads as a pattern, or as a chain of URLs (datasets 5.2), and characters that sort as these do.
-_PLAIN = {"*": "+", "?": ">", "[": "^", "\\": "_", "]": "`", "::": ":;"}
-_SPECIAL = re.compile("|".join(map(re.escape, _PLAIN)))
-
-
-def link_plain_names(folder: Path) -> "tempfile.TemporaryDirectory[str] | None":
-    """Return a new folder of links to all files below ``folder``, or None if no name there is special.
-
-    The files keep their order. The links are removed with the object that is returned.
-    """
-    found = [Path(root, name) for root, below, names in os.walk(folder) for name in (*names, *_links(root, below))]
-    if not any(_SPECIAL.search(str(path)) for path in (folder.resolve(), *found)):
-        return None
-    plain = tempfile.TemporaryDirectory(prefix="dataset-")
-    for path in sorted(found):
-        link = Path(plain.name, _SPECIAL.sub(lambda match: _PLAIN[match[0]], str(path.relative_to(folder))))
-        link.parent.mkdir(parents=True, exist_ok=True)
-        _free(link).symlink_to(path.resolve())
-    return plain
-
-
-def _links(root: str, folders: list[str]) -> list[str]:
-    return [name for name in folders if Path(root, name).is_symlink()]
-
-
-def _free(path: Path) -> Path:
-    """Return the path, or where it is taken another one; the number comes first, for suffixes say what a file holds."""
-    number, free = 1, path
-    while free.is_symlink():
-        number += 1
-        free = path.with_name(f"{number}-{path.name}")
-    return free
-
 
 logger = logging.getLogger(__name__)
 
@@ -60,50 +25,54 @@ _TABLES = {".parquet"}
 _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES, _CHUNK_DOCUMENTS = 1_000_000, 256  # a chunk ends at either
 
+# Characters that fsspec reads as a pattern or as a chain of URLs (datasets 5.2), and others that sort alike.
+_PLAIN = {"*": "+", "?": ">", "[": "^", "\\": "_", "]": "`", "::": ":;"}
+_SPECIAL = re.compile("|".join(map(re.escape, _PLAIN)))
+
 
 class DamagedError(UserError):
-    """An input whose content is damaged, for instance because it was cut."""
+    """An error about an input with damaged content, for example a truncated file."""
 
 
 class Input(Protocol):
-    """One shard of the input: what is encoded again, or not at all, after a kill."""
+    """One shard of the input; after a kill, a shard is encoded again from its beginning, or not at all."""
 
     @property
     def name(self) -> str:
-        """How messages and the journal call it."""
+        """Return the name in errors and in the journal."""
 
     def stamp(self) -> list[int]:
-        """What changes when its content does: size in bytes and time of change, as far as they are known."""
+        """Return numbers that change with the content: size in bytes and time of change, if they are known."""
 
     def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
-        """Yield the documents, each with the bytes read so far; ``fields`` may spare other columns of a table."""
+        """Yield the documents, each with the bytes read so far; only the columns that ``fields`` needs may be read."""
 
 
 class Chunk(NamedTuple):
     """Consecutive documents."""
 
     documents: list[RawDocument]
-    position: int  # bytes of all inputs that are read once these are
-    finished: int | None  # inputs read to their end, where the last of these documents ends one
+    position: int  # bytes of all inputs up to the end of the last document
+    finished: int | None  # inputs that are read completely, if the last document ends one; else None
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file; its suffix says what it holds. ``option`` is the one that named it."""
+    """A file; its suffix gives its kind. ``option`` is the option that names it."""
 
     path: Path
     option: str = "--input"
 
     @property
     def name(self) -> str:
-        """The path as it was given."""
+        """Return the path as it was given."""
         return str(self.path)
 
     def stamp(self) -> list[int]:
-        """Bytes, and nanoseconds of the last change.
+        """Return the bytes, and the time of the last change in nanoseconds.
 
         Raises:
-            UserError: there is no such file, as where a link leads nowhere.
+            UserError: the file does not exist, for example because it is a dangling link.
         """
         try:
             status = self.path.stat()
@@ -115,7 +84,7 @@ class InputFile:
         """Yield the documents, each with the bytes of the file read so far.
 
         Raises:
-            DamagedError: the file is not what its name says, or not whole.
+            DamagedError: the file is truncated, or not of the kind that its suffix gives.
             UserError: it cannot be read.
         """
         kind, compression = _kind(self.path)
@@ -129,10 +98,10 @@ class InputFile:
                 else:
                     yield RawDocument(self.name, 0, stream.read()), file.tell()
         except (OSError, EOFError) as error:
-            raise self._unreadable(error) from error  # an OSError with a number is the system's, not the file's
+            raise self._unreadable(error) from error  # only an OSError without errno is about the content
 
     def _rows(self, stream: IO[bytes], fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
-        """The rows of a parquet file, decoded a few at a time out of one row group after the other."""
+        """Yield the rows of a parquet file, decoding a few at a time."""
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
@@ -145,13 +114,12 @@ class InputFile:
                         number += 1
                         yield RawDocument(self.name, number, row), size * number // rows
         except (ArrowException, UnicodeError) as error:
-            raise DamagedError(
-                f"{self.option} {self.path} is no sound parquet file ({_first_line(error)}): write it again"
-            ) from error
+            reason = f"it is not a sound parquet file ({_first_line(error)})"
+            raise DamagedError(self.option, self.name, reason, "Fetch or write it again") from error
 
     def _unreadable(self, error: Exception) -> UserError:
         kind = UserError if isinstance(error, OSError) and error.errno is not None else DamagedError
-        return kind(f"{self.option} {self.path} cannot be read ({error}): fetch or write it again")
+        return kind(self.option, self.name, f"it cannot be read ({error})", "Fetch or write it again")
 
 
 @dataclass(frozen=True)
@@ -163,15 +131,15 @@ class DatasetShard:
     index: int
     shards: int
     links: "tempfile.TemporaryDirectory[str] | None" = None
-    """The files of the data set under other names, which last as long as this object."""
+    """Links to the files of the data set under plain names; they must live as long as this object."""
 
     @property
     def name(self) -> str:
-        """The data set's name and the shard's number."""
+        """Return the data set's name and the shard's number."""
         return f"{self.title} shard {self.index + 1} of {self.shards}"
 
     def stamp(self) -> list[int]:
-        """Nothing is known before it is read."""
+        """Return an empty stamp: nothing is known before the shard is read."""
         return []
 
     def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
@@ -190,15 +158,16 @@ class DatasetShard:
                 yield RawDocument(self.name, number, record), done
         except UserError:
             raise
-        except Exception as error:  # of the format's own reader: cut .gz files, damaged tables
-            raise UserError(f"--dataset {self.name} cannot be read ({_first_line(error)})") from error
+        except Exception as error:  # the errors of each format's reader
+            reason = f"it cannot be read ({_first_line(error)})"
+            raise UserError("--dataset", self.name, reason, "Fetch its files again") from error
 
 
 def find_files(names: list[str], option: str = "--input") -> list[Input]:
-    """Return the files named, and for a folder all files below it with a known suffix, in sorted order.
+    """Return the named files, and for each folder all files below it with a known suffix, sorted.
 
     Raises:
-        UserError: nothing is there, or nothing that can be read.
+        UserError: a path does not exist, or a folder holds no file with a known suffix.
     """
     return [InputFile(path, option) for name in names for path in _files_at(Path(name), option)]
 
@@ -207,7 +176,7 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
     """Return the shards of a Hugging Face data set: a hub name, or a local folder.
 
     Raises:
-        UserError: it is not found, its configuration or split is not, or the hub cannot be reached.
+        UserError: the data set, its configuration or its split is not found, or the hub cannot be reached.
     """
     from datasets import load_dataset
 
@@ -217,36 +186,35 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
     try:
         dataset = load_dataset(links.name if links else name, config, split=split, streaming=True)
     except ConnectionError as error:
-        raise UserError(
-            f"--dataset {name} cannot be reached ({_first_line(error)}): check the name and the connection, "
-            "or fetch its files and give them with --input"
-        ) from error
-    except Exception as error:  # of the format's own reader, or that a script would have to run
-        raise UserError(
-            f"--dataset {name} with split '{split}' cannot be opened ({_first_line(error)}): check the name, "
-            "--dataset-config and --dataset-split"
-        ) from error
+        remedy = "Check the name and the connection, or fetch its files and give them with --input"
+        raise UserError("--dataset", name, f"it cannot be reached ({_first_line(error)})", remedy) from error
+    except Exception as error:  # the errors of each format's reader, or of a data set that comes with code
+        reason = f"its split '{split}' cannot be opened ({_first_line(error)})"
+        remedy = "Check the name, --dataset-config and --dataset-split"
+        raise UserError("--dataset", name, reason, remedy) from error
     title = ":".join(filter(None, (name, config, split)))
     return [DatasetShard(dataset, title, index, dataset.num_shards, links) for index in range(dataset.num_shards)]
 
 
 def read_documents(source: Input, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
-    """Yield what ``source.read`` does, and in place of a ``DamagedError`` a last document that stands for the rest."""
+    """Yield the documents of an input; a ``DamagedError`` becomes a last document in place of the rest."""
     position = 0
     try:
         for document, position in source.read(fields):
             yield document, position
     except DamagedError as error:
-        yield RawDocument(source.name, 0, Damage(str(error))), position
+        yield RawDocument(source.name, 0, error), position
 
 
 def read_chunks(inputs: Iterable[Input], fields: Fields, finished: int = 0) -> Iterator[Chunk]:
-    """Yield the documents of the inputs, in order, in pieces of about one megabyte.
+    """Yield the documents of the inputs, in order, in chunks of about one megabyte.
 
-    An input of some size ends its piece, so that it can be counted as finished.
+    Unless an input is small, its end also ends a chunk, so that the input can be recorded as finished.
 
     Args:
-        finished: inputs that came before these.
+        inputs: to read.
+        fields: the keys of the records.
+        finished: inputs before these.
     """
     documents: list[RawDocument] = []
     size = done = 0
@@ -271,26 +239,28 @@ def _files_at(path: Path, option: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"{option} {path} is not a file or folder: give jsonl, text or parquet, plain, .gz or .zst")
+        remedy = "Give jsonl, text or parquet files, plain, .gz or .zst"
+        raise UserError(option, path, "it is not a file or folder", remedy)
     try:
         found = sorted(_walk(path))
     except OSError as error:
-        raise UserError(f"{option} {path} cannot be read ({error})") from error
+        raise UserError(option, path, f"it cannot be read ({error})", "Allow this user to read it") from error
     known = [below for below in found if _kind(below)[0] in _JSON_LINES | _TEXT | _TABLES]
     if not known:
         suffixes = " ".join(sorted(_JSON_LINES | _TEXT | _TABLES))
-        raise UserError(f"{option} {path} holds no file that is read ({suffixes}, each also .gz or .zst)")
+        remedy = f"Give files with one of the suffixes {suffixes}, each also with .gz or .zst"
+        raise UserError(option, path, "it holds no file of a known kind", remedy)
     if len(known) < len(found):
-        logger.info("%s: %d files of other suffixes are left out", path, len(found) - len(known))
+        logger.info("%s: %d files with other suffixes are skipped", path, len(found) - len(known))
     return known
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder. What is hidden is none of the user's texts: work in progress, a tool's copies."""
+    """Yield the files below a folder, except hidden ones, such as staging folders and the caches of tools."""
     for root, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for link in (path for path in (Path(root, name) for name in folders) if path.is_symlink()):
-            logger.warning("%s is a link to a folder and is not followed: name it too, if it is to be read", link)
+            logger.warning("%s is a link to a folder and is not followed. Name it as an input to read it.", link)
         yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
@@ -299,7 +269,7 @@ def _raise(error: OSError) -> None:
 
 
 def _kind(path: Path) -> tuple[str, str | None]:
-    """The suffix that says what a file holds, and how it is compressed."""
+    """Return the suffix that gives the kind of a file, and its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     compression = SUFFIXES.get(suffixes[-1]) if suffixes else None
     kinds = suffixes[:-1] if compression else suffixes[-1:]
@@ -320,7 +290,7 @@ def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
     if stream.seekable():
         yield stream
         return
-    with tempfile.TemporaryFile() as unpacked:  # parquet begins at its end
+    with tempfile.TemporaryFile() as unpacked:  # a parquet file is read from its end
         while block := stream.read(_BUFFER_BYTES):
             unpacked.write(block)
         yield unpacked
@@ -329,16 +299,48 @@ def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
 def _columns(title: str, names: list[str], fields: Fields) -> list[str]:
     for option, column in fields.needed().items():
         if not {column, column.partition(".")[0]} & set(names):
-            raise UserError(f"{title} has no column {column!r}: choose one of {sorted(names)} with {option}")
+            raise UserError(option, column, f"{title} has no such column", f"Choose one of {sorted(names)}")
     needed = fields.columns()
     return [name for name in names if name in needed]
 
 
-def _size(content: bytes | dict[str, Any] | Damage) -> int:
-    if isinstance(content, bytes | Damage):
+def _size(content: bytes | dict[str, Any] | UserError) -> int:
+    if isinstance(content, bytes):
         return len(content)
+    if isinstance(content, UserError):
+        return 0
     return sum(len(value) for value in content.values() if isinstance(value, str))
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def link_plain_names(folder: Path) -> "tempfile.TemporaryDirectory[str] | None":
+    """Return a new folder of links to all files below ``folder`` under plain names; None if all names are plain.
+
+    `datasets` reads special names as patterns or URLs. The files keep their order. The links are removed with the
+    object that is returned.
+    """
+    found = [Path(root, name) for root, below, names in os.walk(folder) for name in (*names, *_links(root, below))]
+    if not any(_SPECIAL.search(str(path)) for path in (folder.resolve(), *found)):
+        return None
+    plain = tempfile.TemporaryDirectory(prefix="dataset-")
+    for path in sorted(found):
+        link = Path(plain.name, _SPECIAL.sub(lambda match: _PLAIN[match[0]], str(path.relative_to(folder))))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        _free(link).symlink_to(path.resolve())
+    return plain
+
+
+def _links(root: str, folders: list[str]) -> list[str]:
+    return [name for name in folders if Path(root, name).is_symlink()]
+
+
+def _free(path: Path) -> Path:
+    """Return the path, or a free one with a number in front; a number at the end would change the suffix."""
+    number, free = 1, path
+    while free.is_symlink():
+        number += 1
+        free = path.with_name(f"{number}-{path.name}")
+    return free

@@ -1,7 +1,7 @@
-"""Text to tokens: what `megatron-slm prepare` does, from the inputs to the corpora in place.
+"""Preparation: from input files to corpora in place, as `megatron-slm prepare` does it.
 
-Several processes encode, one reads and writes. Everything is made in a folder beside the corpora
-and moved into place at the end; what a killed attempt had finished is not encoded again.
+Several processes encode, and one reads and writes. Everything is made in a staging folder beside the corpora and
+published at the end. After a kill, finished inputs are not encoded again.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.data.corpus import Corpus, describe_tokenizer, load_corpus_tokenizer, open_corpus, verify_checksums
-from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece
+from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece, train_tokenizer
 from megatron_slm.data.tokenizer import (
     largest_id,
     likelier_end_token,
@@ -21,13 +21,12 @@ from megatron_slm.data.tokenizer import (
     save_tokenizer,
     tokenizer_fingerprint,
     tokenizer_probe,
-    train_tokenizer,
 )
 from megatron_slm.errors import UserError
 from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.prepare.contamination import REPORT_SUFFIX, ContaminationReport
 from megatron_slm.prepare.documents import Fields, decode_document
-from megatron_slm.prepare.encoding import Encoding, encode_chunks
+from megatron_slm.prepare.encoding import EncoderSettings, encode_chunks
 from megatron_slm.prepare.inputs import Input, find_files, read_chunks, read_documents
 from megatron_slm.prepare.staged import DESCRIPTION, PARTS, Progress, StagedCorpora, read_progress, refuse_existing
 
@@ -38,22 +37,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS, _SAMPLE_MOST = 16, 2_000, 10_000
-"""Of every input, documents to compare with sentencepiece; characters of each; documents of all inputs."""
+"""The sample for the comparison with sentencepiece: documents per input, characters per document, documents in all."""
 _TOKENIZER = "tokenizer"  # in the staging folder: the tokenizer that the corpora will carry
-_UINT16_VOCABULARY = 65_500  # as Megatron has it: larger vocabularies are int32
+_UINT16_VOCABULARY = 65_500  # Megatron stores larger vocabularies as int32
 
 
 @dataclass(frozen=True)
 class Options:
-    """How inputs become corpora.
+    """The options of a preparation.
 
-    tokenizer    what ``load_tokenizer`` takes; or None
-    end_token    the piece that ends documents; None: the tokenizer's own
-    train_size   the vocabulary size of a tokenizer to train on the inputs first; or None
-    fields       where a record holds its text, and what it is sorted by
-    skip_bad     documents that may be left out because they cannot be read
-    evaluation   evaluation files whose 13-grams are looked for; a report is written
-    workers      processes that encode; the result is the same with any number
+    tokenizer    folder, name or file, as for ``load_tokenizer``; None to train one
+    train_size   vocabulary size of the tokenizer to train on the inputs; None to load one
+    fields       keys of the records
+    skip_bad     documents that may be skipped because they cannot be read
+    evaluation   evaluation files whose 13-grams are looked for in the input
+    workers      processes that encode; the result does not depend on them
+    end_token    piece that ends documents; None for the tokenizer's own
     """
 
     tokenizer: str | None = None
@@ -74,21 +73,21 @@ def prepare_corpus(
     json_key: str = "text",
     workers: int = 1,
 ) -> Corpus:
-    """Write the documents of files, in order, as the one corpus ``output``: ``prepare_corpora`` for the common case."""
+    """Write the documents of files, in order, as the corpus ``output``; see ``prepare_corpora``."""
     options = Options(tokenizer, train_size, Fields(json_key), workers=workers)
     return prepare_corpora(find_files(inputs), output, options)[0]
 
 
 def prepare_corpora(inputs: list[Input], output: str, options: Options) -> list[Corpus]:
-    """Write the documents of ``inputs``, in order, as one corpus, or as one for each value of ``options.fields.by``.
+    """Write the documents of ``inputs``, in order, as one corpus, or as one per value of ``options.fields.by``.
 
-    Empty documents are left out. No token begins a document, one end token ends it; special
-    tokens spelled out in a text are text, unless a chat template wrote it. The bytes written depend
-    neither on the number of workers nor on how often the work was interrupted.
+    Empty documents are dropped. A document begins with no special token and ends with one end token. Special tokens
+    that are spelled out in a text are text, unless a chat template wrote them. The bytes of the result depend neither
+    on the number of workers nor on interruptions.
 
     Raises:
-        UserError: the input cannot be read, holds no text, something exists at ``output``, or an
-            attempt with other settings was not completed there.
+        UserError: the input cannot be read or holds no text, something exists at ``output``, or there is unfinished
+            work with other settings.
     """
     staging = Staging(Path(output), "--output", "preparing")
     with staging.open():
@@ -98,10 +97,10 @@ def prepare_corpora(inputs: list[Input], output: str, options: Options) -> list[
 
 
 def verify_corpus(prefix: str) -> Corpus:
-    """Check a corpus completely: sizes, checksums, and the tokenizer that it carries.
+    """Check the sizes, the checksums and the tokenizer of a corpus.
 
     Raises:
-        UserError: something is missing or has changed.
+        UserError: a file is missing or has changed.
     """
     corpus = open_corpus(str(Path(prefix)))
     verify_checksums(corpus)
@@ -143,9 +142,9 @@ def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
     dtype = "uint16" if largest_id(tokenizer) + 1 < _UINT16_VOCABULARY else "int32"
     ngrams = report.begin(staging.folder) if report else None
     tokenizer_file = str(folder / "tokenizer.json")
-    encoding = Encoding(tokenizer_file, tokenizer.eos_token_id, dtype, options.fields, ngrams)
+    encoder = EncoderSettings(tokenizer_file, tokenizer.eos_token_id, dtype, options.fields, ngrams)
     corpora = StagedCorpora(staging, journal, progress, dtype, options.fields, options.skip_bad, report)
-    _encode(inputs, stamps, encoding, corpora, options.workers)
+    _encode(inputs, stamps, encoder, corpora, options.workers)
     if not corpora.corpora:
         journal.remove()
         names = " ".join(source.name for source in inputs[:3])
@@ -168,29 +167,26 @@ def _refuse_changed_tokenizer(
     given: "PreTrainedTokenizerFast | None",
     begun: "PreTrainedTokenizerFast",
 ) -> None:
-    """Refuse to resume with a tokenizer of the same pieces that gives other ids than at the beginning."""
+    """Raise an error if the tokenizer has the same pieces as that of the unfinished work, but gives other ids."""
     if given is not None and tokenizer_probe(given) != tokenizer_probe(begun):
-        raise UserError(
-            f"--tokenizer {options.tokenizer} splits text differently than when the attempt in {folder} began: give "
-            "the tokenizer of then, or remove that folder to begin afresh"
-        )
+        reason = f"it splits text differently than the tokenizer of the unfinished work in {folder}"
+        remedy = "Give that tokenizer, or remove that folder to start again"
+        raise UserError("--tokenizer", options.tokenizer, reason, remedy)
 
 
 def _refuse_missing_template(tokenizer: "PreTrainedTokenizerFast | None", options: Options) -> None:
     if options.fields.format == "messages" and not (tokenizer and tokenizer.chat_template):
-        given = f"--tokenizer {options.tokenizer}" if tokenizer else f"--train-tokenizer {options.train_size}"
-        raise UserError(
-            f"{given} has no chat template, which --format messages needs: give a --tokenizer that has one, "
-            "or use --format prompt-completion"
-        )
+        setting, value = ("--tokenizer", options.tokenizer) if tokenizer else ("--train-tokenizer", options.train_size)
+        remedy = "Give a --tokenizer that has one, or use --format prompt-completion"
+        raise UserError(setting, value, "it has no chat template, which --format messages needs", remedy)
 
 
 def _warn_of_turns(tokenizer: "PreTrainedTokenizerFast | None", options: Options) -> None:
     likelier = likelier_end_token(tokenizer) if tokenizer and options.fields.format != "messages" else None
     if tokenizer and likelier:
         logger.warning(
-            "--tokenizer %s is a chat model's: its end token %s ends a turn, and will end every document; to end them "
-            "as in pretraining, give --end-token '%s'", options.tokenizer, tokenizer.eos_token, likelier,
+            "--tokenizer %s is of a chat model. Its end token %s ends turns, and will end every document. To end "
+            "documents as in pretraining, use --end-token '%s'.", options.tokenizer, tokenizer.eos_token, likelier,
         )  # fmt: skip
 
 
@@ -208,9 +204,9 @@ def _settings(
     tokenizer: "PreTrainedTokenizerFast | None",
     report: ContaminationReport | None,
 ) -> dict[str, Any]:
-    """What decides the bytes of the result, by the option that sets it."""
+    """Return the settings that decide the bytes of the result, by option."""
     return {
-        # A tokenizer is trained on all of them; otherwise an input that is not yet encoded may change.
+        # A tokenizer is trained on all inputs; otherwise inputs that are not yet encoded may change.
         "--input": [stamp if options.train_size else stamp[0] for stamp in stamps],
         "--tokenizer": tokenizer and tokenizer_fingerprint(tokenizer),
         "chat template": tokenizer.chat_template if tokenizer and options.fields.format == "messages" else None,
@@ -255,7 +251,7 @@ def _compare_sample(inputs: list[Input], options: Options, tokenizer: "PreTraine
 def _first_texts(source: Input, options: Options) -> Iterator[tuple[str, str]]:
     for raw, _ in islice(read_documents(source, options.fields), _SAMPLE_DOCUMENTS):
         text = ""
-        with contextlib.suppress(UserError):  # named when it is encoded
+        with contextlib.suppress(UserError):  # raised again when it is encoded
             text = decode_document(raw, options.fields).text[:_SAMPLE_CHARACTERS]
         yield raw.place, text
 
@@ -274,20 +270,20 @@ def _texts(inputs: list[Input], options: Options) -> Iterator[str]:
             try:
                 yield decode_document(raw, options.fields).text
             except UserError:
-                bad += 1  # named when they are encoded
+                bad += 1  # raised or skipped again when it is encoded
                 if bad > options.skip_bad:
                     raise
 
 
 def _encode(
-    inputs: list[Input], stamps: list[list[Any]], encoding: Encoding, corpora: StagedCorpora, workers: int
+    inputs: list[Input], stamps: list[list[Any]], encoder: EncoderSettings, corpora: StagedCorpora, workers: int
 ) -> None:
     done = len(corpora.progress.finished)
     if done:
         logger.info("resuming after %d of %d inputs", done, len(inputs))
     total = sum(size for _, *stamp in stamps[done:] for size in stamp[:1])
-    chunks = read_chunks(inputs[done:], encoding.fields, done)
-    for encoded, chunk in encode_chunks(chunks, encoding, workers, total):
+    chunks = read_chunks(inputs[done:], encoder.fields, done)
+    for encoded, chunk in encode_chunks(chunks, encoder, workers, total):
         corpora.add(encoded)
         if chunk.finished is not None:
             corpora.commit(stamps[: chunk.finished])

@@ -78,14 +78,14 @@ def make_at_once(
 
 
 class StagedCorpus:
-    """Appends to NAME.bin, to a file of lengths, and to NAME.mask if it has one; ``counts`` says how far they are.
+    """One corpus in the making: NAME.bin, a file of lengths, and NAME.mask if only answers count.
 
     Args:
-        ready: the folder of the files to publish; the lengths lie beside it.
+        ready: the folder of the files to publish; the lengths are beside it.
         name: the basename of the prefix.
         dtype: of the tokens, "uint16" or "int32".
-        masked: whether only some tokens count.
-        counts: what an earlier attempt had committed; what it wrote after that is cut off.
+        masked: True if only some tokens count.
+        counts: the counts that an earlier attempt committed; what it wrote after that is cut off.
     """
 
     def __init__(
@@ -104,26 +104,26 @@ class StagedCorpus:
             self._cut(self._mask, self.counts["tokens"])
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int, mask: np.ndarray | None = None) -> None:
-        """Append documents; tokens, with their mask, and lengths may also come one after the other."""
+        """Append documents; tokens (with their mask) and lengths may also come in separate calls."""
         blocks = [(self._bin, tokens.astype(self.dtype)), (self._lengths, lengths.astype(np.int32))]
         if self._mask:
             values = np.zeros(0, np.uint8) if mask is None else mask.astype(np.uint8)
             assert len(values) == len(tokens)
             blocks.append((self._mask, values))
         for path, block in blocks:
-            with path.open("ab") as stream:  # not held open: there may be a thousand corpora
+            with path.open("ab") as stream:  # not kept open: there may be a thousand corpora
                 stream.write(block.data)
         self.counts["documents"] += len(lengths)
         self.counts["tokens"] += len(tokens)
         self.counts["bytes"] += num_bytes
 
     def add_labels(self, sources: Tally, licenses: Tally) -> None:
-        """Count what is known of the documents appended."""
+        """Add the counts by source and by license of the documents that were appended."""
         add_tally(self.counts["sources"], sources)
         add_tally(self.counts["licenses"], licenses)
 
     def sync(self) -> None:
-        """Flush what was appended to the disk."""
+        """Flush the files to the disk."""
         for path in filter(None, (self._bin, self._lengths, self._mask)):
             sync(path)
 
@@ -132,7 +132,7 @@ class StagedCorpus:
 
         Args:
             tokenizer: its folder.
-            described: what ``describe_tokenizer`` returns for it.
+            described: its description, from ``describe_tokenizer``.
             skipped: documents that could not be read.
         """
         index = Path(f"{self.prefix}.idx")
@@ -154,7 +154,8 @@ class StagedCorpus:
     def _cut(self, path: Path, size: int) -> None:
         path.touch()
         if path.stat().st_size < size:
-            raise UserError(f"{path} is shorter than when it was left: remove {self._folder} to begin afresh")
+            reason = f"{path} is shorter than the journal records"
+            raise UserError("unfinished work", self._folder, reason, "Remove that folder to start again")
         os.truncate(path, size)
 
 
@@ -221,13 +222,13 @@ class StagedCorpora:
         self._next_commit = 0.0
 
     def add(self, encoded: Encoded) -> None:
-        """Append a chunk.
+        """Append an encoded chunk.
 
         Raises:
-            UserError: too many bad documents, or too many values of the field ``by``.
+            UserError: there are too many bad documents, or too many values of the field ``by``.
         """
-        for sentence in encoded.bad:
-            self._skip(sentence)
+        for error in encoded.bad:
+            self._skip(error)
         for value, group in encoded.groups.items():
             corpus = self._corpora.get(value) or self._open(value, self._new_name(value))
             mask = group.masks[0] if group.masks else None
@@ -238,7 +239,7 @@ class StagedCorpora:
             self._report.add(encoded.found)
 
     def commit(self, finished: list[list[Any]]) -> None:
-        """Note in the journal that all inputs up to here, ``finished``, are encoded; seldom enough to cost little."""
+        """Record in the journal that the inputs ``finished`` are encoded, but only as often as costs little time."""
         begin = time.monotonic()
         if begin < self._next_commit:
             return
@@ -247,7 +248,7 @@ class StagedCorpora:
         self._next_commit = end + (end - begin) / _COMMIT_SHARE
 
     def commit_now(self, finished: list[list[Any]]) -> None:
-        """Note it whatever it costs."""
+        """Record in the journal that the inputs ``finished`` are encoded."""
         for value in self._dirty:
             self._corpora[value].sync()
         sync(self._staging.ready)  # the names of new files too
@@ -261,7 +262,7 @@ class StagedCorpora:
         self._journal.write(asdict(self.progress))
 
     def finish(self, tokenizer: Path, described: dict[str, Any]) -> None:
-        """Complete all that will be published, and note that it is; the arguments are those of ``StagedCorpus``."""
+        """Complete the files to publish, and record that in the journal; for arguments see ``StagedCorpus.finish``."""
         ready = self._staging.ready
         for staged in self._corpora.values():
             write_description(staged.finish(tokenizer, described, self.progress.skipped))
@@ -273,7 +274,7 @@ class StagedCorpora:
 
     @property
     def corpora(self) -> list[StagedCorpus]:
-        """In the order in which they were first seen."""
+        """Return the corpora in the order of their first documents."""
         return list(self._corpora.values())
 
     def _open(self, value: str, name: str, counts: dict[str, Any] | None = None) -> StagedCorpus:
@@ -285,18 +286,19 @@ class StagedCorpora:
         if self._fields.by is None:
             return self._staging.output.name
         if len(self._corpora) == MAX_GROUPS:
-            raise UserError(f"--by {self._fields.by} has more than {MAX_GROUPS:,} values: choose a field with fewer")
+            reason = f"it has more than {MAX_GROUPS:,} values"
+            raise UserError("--by", self._fields.by, reason, "Choose a field with fewer values")
         return safe_name(self._staging.output.name, value, [c.prefix.name for c in self._corpora.values()])
 
-    def _skip(self, sentence: str) -> None:
+    def _skip(self, error: UserError) -> None:
         if self.progress.skipped == self._skip_bad:
-            also = f" ({self._skip_bad} before it were left out, as many as --skip-bad allows)"
-            raise UserError(sentence + (also if self._skip_bad else "; or leave it out with --skip-bad"))
+            also = f"raise --skip-bad above {self._skip_bad}" if self._skip_bad else "skip it with --skip-bad"
+            raise UserError(error.setting, error.value, error.reason, f"{error.remedy}, or {also}")
         self.progress.skipped += 1
-        logger.warning("left out: %s", sentence)
+        logger.warning("skipped: %s", error)
 
     def _remove_unknown(self) -> None:
-        """Remove what an earlier attempt began after it last wrote its journal."""
+        """Remove the files that an earlier attempt began after it last wrote its journal."""
         known = {corpus.prefix.name for corpus in self._corpora.values()}
         for path in self._staging.ready.iterdir():
             if path.suffix in (".bin", MASK) and path.stem not in known:
@@ -304,7 +306,7 @@ class StagedCorpora:
 
 
 def safe_name(output: str, value: str, taken: list[str]) -> str:
-    """Return OUTPUT-VALUE as a file name that no other in ``taken`` has, on any file system."""
+    """Return OUTPUT-VALUE as a file name that differs from those in ``taken`` on any file system."""
     label = re.sub(r"[^\w.-]+", "-", value).strip(".-")[:_NAME_CHARACTERS] or "unnamed"
     name = f"{output}-{label}"
     number = 1

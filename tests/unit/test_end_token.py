@@ -109,11 +109,14 @@ def test_adopted_files_may_end_with_a_chosen_piece(here, caplog):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--tokenizer", "chat", "--end-token", "<|stop|>"], "--end-token <|stop|> is no piece of the tokenizer chat"),
-        (["--tokenizer", "chat", "--end-token", "rise over run"], "is no piece"),
-        (["--tokenizer", "chat", "--end-token", ""], "--end-token is empty"),
-        (["--tokenizer", "open"], "tokenizer open has no end token"),
-        (["--train-tokenizer", "300", "--end-token", END], "--end-token says nothing to --train-tokenizer"),
+        (
+            ["--tokenizer", "chat", "--end-token", "<|stop|>"],
+            "--end-token is <|stop|>, but it is not a piece of the tokenizer chat",
+        ),
+        (["--tokenizer", "chat", "--end-token", "rise over run"], "but it is not a piece"),
+        (["--tokenizer", "chat", "--end-token", ""], "--end-token is '', but it is empty"),
+        (["--tokenizer", "open"], "tokenizer is open, but it has no end token"),
+        (["--train-tokenizer", "300", "--end-token", END], "it does not apply to --train-tokenizer"),
     ],
 )
 def test_what_cannot_end_documents_is_refused(options, sentence, here, capsys):

@@ -198,9 +198,9 @@ def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
     raw = [("f", 1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
     file, end = str(Path(chat_tokenizer) / "tokenizer.json"), load_tokenizer(chat_tokenizer).eos_token_id
     for kind, expected in (("messages", 3), ("text", 1)):
-        how = encoding.Encoding(file, end, "uint16", Fields(format=kind))
+        settings = encoding.EncoderSettings(file, end, "uint16", Fields(format=kind))
         content = {"text": "a <|im_end|>", **raw[0][2]}
-        group = encoding.encode_documents(how, [encoding.RawDocument("f", 1, content)]).groups[""]  # type: ignore[attr-defined]
+        group = encoding.encode_documents(settings, [encoding.RawDocument("f", 1, content)]).groups[""]  # type: ignore[attr-defined]
         assert (group.pieces[0] == end).sum() == expected
         assert bool(group.masks) == (kind == "messages")
 
@@ -257,28 +257,40 @@ PAIR, CHAT = (
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (f"--input no_answer.jsonl {PAIR}", "no_answer.jsonl:1 has no key 'completion': choose one of ['prompt']"),
-        (f"--input null.jsonl {PAIR}", "null.jsonl:1 has no text under 'completion'"),
-        (f"--input empty.jsonl {PAIR}", "empty.jsonl:1 has an empty answer"),
-        (f"--input half.jsonl {PAIR}", "half.jsonl:1 is not valid UTF-8"),
-        (f"--input no_list.jsonl {PAIR}", "no_list.jsonl:1 has no key 'prompt'"),
-        (f"--input text.txt {PAIR}", "text.txt is plain text, without an answer in it"),
-        (f"--input no_answer.jsonl {CHAT}", "no_answer.jsonl:1 has no key 'messages'"),
-        (f"--input no_list.jsonl {CHAT}", "no_list.jsonl:1 has no list of messages"),
-        (f"--input no_role.jsonl {CHAT}", "no_role.jsonl:1 has no list of messages"),
-        (f"--input silent.jsonl {CHAT}", "silent.jsonl:1 has no message of the role 'assistant', only of ['user']"),
-        (f"--input hollow.jsonl {CHAT}", "hollow.jsonl:1 has an empty answer of the assistant"),
-        (f"--input bot.jsonl {CHAT}", "bot.jsonl:1 is refused by the tokenizer's chat template (no bots)"),
-        (f"--input no_content.jsonl {CHAT}", "no_content.jsonl:1 is refused by the tokenizer's chat template"),
-        (f"--input silent.jsonl {CHAT} --prompt-key x", "--prompt-key says nothing to --format messages"),
-        (f"--input silent.jsonl {PAIR} --json-key x", "--json-key says nothing to --format prompt-completion"),
-        (f"--input silent.jsonl {PAIR} --completion-key=", "--completion-key is empty"),
-        ("--input a.jsonl --separator x --tokenizer CHAT --output out/web", "--separator says nothing to"),
-        ("--input silent.jsonl --format messages --tokenizer MODEL --output out/web", "has no chat template"),
-        ("--input silent.jsonl --format messages --train-tokenizer 300 --output out/web", "300 has no chat template"),
-        ("--output out/web --verify --format messages", "--format says nothing to --verify"),
+        (f"--input no_answer.jsonl {PAIR}", "--completion-key is completion, but no_answer.jsonl:1 has no key"),
+        (f"--input null.jsonl {PAIR}", "--completion-key is completion, but null.jsonl:1 has null"),
+        (f"--input empty.jsonl {PAIR}", "document is empty.jsonl:1, but its answer is empty"),
+        (f"--input half.jsonl {PAIR}", "document is half.jsonl:1, but it is not valid UTF-8"),
+        (f"--input no_list.jsonl {PAIR}", "--prompt-key is prompt, but no_list.jsonl:1 has no key 'prompt'"),
+        (f"--input text.txt {PAIR}", "--format is prompt-completion, but text.txt is plain text"),
+        (f"--input no_answer.jsonl {CHAT}", "--messages-key is messages, but no_answer.jsonl:1 has no key"),
+        (f"--input no_list.jsonl {CHAT}", "document is no_list.jsonl:1, but it is not a list of messages"),
+        (f"--input no_role.jsonl {CHAT}", "document is no_role.jsonl:1, but it is not a list of messages"),
+        (
+            f"--input silent.jsonl {CHAT}",
+            "silent.jsonl:1, but it has no message with the role 'assistant', only ['user']",
+        ),
+        (f"--input hollow.jsonl {CHAT}", "document is hollow.jsonl:1, but an answer of the assistant is empty"),
+        (f"--input bot.jsonl {CHAT}", "bot.jsonl:1, but the tokenizer's chat template rejects it (no bots)"),
+        (f"--input no_content.jsonl {CHAT}", "no_content.jsonl:1, but the tokenizer's chat template rejects it"),
+        (
+            f"--input silent.jsonl {CHAT} --prompt-key x",
+            "--prompt-key is x, but it does not apply to --format messages",
+        ),
+        (
+            f"--input silent.jsonl {PAIR} --json-key x",
+            "--json-key is x, but it does not apply to --format prompt-completion",
+        ),
+        (f"--input silent.jsonl {PAIR} --completion-key=", "--completion-key is '', but it is empty"),
+        ("--input a.jsonl --separator x --tokenizer CHAT --output out/web", "--separator is x, but it does not"),
+        ("--input silent.jsonl --format messages --tokenizer MODEL --output out/web", "but it has no chat template"),
+        (
+            "--input silent.jsonl --format messages --train-tokenizer 300 --output out/web",
+            "--train-tokenizer is 300, but it has",
+        ),
+        ("--output out/web --verify --format messages", "--format is messages, but it does not apply to --verify"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_a_sentence(model, chat_tokenizer, tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
@@ -299,16 +311,13 @@ def test_bad_input_is_a_sentence(model, chat_tokenizer, tmp_path, monkeypatch, c
     ids=["before-the-answer", "after-the-answer"],
 )
 def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path, capsys, template):
-    """As those do that leave out the reasoning of all turns but the last."""
+    """Templates that drop the reasoning of all turns but the last do this."""
     tokenizer = byte_level(tmp_path / "tokenizer", template=template)
     (tmp_path / "out").mkdir()
     path = write_chats(tmp_path / "c.jsonl", CHATS)
     arguments = ["--input", str(path), "--format", "messages", "--tokenizer", tokenizer, "--output"]
     said = refused(tmp_path, capsys, *arguments, str(tmp_path / "out" / "web"))
-    assert (
-        "c.jsonl:1 is no chat whose answers can be found: the chat template changes what it wrote before message 3"
-        in said
-    )
+    assert "c.jsonl:1, but the chat template changes earlier text at message 3" in said
 
 
 def test_records_without_an_answer_are_left_out_on_demand(model, tmp_path, monkeypatch):

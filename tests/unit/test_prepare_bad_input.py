@@ -1,4 +1,4 @@
-"""What is given wrongly is answered with a sentence and status 2, and everything that was there stays as it was."""
+"""Bad input: it gives an error sentence and exit status 2, and existing files stay unchanged."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> str:
-    """A tokenizer of 300 pieces."""
+    """Return a tokenizer of 300 pieces."""
     folder = tmp_path_factory.mktemp("other")
     path = write_jsonl(folder / "x.jsonl", [sentence(i) for i in range(100)])
     prepare_corpus([str(path)], str(folder / "x"), train_size=300)
@@ -38,7 +38,7 @@ def other(tmp_path_factory) -> str:
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run the command in ``folder``; it must say a sentence, end with 2, and leave all as it was."""
+    """Run the command in ``folder``, expect exit status 2 and unchanged files, and return the error output."""
     before = snapshot(folder)
     with pytest.raises(SystemExit) as end:
         main(["prepare", *arguments])
@@ -94,12 +94,12 @@ T = "--tokenizer MODEL --output out/web"
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (f"--input cut.jsonl.gz {T}", "--input cut.jsonl.gz cannot be read"),
-        (f"--input no.jsonl.gz {T}", "--input no.jsonl.gz cannot be read"),
-        (f"--input cut.jsonl.zst {T}", "--input cut.jsonl.zst cannot be read"),
-        (f"--input no.jsonl.zst {T}", "--input no.jsonl.zst cannot be read"),
+        (f"--input cut.jsonl.gz {T}", "--input is cut.jsonl.gz, but it cannot be read"),
+        (f"--input no.jsonl.gz {T}", "--input is no.jsonl.gz, but it cannot be read"),
+        (f"--input cut.jsonl.zst {T}", "--input is cut.jsonl.zst, but it cannot be read"),
+        (f"--input no.jsonl.zst {T}", "--input is no.jsonl.zst, but it cannot be read"),
         *(
-            (f"--input {name}.jsonl.{suffix} {T}", f"--input {name}.jsonl.{suffix} cannot be read ({reason}")
+            (f"--input {name}.jsonl.{suffix} {T}", f"--input is {name}.jsonl.{suffix}, but it cannot be read ({reason}")
             for name, suffixes, reason in (
                 ("zero", ("gz", "zst"), "it is empty"),
                 ("tail", ("gz", "zst"), ""),
@@ -109,53 +109,56 @@ T = "--tokenizer MODEL --output out/web"
             )
             for suffix in suffixes
         ),
-        (f"--input zero.parquet {T}", "--input zero.parquet is no sound parquet file"),
-        (f"--input good.jsonl --contamination zero.jsonl.gz {T}", "--contamination zero.jsonl.gz cannot be read"),
-        (f"--input cut.parquet {T}", "--input cut.parquet is no sound parquet file"),
-        (f"--input no.parquet {T}", "--input no.parquet is no sound parquet file"),
-        (f"--input broken.parquet {T}", "--input broken.parquet"),
-        (f"--input table.parquet --json-key body {T}", "table.parquet has no column 'body': choose one of ['meta'"),
-        (f"--input table.parquet --by kind {T}", "table.parquet has no column 'kind'"),
-        (f"--input table.parquet --by meta.kind {T}", "table.parquet:1 has no single value under 'meta.kind'"),
-        (f"--input null.parquet {T}", "null.parquet:2 has no text under 'text'"),
-        (f"--input good.jsonl --by source {T}", "good.jsonl:1 has no single value under 'source'"),
-        (f"--input latin.txt --by source {T}", "latin.txt is not valid UTF-8"),
-        (f"--input bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
-        (f"--input bad.jsonl --skip-bad 1 {T}", "bad.jsonl:102 is not a JSON object"),
-        (f"--input bad.jsonl --skip-bad -1 {T}", "--skip-bad -1 is no number"),
+        (f"--input zero.parquet {T}", "--input is zero.parquet, but it is not a sound parquet file"),
+        (f"--input good.jsonl --contamination zero.jsonl.gz {T}", "--contamination is zero.jsonl.gz, but it"),
+        (f"--input cut.parquet {T}", "--input is cut.parquet, but it is not a sound parquet file"),
+        (f"--input no.parquet {T}", "--input is no.parquet, but it is not a sound parquet file"),
+        (f"--input broken.parquet {T}", "--input is broken.parquet"),
+        (f"--input table.parquet --json-key body {T}", "--json-key is body, but table.parquet has no such column"),
+        (f"--input table.parquet --by kind {T}", "--by is kind, but table.parquet has no such column"),
+        (f"--input table.parquet --by meta.kind {T}", "--by is meta.kind, but table.parquet:1 has no key"),
+        (f"--input null.parquet {T}", "--json-key is text, but null.parquet:2 has null"),
+        (f"--input good.jsonl --by source {T}", "--by is source, but good.jsonl:1 has no key"),
+        (f"--input latin.txt --by source {T}", "document is latin.txt, but it is not valid UTF-8"),
+        (f"--input bad.jsonl {T}", "document is bad.jsonl:101, but it is not valid JSON"),
+        (f"--input bad.jsonl --skip-bad 1 {T}", "document is bad.jsonl:102, but it is not a JSON object"),
+        (f"--input bad.jsonl --skip-bad -1 {T}", "--skip-bad is -1"),
         (f"--input empty.jsonl {T}", "--input is empty.jsonl, but it holds no text"),
-        (f"--input nothing {T}", "--input nothing is not a file or folder"),
-        (f"--input out {T}", "--input out holds no file that is read"),
+        (f"--input nothing {T}", "--input is nothing, but it is not a file or folder"),
+        (f"--input out {T}", "--input is out, but it holds no file of a known kind"),
         (f"--dataset ./gone/set {T}", "--dataset is ./gone/set, but the path does not exist"),
-        (f"--dataset nobody/nothing {T}", "--dataset nobody/nothing cannot be reached"),
-        (f"--dataset . --dataset-split nope {T}", "--dataset . with split 'nope' cannot be opened"),
-        (f"--input good.jsonl --dataset-split train {T}", "--dataset-split says nothing to --input"),
-        (f"--input good.jsonl --contamination gone.jsonl {T}", "--contamination gone.jsonl is not a file"),
-        (f"--input good.jsonl --contamination cut.jsonl.gz {T}", "--contamination cut.jsonl.gz cannot be read"),
-        (f"--input good.jsonl --contamination bad.jsonl {T}", "bad.jsonl:101 is not valid JSON"),
-        (f"--input good.jsonl --contamination empty.jsonl {T}", "--contamination empty.jsonl holds no text"),
+        (f"--dataset nobody/nothing {T}", "--dataset is nobody/nothing, but it cannot be reached"),
+        (f"--dataset . --dataset-split nope {T}", "--dataset is ., but its split 'nope' cannot be opened"),
+        (f"--input good.jsonl --dataset-split train {T}", "--dataset-split is train, but it does not apply to --input"),
+        (f"--input good.jsonl --contamination gone.jsonl {T}", "--contamination is gone.jsonl, but it is not a file"),
+        (f"--input good.jsonl --contamination cut.jsonl.gz {T}", "--contamination is cut.jsonl.gz, but it"),
+        (f"--input good.jsonl --contamination bad.jsonl {T}", "bad.jsonl:101, but it is not valid JSON"),
+        (f"--input good.jsonl --contamination empty.jsonl {T}", "--contamination is empty.jsonl, but it holds no text"),
         (
             "--input good.jsonl --tokenizer gone/to/it --output out/web",
-            "the tokenizer is gone/to/it, but the path does not exist",
+            "tokenizer is gone/to/it, but the path does not exist",
         ),
-        ("--input good.jsonl --train-tokenizer 9999999 --output out/web", "--train-tokenizer 9999999 does not fit"),
+        (
+            "--input good.jsonl --train-tokenizer 9999999 --output out/web",
+            "--train-tokenizer is 9999999, but",
+        ),
         (
             "--input good.jsonl --tokenizer MODEL --output good.jsonl/web",
             "--output is good.jsonl/web, but it cannot be written",
         ),
         ("--input good.jsonl --tokenizer MODEL --output .", "--output is ., but"),
-        ("--input good.jsonl --tokenizer MODEL", "--output is missing"),
+        ("--input good.jsonl --tokenizer MODEL", "--output is not set"),
         ("--adopt out/old --tokenizer MODEL", "--adopt is out/old, but out/old.idx is missing"),
-        ("--adopt out/old --tokenizer MODEL --by source", "--by says nothing to --adopt"),
-        ("--adopt out/old --tokenizer MODEL --output out/new", "--output says nothing to --adopt"),
-        ("--adopt out/old", "--adopt needs --tokenizer"),
+        ("--adopt out/old --tokenizer MODEL --by source", "--by is source, but it does not apply to --adopt"),
+        ("--adopt out/old --tokenizer MODEL --output out/new", "--output is out/new, but it does not apply to --adopt"),
+        ("--adopt out/old", "--tokenizer is not set, but --adopt needs it"),
         ("--merge out/a out/b --output out/web", "--merge is out/a, but out/a.json is missing"),
-        ("--merge out/a out/b", "--merge needs --output"),
-        ("--merge out/a --tokenizer MODEL --output out/web", "--tokenizer says nothing to --merge"),
-        ("--verify --output out/web --workers 2", "--workers says nothing to --verify"),
+        ("--merge out/a out/b", "--output is not set, but --merge needs it"),
+        ("--merge out/a --tokenizer MODEL --output out/web", "it does not apply to --merge"),
+        ("--verify --output out/web --workers 2", "--workers is 2, but it does not apply to --verify"),
     ],
 )
-def test_a_sentence_and_nothing_lost(arguments, sentence, here, model, capsys):
+def test_bad_arguments_give_an_error_and_change_nothing(arguments, sentence, here, model, capsys):
     for name, content in FILES.items():
         if name in arguments or (name == "good.jsonl" and "--dataset ." in arguments):
             (here / name).write_bytes(content)
@@ -167,7 +170,7 @@ def test_a_link_that_leads_nowhere_is_named(here, model, capsys):
     (here / "web").mkdir()
     (here / "web" / "a.jsonl").symlink_to("gone.jsonl")
     said = refused(here, capsys, "--input", "web", "--tokenizer", model, "--output", "out/web")
-    assert "--input web/a.jsonl cannot be read" in said
+    assert "--input is web/a.jsonl, but it cannot be read" in said
 
 
 def test_a_data_set_that_its_reader_cannot_read_is_named(here, model, capsys, monkeypatch):
@@ -176,7 +179,7 @@ def test_a_data_set_that_its_reader_cannot_read_is_named(here, model, capsys, mo
         (here / name).mkdir()
         (here / name / file).write_bytes(content)
         said = refused(here, capsys, "--dataset", f"./{name}", "--tokenizer", model, "--output", "out/web")
-        assert f"--dataset ./{name} with split 'train' cannot be opened" in said
+        assert f"--dataset is ./{name}, but its split 'train' cannot be opened" in said
 
 
 @pytest.mark.parametrize("name", ["zero.jsonl.gz", "zero.jsonl.zst", "cut.jsonl.zst", "second.jsonl.zst"])
@@ -187,7 +190,7 @@ def test_a_shard_of_a_data_set_that_is_not_whole_is_named(name, here, model, cap
     (here / "set" / f"a.{name}").write_bytes(good)
     (here / "set" / f"b.{name}").write_bytes(FILES[name])
     said = refused(here, capsys, "--dataset", "./set", "--tokenizer", model, "--output", "out/web")
-    assert "--dataset ./set:train shard 2 of 2 cannot be read" in said
+    assert "--dataset is ./set:train shard 2 of 2, but it cannot be read" in said
 
 
 def test_a_tokenizer_of_another_form_is_named(here, model, capsys):
@@ -196,7 +199,7 @@ def test_a_tokenizer_of_another_form_is_named(here, model, capsys):
     (here / "t" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (here / "good.jsonl").write_bytes(LINES)
     said = refused(here, capsys, "--input", "good.jsonl", "--tokenizer", "t", "--output", "out/web")
-    assert "tokenizer t cannot be loaded" in said
+    assert "tokenizer is t, but it cannot be loaded" in said
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,7 @@ def made(model, other, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def corpora(made, here) -> Path:
-    """Corpora a and b of one tokenizer, and c of another."""
+    """Return a folder with the corpora a and b of one tokenizer, and c of another."""
     shutil.copytree(made, here, dirs_exist_ok=True)
     return here
 
@@ -285,7 +288,7 @@ def test_several_sequences_a_document_are_not_adopted(here, model, capsys):
     assert "old.idx holds 3 sequences in 2 documents" in refused(here, capsys, "--adopt", "old", "--tokenizer", model)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(here, model, capsys):
+def test_a_full_disk_is_an_error_and_leaves_nothing(here, model, capsys):
     (here / "long.txt").write_text(sentence(3, 200_000))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -320,12 +323,12 @@ def test_damaged_files_among_good_ones_are_left_out_named_and_counted(trained, h
     tokenizer = ("--train-tokenizer", "300") if trained else ("--tokenizer", model)
     command = ["--input", "web", *tokenizer, "--output", "out/web"]
     said = refused(here, capsys, *command, "--skip-bad", "4")
-    assert "--input web/zero.jsonl.zst cannot be read" in said
+    assert "--input is web/zero.jsonl.zst, but it cannot be read" in said
     with caplog.at_level("WARNING", "megatron_slm"):
         main(["prepare", *command, "--skip-bad", "5"])
     described = json.loads((here / "out" / "web.json").read_text())
     assert (described["skipped"], described["num_documents"]) == (5, 200)  # of good.jsonl and second.jsonl.gz
-    assert all(f"left out: --input web/{name} " in caplog.text for name in damaged)
+    assert all(f"skipped: --input is web/{name}, " in caplog.text for name in damaged)
 
 
 def test_bad_documents_are_left_out_named_and_counted(here, model, capsys, caplog):
@@ -334,5 +337,5 @@ def test_bad_documents_are_left_out_named_and_counted(here, model, capsys, caplo
         main(["prepare", "--input", "bad.jsonl", "--tokenizer", model, "--output", "web", "--skip-bad", "2"])
     described = json.loads((here / "web.json").read_text())
     assert (described["skipped"], described["num_documents"]) == (2, 200)
-    assert "left out: bad.jsonl:101 is not valid JSON" in caplog.text
-    assert "left out: bad.jsonl:102 is not a JSON object" in caplog.text
+    assert "skipped: document is bad.jsonl:101, but it is not valid JSON" in caplog.text
+    assert "skipped: document is bad.jsonl:102, but it is not a JSON object" in caplog.text

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_slm.data.corpus import Corpus, open_corpus
-from megatron_slm.errors import UserError
 from megatron_slm.prepare import staged
 from megatron_slm.prepare.documents import Fields
 from megatron_slm.prepare.inputs import find_files
 from megatron_slm.prepare.prepare import Options, prepare_corpora, prepare_corpus, verify_corpus
 from megatron_slm.prepare.staged import safe_name
+from tests.refusal import refuses
 from tests.texts import contents, sentence, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -76,14 +76,14 @@ def test_a_kill_while_publishing_is_made_good_by_the_same_command(model, tmp_pat
 
 def test_an_existing_corpus_of_one_value_stops_all(model, tmp_path):
     (tmp_path / "web-arXiv.json").write_text("mine")
-    with pytest.raises(UserError, match=r"web-arXiv\.json already exists"):
+    with refuses("--output", tmp_path / "web-arXiv", r"web-arXiv\.json already exists"):
         prepared(write(tmp_path / "web.jsonl"), tmp_path / "web", model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["web-arXiv.json", "web.jsonl"]
 
 
 def test_too_many_values_are_refused(model, tmp_path, monkeypatch):
     monkeypatch.setattr(staged, "MAX_GROUPS", 5)
-    with pytest.raises(UserError, match=r"--by meta\.source has more than 5 values"):
+    with refuses("--by", "meta.source", "more than 5 values"):
         prepared(write(tmp_path / "web.jsonl"), tmp_path / "out" / "web", model)
     assert list((tmp_path / "out").iterdir()) == []
 

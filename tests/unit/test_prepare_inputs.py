@@ -111,7 +111,7 @@ def test_a_folder_is_read_in_sorted_order_without_what_is_no_text(model, expecte
     with caplog.at_level("INFO", "megatron_slm"):
         prepared([str(web)], tmp_path / "out", model)
     assert contents(tmp_path / "out") == expected
-    assert "1 files of other suffixes are left out" in caplog.text
+    assert "1 files with other suffixes are skipped" in caplog.text
     assert f"{web / 'link'} is a link to a folder and is not followed" in caplog.text
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_slm.data.probe_texts import PROBE_TEXTS
-from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from megatron_slm.errors import UserError
+from megatron_slm.data.sentencepiece_model import train_tokenizer
+from megatron_slm.data.tokenizer import PROBE_TEXTS, load_tokenizer, tokenizer_fingerprint
+from tests.refusal import refuses
 
 PROSE = "the slope of a line is rise over run so if x = 3 then y = 12.5 and f(x) returns the area under curve"
 WORDS = PROSE.split()
@@ -62,7 +62,7 @@ def test_a_trained_tokenizer_has_the_size_asked_for_an_end_and_no_beginning(trai
 def test_the_same_texts_train_the_same_model_in_another_process_even_when_lines_are_drawn(tmp_path):
     program = """if True:
         import json, pathlib, sys
-        from megatron_slm.data.tokenizer import train_tokenizer
+        from megatron_slm.data.sentencepiece_model import train_tokenizer
         train_tokenizer(json.load(sys.stdin), 300, pathlib.Path(sys.argv[1]), max_lines=150)"""
     train_tokenizer(iter(TEXTS), 300, tmp_path / "here", max_lines=150)
     subprocess.run([sys.executable, "-c", program, tmp_path / "there"], input=json.dumps(TEXTS), text=True, check=True)
@@ -71,14 +71,14 @@ def test_the_same_texts_train_the_same_model_in_another_process_even_when_lines_
     assert (tmp_path / "here").read_bytes() != (tmp_path / "other").read_bytes()
 
 
-@pytest.mark.parametrize(("size", "remedy"), [(50_000, r"ask for at most \d+ pieces"), (100, r"need \d+ pieces")])
-def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_the_size_that_does(tmp_path, size, remedy):
-    with pytest.raises(UserError, match=f"--train-tokenizer {size} .*{remedy}"):
+@pytest.mark.parametrize(("size", "reason"), [(50_000, r"at most \d+ pieces"), (100, r"need \d+ pieces")])
+def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_the_size_that_does(tmp_path, size, reason):
+    with refuses("--train-tokenizer", size, reason):
         train_tokenizer(iter(TEXTS), size, tmp_path / "model")
 
 
 def test_training_on_no_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no text"):
+    with refuses("--train-tokenizer", 300, "no text"):
         train_tokenizer(iter([]), 300, tmp_path / "model")
 
 
@@ -151,8 +151,9 @@ def test_a_sentencepiece_model_gives_the_ids_that_sentencepiece_gives(tmp_path, 
     ids=["word", "suffix", "unigram-suffix", "symbols-and-prefix", "short-control"],
 )
 def test_a_sentencepiece_model_whose_ids_would_change_is_refused(tmp_path, options):
-    with pytest.raises(UserError, match="Hugging Face folder"):
-        load_tokenizer(str(train_sentencepiece(tmp_path / "tokenizer.model", **options)))
+    path = train_sentencepiece(tmp_path / "tokenizer.model", **options)
+    with refuses("tokenizer", path, "converted|fast form"):
+        load_tokenizer(str(path))
 
 
 def test_a_fingerprint_survives_saving_and_differs_for_another_tokenizer(trained, tmp_path):
@@ -171,12 +172,12 @@ def test_a_tokenizer_without_an_end_token_is_refused(trained, tmp_path):
     tokenizer = load_tokenizer(str(trained))
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no end token"):
+    with refuses("tokenizer", tmp_path, "no end token"):
         load_tokenizer(str(tmp_path))
 
 
 def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
     (tmp_path / "broken.model").write_bytes(b"not a model")
     for path, reason in ((tmp_path / "broken.model", "not a sentencepiece model"), (tmp_path, "cannot be loaded")):
-        with pytest.raises(UserError, match=reason):
+        with refuses("tokenizer", path, reason):
             load_tokenizer(str(path))

@@ -13,8 +13,7 @@ from megatron_slm.build.corpora import Corpora, open_corpora, require_tokenizer
 from megatron_slm.build.references import open_matching_store
 from megatron_slm.config import parse_config
 from megatron_slm.data.corpus import corpus_tokenizer_path, describe, open_corpus
-from megatron_slm.data.probe_texts import PROBE_TEXTS
-from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_identity
+from megatron_slm.data.tokenizer import PROBE_TEXTS, load_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
 from megatron_slm.prepare.adopt import adopt_corpus
 from megatron_slm.prepare.merge import merge_corpora
@@ -192,10 +191,10 @@ def test_an_attempt_is_not_resumed_with_a_tokenizer_that_splits_differently(here
     inputs, output = [str(here / "a.jsonl"), str(here / "d.jsonl")], str(here / "out" / "web")
     monkeypatch.setattr(StagedCorpora, "commit", StagedCorpora.commit_now)
     monkeypatch.setattr("megatron_slm.prepare.inputs._CHUNK_BYTES", 100)
-    with pytest.raises(UserError, match="not valid JSON"):
+    with refuses("document", None, "not valid JSON"):
         prepare_corpus(inputs, output, tokenizer=str(here / "words"))
     (here / "d.jsonl").write_text((here / "a.jsonl").read_text())
-    with pytest.raises(UserError, match=r"--tokenizer .*digits splits text differently than when the attempt"):
+    with refuses("--tokenizer", here / "digits", "splits text differently"):
         prepare_corpus(inputs, output, tokenizer=str(here / "digits"))
     assert prepare_corpus(inputs, output, tokenizer=str(here / "words")).num_documents == 10
 
