@@ -16,8 +16,7 @@ from typing import Any
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError
-from megatron_slm.io.files import hold, write_durably
-from megatron_slm.io.paths import dangling_link
+from megatron_slm.io.files import dangling_link, hold, write_durably
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1

@@ -14,8 +14,7 @@ from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus, count_tokens
 from megatron_slm.data.keep_list import write_keep_list
 from megatron_slm.errors import UserError
-from megatron_slm.io.files import publish
-from megatron_slm.io.paths import refuse_taken
+from megatron_slm.io.files import publish, refuse_taken
 from megatron_slm.io.progress import Meter
 from megatron_slm.io.staging import Staging
 from megatron_slm.reference.filtering import DocumentExcess, StoredLosses, document_excess, highest, least_share

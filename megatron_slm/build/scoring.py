@@ -17,7 +17,7 @@ from megatron_slm.data.loader import position_after
 from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
-from megatron_slm.io.paths import refuse_taken
+from megatron_slm.io.files import refuse_taken
 from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.models.pretrained import weights_fingerprint
 from megatron_slm.reference.imports import OPTION, open_import

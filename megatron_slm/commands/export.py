@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 from megatron_slm.config import Config, load_config
 from megatron_slm.errors import UserError
-from megatron_slm.io.files import whole_folder
-from megatron_slm.io.paths import refuse_taken
+from megatron_slm.io.files import refuse_taken, whole_folder
 from megatron_slm.selection.settings import rule_in_words
 
 if TYPE_CHECKING:

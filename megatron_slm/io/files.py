@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks.
+"""Files and folders that appear whole or not at all, locks, and checks of paths before anything is written.
 
 Everything that outlives a kill is written the same way: under another name in the same folder, flushed, and then
 renamed by `publish`. A rename itself is durable once the folder that holds the name is flushed.
@@ -120,3 +120,20 @@ def hold(path: Path, busy: UserError | None = None) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def dangling_link(path: Path) -> str | None:
+    """Return the target of a symbolic link if the target does not exist; None for any other path."""
+    return os.readlink(path) if path.is_symlink() and not path.exists() else None
+
+
+def refuse_taken(setting: str, path: Path) -> None:
+    """Raise an error if a file, a folder or a dangling link exists where a command is to create something.
+
+    Raises:
+        UserError: the path is taken.
+    """
+    if target := dangling_link(path):
+        raise UserError(setting, path, f"it is a link to {target}, which does not exist", "Remove the link")
+    if path.exists():
+        raise UserError(setting, path, "it already exists", "Remove it, or choose a path that does not exist")

@@ -1,4 +1,4 @@
-"""N-grams of words: the same numbers everywhere, blind to case and punctuation, and no two alike by chance."""
+"""Contamination: n-grams of words as 64-bit numbers, and the report."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_case_punctuation_and_spacing_do_not_count():
 
 
 @pytest.mark.parametrize("text", ["", "...", "one two", " ".join(WORDS[:12])])
-def test_a_text_of_fewer_words_has_none(text):
+def test_a_text_with_fewer_words_has_no_ngrams(text):
     assert word_ngrams(text) == set()
 
 

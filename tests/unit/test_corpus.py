@@ -53,7 +53,7 @@ def edit(path: str, position: int, value: bytes) -> None:
         stream.write(value)
 
 
-def test_a_corpus_opens_with_what_was_written(prefix):
+def test_a_corpus_opens_with_its_tokens(prefix):
     corpus = open_corpus(prefix)
     assert (corpus.prefix, corpus.name, corpus.num_documents, corpus.num_tokens) == (prefix, "math", 3, 11)
     assert corpus_tokenizer_path(corpus) == Path(prefix + ".tokenizer")
@@ -120,7 +120,7 @@ def test_a_corrupted_index_header_is_found(prefix, position, value, reason):
         open_corpus(prefix)
 
 
-def test_an_index_cut_inside_its_header_is_found(prefix):
+def test_an_index_truncated_inside_its_header_is_found(prefix):
     Path(prefix + ".idx").write_bytes(b"MMIDIDX\x00\x00\x01")
     with refuses("corpus", prefix, r"math\.idx is cut off"):
         open_corpus(prefix)
@@ -144,14 +144,14 @@ def test_a_changed_byte_is_found_by_the_checksums_alone(prefix, suffix):
         ('{"format_version": 3}', "format version 3"),
     ],
 )
-def test_a_description_that_is_not_ours_is_refused(prefix, content, reason):
+def test_a_foreign_description_is_refused(prefix, content, reason):
     Path(prefix + ".json").write_text(content)
     with refuses("corpus", prefix, rf"math\.json .*{reason}"):
         open_corpus(prefix)
 
 
 @pytest.mark.parametrize("sums", [{}, {".bin": "ab" * 32}, {".idx": "ab" * 32}])
-def test_a_description_without_both_sums_is_refused(prefix, sums):
+def test_a_description_without_both_checksums_is_refused(prefix, sums):
     """Without them, nothing could be verified, and the fingerprint of an order would not depend on its tokens."""
     fields = json.loads(Path(prefix + ".json").read_text())
     Path(prefix + ".json").write_text(json.dumps(fields | {"sha256": sums}))
@@ -160,7 +160,7 @@ def test_a_description_without_both_sums_is_refused(prefix, sums):
 
 
 @pytest.mark.parametrize("sums", [None, "ab" * 32])
-def test_sums_that_are_no_group_are_refused(prefix, sums):
+def test_checksums_that_are_not_an_object_are_refused(prefix, sums):
     fields = json.loads(Path(prefix + ".json").read_text())
     Path(prefix + ".json").write_text(json.dumps(fields | {"sha256": sums}))
     with refuses("corpus", prefix, "cannot be read"):

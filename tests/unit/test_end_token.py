@@ -1,4 +1,4 @@
-"""`--end-token`: a piece that ends documents, in place of the one that ends the turns of a chat model."""
+"""--end-token: a piece that ends documents in place of the one that ends the turns of a chat model."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ END = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """Folders of one vocabulary: `chat`, whose turns end with the end token, and `base`, whose documents do."""
+    """Return a folder with models of one vocabulary; the end token ends turns in `chat`, and documents in `base`."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_level(special=[END, *SPECIAL[1:]])
     write_tokenizer(folder / "chat", tokenizer, eos_token="<|im_end|>", chat_template=CHAT)
@@ -37,7 +37,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(models, tmp_path, monkeypatch) -> Path:
-    """A folder with a text and links to the models, to work in."""
+    """Return a working folder with a text and links to the models."""
     monkeypatch.chdir(tmp_path)
     for name in ("chat", "base", "open"):
         (tmp_path / name).symlink_to(models / name)
@@ -56,7 +56,7 @@ def opened(train: str) -> Corpora:
 
 
 @pytest.mark.parametrize("tokenizer", ["chat", "open"])
-def test_the_piece_ends_every_document_and_is_the_end_token_from_there_on(tokenizer, here):
+def test_the_chosen_piece_ends_every_document_and_is_the_end_token_of_the_corpus(tokenizer, here):
     prepare("web", tokenizer, "--end-token", END)
     tokens = open_tokens(open_corpus("web"))
     assert {int(tokens[i][-1]) for i in range(len(tokens))} == {0}
@@ -65,7 +65,7 @@ def test_the_piece_ends_every_document_and_is_the_end_token_from_there_on(tokeni
 
 
 @pytest.mark.parametrize("given", ["chat", "first.tokenizer"])
-def test_a_model_is_accepted_whatever_its_own_end_token(given, here):
+def test_models_with_any_end_token_are_accepted(given, here):
     prepare("first", "chat", "--end-token", END)
     prepare("web", given, *(["--end-token", END] if given == "chat" else []))
     corpora = opened("web")
@@ -88,7 +88,7 @@ def test_a_model_without_that_piece_is_refused(here):
     assert (caught.value.setting, caught.value.value) == ("model.path", "other") and END in caught.value.reason
 
 
-def test_corpora_that_end_alike_go_together_and_remember_the_choice(here):
+def test_corpora_with_the_same_end_can_be_merged_and_keep_the_choice(here):
     prepare("a", "base")
     prepare("b", "chat", "--end-token", END)
     prepare("c", "chat")
@@ -119,7 +119,7 @@ def test_adopted_files_may_end_with_a_chosen_piece(here, caplog):
         (["--train-tokenizer", "300", "--end-token", END], "it does not apply to --train-tokenizer"),
     ],
 )
-def test_what_cannot_end_documents_is_refused(options, sentence, here, capsys):
+def test_pieces_that_cannot_end_documents_are_refused(options, sentence, here, capsys):
     with pytest.raises(SystemExit) as end:
         main(["prepare", "--input", "web.jsonl", "--output", "web", *options])
     assert end.value.code == 2
@@ -145,9 +145,7 @@ def test_an_attempt_is_not_resumed_with_another_end(here, capsys, monkeypatch):
         ("base", [], False),
     ],
 )
-def test_the_end_of_a_turn_is_not_taken_for_that_of_a_document_without_a_warning(
-    tokenizer, options, warned, here, caplog
-):
+def test_ending_documents_with_the_end_of_a_turn_gives_a_warning(tokenizer, options, warned, here, caplog):
     turns = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}]
     (here / "web.jsonl").write_text(json.dumps({"text": sentence(1), "messages": turns}) + "\n")
     with caplog.at_level("WARNING", "megatron_slm"):

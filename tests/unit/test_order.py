@@ -1,4 +1,4 @@
-"""The order of samples and how it is dealt: arithmetic on real token files."""
+"""The order of samples, and how it is dealt to ranks."""
 
 from dataclasses import replace
 from functools import partial
@@ -40,7 +40,7 @@ def samples_of(world: World, *args: Any, split: str | None = None) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def blend(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """200 samples of web and books at 3 to 1, in cycles of 100."""
+    """Return 200 samples of web and books at 3 to 1, in cycles of 100."""
     cache = tmp_path_factory.mktemp("cache")
     train = [0.75, "web", 0.25, "books"]
     return run_ranks(samples_of, 1, str(corpora), str(cache), train, 100 * T, 200)[0] | {"cache": str(cache)}
@@ -63,7 +63,7 @@ def test_positions_restart_where_documents_do(blend: dict) -> None:
         assert ((steps == 1) | (sample.position[1:] == 0)).all()
 
 
-def test_what_continues_a_document_from_before_the_sample_is_counted(corpora: Path, blend: dict) -> None:
+def test_tokens_that_continue_an_earlier_document_are_counted(corpora: Path, blend: dict) -> None:
     starts = []
     for name in ("web", "books"):
         index = open_tokens(open_corpus(str(corpora / name))).index  # held: its arrays go with it
@@ -101,14 +101,14 @@ def test_a_second_cycle_is_another_order_of_the_same_length(blend: dict) -> None
     assert first != second
 
 
-def test_the_cycles_of_neighbouring_seeds_are_not_each_others() -> None:
+def test_cycles_of_neighbouring_seeds_differ() -> None:
     seeds = {cycle_seed(seed, cycle) for seed in range(100) for cycle in range(100)}
     assert len(seeds) > 9990 and min(seeds) >= 0 and max(seeds) < 2**32
 
 
 @pytest.mark.parametrize(("split", "left"), [("0.15,99.85,0", 0), ("0.17,99.83,0", 1), ("100,0,0", 300)])
 def test_a_split_that_leaves_no_document_is_refused(corpora: Path, tmp_path: Path, split: str, left: int) -> None:
-    """megatron-core rounds to whole documents: 300 here, so half of one is none."""
+    """megatron-core rounds to whole documents, of which there are 300."""
     args = (str(corpora), str(tmp_path), ["web"], T, 1)
     if left:
         assert len(run_ranks(partial(samples_of, split=split), 1, *args)[0]["samples"]) == 1
@@ -126,7 +126,7 @@ def test_a_longer_run_begins_with_the_same_samples(corpora: Path, blend: dict) -
 
 
 def test_two_ranks_and_a_cold_cache_read_the_same_order(corpora: Path, tmp_path: Path, blend: dict) -> None:
-    """Weights are normalised: 3 to 1 is 0.75 to 0.25, although the fingerprint is another."""
+    """Weights are normalised: 3 to 1 equals 0.75 to 0.25, although the fingerprints differ."""
     train = [3.0, "web", 1.0, "books"]
     for found in run_ranks(samples_of, 2, str(corpora), str(tmp_path), train, 100 * T, 100):
         for one, other in zip(found["samples"], blend["samples"], strict=False):
@@ -160,7 +160,7 @@ def test_corpora_without_weights_count_by_their_tokens(corpora: Path, tmp_path: 
 
 
 class Numbered:
-    """Sample n is full of n."""
+    """Samples whose tokens equal their number."""
 
     def __len__(self) -> int:
         return 1000
@@ -184,7 +184,7 @@ def test_samples_are_dealt_in_runs_of_the_micro_batch(ranks: int, micro_batch_si
         assert share == list(range(share[0], share[0] + micro_batch_size))
 
 
-def test_seeking_gives_what_reading_through_gives() -> None:
+def test_seeking_equals_reading_through() -> None:
     world = World(0, 1, 0, torch.device("cpu"))
     through = StepLoader(Numbered(), 2, 4, False, world)
     for consumed in (0, 4, 8):
@@ -201,7 +201,7 @@ LEFT = [n for n in range(24, 100) if not any(first <= n < last for first, last i
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch_size"), [(1, 12), (1, 4), (2, 3), (3, 2)])
-def test_what_is_left_beside_the_skipped_samples_is_dealt_as_ever(ranks: int, micro_batch_size: int) -> None:
+def test_the_samples_beside_the_skipped_ones_are_dealt_as_usual(ranks: int, micro_batch_size: int) -> None:
     for step in range(3):
         dealt: list[list[list[int]]] = []
         for rank in range(ranks):
@@ -223,13 +223,13 @@ def test_a_range_behind_the_position_or_far_ahead_changes_nothing() -> None:
     assert runs_beside([(0, 30), (32, 33)], 24, 4) == [range(30, 32), range(33, 35)]
 
 
-def test_samples_reach_as_far_as_they_are_asked_to(corpora: Path, tmp_path: Path) -> None:
+def test_cycles_are_built_as_far_as_requested(corpora: Path, tmp_path: Path) -> None:
     built = run_ranks(reached, 2, str(corpora), str(tmp_path))
     assert built == [[100, 100, 300]] * 2
 
 
 def reached(world: World, folder: str, cache: str) -> list[int]:
-    """Samples that are there: of one cycle, and after asking for few and for many."""
+    """Return the numbers of built samples: of one cycle, and after requests for few and for many."""
     samples = build(world, folder, cache, ["books"], 100 * T, 1, None)
     lengths = [len(samples)]
     for total in (50, 201):

@@ -1,4 +1,4 @@
-"""Preparing: the same bytes from any number of workers, complete or absent, flat memory, sentences for bad input."""
+"""Preparation: equal bytes from any number of workers, no partial results, constant memory, errors for bad input."""
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ RUN = """if True:
 
 @pytest.fixture(scope="module")
 def word_level(tmp_path_factory) -> str:
-    """A tokenizer so fast that a test of memory can afford much text."""
+    """Return a tokenizer that is fast enough for tests of memory with long texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ def test_a_long_document_without_seams_is_encoded_in_one_pass(monkeypatch):
 
 
 def peak_memory(inputs: list[str], output: Path, tokenizer: str) -> int:
-    """Prepare in a process of its own; return the most bytes that it and its workers held together."""
+    """Prepare in a separate process, and return the peak bytes of it and its workers together."""
     process = psutil.Popen([sys.executable, "-W", "ignore", "-c", RUN, str(output), tokenizer, *inputs])
     peak = 0
     while process.poll() is None:
@@ -149,7 +149,7 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
     assert not staging.exists()
 
 
-def test_a_killed_process_leaves_what_the_next_one_goes_on_with(model, tmp_path, caplog):
+def test_the_next_process_resumes_after_a_killed_one(model, tmp_path, caplog):
     web = tmp_path / "web"
     web.mkdir()
     for number in range(12):
@@ -178,7 +178,7 @@ def wait_until(condition) -> None:
 
 
 @pytest.mark.parametrize("renames", range(4))
-def test_an_attempt_killed_while_publishing_is_replaced_by_the_next(model, tmp_path, monkeypatch, renames):
+def test_the_next_process_completes_an_interrupted_publication(model, tmp_path, monkeypatch, renames):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     output = tmp_path / "web"
     done = iter(range(renames))
@@ -200,7 +200,7 @@ def test_an_attempt_killed_while_publishing_is_replaced_by_the_next(model, tmp_p
 
 
 @pytest.mark.parametrize("suffix", [".json", ".bin", ".tokenizer"])
-def test_a_link_to_nothing_is_not_replaced(model, tmp_path, suffix):
+def test_a_dangling_link_is_not_replaced(model, tmp_path, suffix):
     write_jsonl(tmp_path / "web.jsonl", [sentence(1)])
     link = tmp_path / f"web{suffix}"
     link.symlink_to(tmp_path / "gone")
@@ -209,7 +209,7 @@ def test_a_link_to_nothing_is_not_replaced(model, tmp_path, suffix):
     assert link.is_symlink() and not (tmp_path / "gone").exists()
 
 
-def test_an_existing_corpus_is_refused_and_left_as_it_is(model, tmp_path):
+def test_an_existing_corpus_is_an_error_and_stays_unchanged(model, tmp_path):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     before = contents(tmp_path / "web")
@@ -219,7 +219,7 @@ def test_an_existing_corpus_is_refused_and_left_as_it_is(model, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".tokenizer"])
-def test_files_that_are_not_ours_are_never_overwritten(model, tmp_path, suffix):
+def test_foreign_files_are_never_overwritten(model, tmp_path, suffix):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     foreign = tmp_path / f"web{suffix}"
     foreign.write_bytes(b"foreign")
@@ -298,7 +298,7 @@ def test_input_without_text_is_refused(model, tmp_path, content):
     assert not Path(f"{tmp_path}/web.json").exists()
 
 
-def test_a_missing_input_or_a_cut_gzip_file_is_named(model, tmp_path):
+def test_a_missing_input_or_a_truncated_gzip_file_is_named(model, tmp_path):
     with refuses("--input", tmp_path / "gone.jsonl", "not a file or folder"):
         prepare_corpus([str(tmp_path / "gone.jsonl")], str(tmp_path / "web"), tokenizer=model)
     cut = tmp_path / "cut.jsonl.gz"

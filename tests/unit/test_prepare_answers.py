@@ -1,4 +1,4 @@
-"""Which tokens of prompts with completions, and of chats, count: told by brute force, from the bytes of the pieces."""
+"""The tokens that count in prompts with completions and in chats, compared with brute force on bytes."""
 
 import json
 import os
@@ -50,7 +50,7 @@ CHATS = [
 
 
 def byte_level(folder: Path, end: str = "\n", template: str = CHATML) -> str:
-    """A tokenizer of bytes, as GPT-2 has it, whose offsets leave out spaces, with a chat template."""
+    """Write a byte-level tokenizer like that of GPT-2, whose offsets exclude spaces, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -111,7 +111,7 @@ def piece_bytes(tokenizer, index: int) -> bytes:
 
 
 def brute_mask(tokenizer, ids: list[int], text: str, counts: list[bool]) -> list[int]:
-    """A token counts when the character in which its first byte lies does."""
+    """Return the mask by brute force: a token counts if the character of its first byte counts."""
     place, mask = 0, []
     for index in ids:
         mask.append(int(counts[len(text.encode()[:place].decode(errors="ignore"))]))
@@ -121,7 +121,7 @@ def brute_mask(tokenizer, ids: list[int], text: str, counts: list[bool]) -> list
 
 
 def documents(corpus: Corpus) -> list[tuple[list[int], list[int]]]:
-    """Tokens and mask of each document."""
+    """Return the tokens and the mask of each document."""
     tokens, mask = open_tokens(corpus), open_mask(corpus)
     stops = np.cumsum([len(tokens[i]) for i in range(len(tokens))])
     return [(tokens[i].tolist(), mask[stop - len(tokens[i]) : stop].tolist()) for i, stop in enumerate(stops)]
@@ -151,7 +151,7 @@ def encoded(tokenizer, text: str, special: bool = False) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("end", ["\n", ""])
-def test_what_the_assistant_writes_counts(tmp_path, end, suffix):
+def test_tokens_of_the_assistant_count(tmp_path, end, suffix):
     name = byte_level(tmp_path / "tokenizer", end)
     corpus = prepared(write_chats(tmp_path / f"c.{suffix}", CHATS), tmp_path / "c", name, format="messages")
     tokenizer, size = load_tokenizer(name), 0
@@ -185,7 +185,7 @@ def test_any_number_of_workers_gives_the_same_bytes_and_so_does_merging(model, t
     assert contents(tmp_path / "three") == contents(tmp_path / "all") == contents(tmp_path / "merged")
 
 
-def test_workers_know_the_template(chat_tokenizer, tmp_path, monkeypatch):
+def test_workers_use_the_chat_template(chat_tokenizer, tmp_path, monkeypatch):
     path = write_chats(tmp_path / "c.jsonl", CHATS)
     prepared(path, tmp_path / "here", chat_tokenizer, format="messages")
     monkeypatch.undo()
@@ -194,7 +194,7 @@ def test_workers_know_the_template(chat_tokenizer, tmp_path, monkeypatch):
 
 
 def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
-    """Workers keep their tokenizer, and only a template's special tokens are meant."""
+    """Workers cache their tokenizer, but special tokens count as such only if a template writes them."""
     raw = [("f", 1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
     file, end = str(Path(chat_tokenizer) / "tokenizer.json"), load_tokenizer(chat_tokenizer).eos_token_id
     for kind, expected in (("messages", 3), ("text", 1)):
@@ -207,13 +207,13 @@ def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
 
 @pytest.fixture
 def masked(model, tmp_path) -> Path:
-    """A corpus `qa` with a mask, and `plain` without one."""
+    """Return a folder with a corpus `qa` with a mask, and `plain` without one."""
     prepared(write_pairs(tmp_path / "qa.jsonl", PAIRS), tmp_path / "qa", model, **QUESTIONS)
     prepare_corpus([str(write_jsonl(tmp_path / "p.jsonl", [sentence(1)]))], str(tmp_path / "plain"), tokenizer=model)
     return tmp_path
 
 
-def test_a_mask_that_is_gone_cut_or_changed_is_found(masked):
+def test_a_missing_truncated_or_changed_mask_is_found(masked):
     mask = masked / "qa.mask"
     content = mask.read_bytes()
     mask.write_bytes(content[:50] + bytes([1 - content[50]]) + content[51:])
@@ -291,7 +291,7 @@ PAIR, CHAT = (
         ("--output out/web --verify --format messages", "--format is messages, but it does not apply to --verify"),
     ],
 )
-def test_bad_input_is_a_sentence(model, chat_tokenizer, tmp_path, monkeypatch, capsys, arguments, said):
+def test_bad_input_is_an_error(model, chat_tokenizer, tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "text.txt").write_text("text")
@@ -310,7 +310,7 @@ def test_bad_input_is_a_sentence(model, chat_tokenizer, tmp_path, monkeypatch, c
     ],
     ids=["before-the-answer", "after-the-answer"],
 )
-def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path, capsys, template):
+def test_a_template_that_changes_earlier_text_is_refused(tmp_path, capsys, template):
     """Templates that drop the reasoning of all turns but the last do this."""
     tokenizer = byte_level(tmp_path / "tokenizer", template=template)
     (tmp_path / "out").mkdir()
@@ -320,7 +320,7 @@ def test_a_template_that_changes_what_it_wrote_is_refused(tmp_path, capsys, temp
     assert "c.jsonl:1, but the chat template changes earlier text at message 3" in said
 
 
-def test_records_without_an_answer_are_left_out_on_demand(model, tmp_path, monkeypatch):
+def test_records_without_an_answer_are_skipped_with_skip_bad(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_pairs(tmp_path / "qa.jsonl", [("x", "y is 3"), ("x", ""), ("the", " area")])
     keys = ["--format", "prompt-completion", "--prompt-key", "question", "--completion-key", "meta.answer"]

@@ -166,7 +166,7 @@ def test_bad_arguments_give_an_error_and_change_nothing(arguments, sentence, her
     assert sentence in refused(here, capsys, *words)
 
 
-def test_a_link_that_leads_nowhere_is_named(here, model, capsys):
+def test_a_dangling_link_is_named(here, model, capsys):
     (here / "web").mkdir()
     (here / "web" / "a.jsonl").symlink_to("gone.jsonl")
     said = refused(here, capsys, "--input", "web", "--tokenizer", model, "--output", "out/web")
@@ -183,7 +183,7 @@ def test_a_data_set_that_its_reader_cannot_read_is_named(here, model, capsys, mo
 
 
 @pytest.mark.parametrize("name", ["zero.jsonl.gz", "zero.jsonl.zst", "cut.jsonl.zst", "second.jsonl.zst"])
-def test_a_shard_of_a_data_set_that_is_not_whole_is_named(name, here, model, capsys, monkeypatch):
+def test_a_truncated_shard_of_a_data_set_is_named(name, here, model, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(here / "cache"))
     (here / "set").mkdir()
     good = gzip.compress(LINES) if name.endswith(".gz") else zstandard.compress(LINES)
@@ -283,7 +283,7 @@ def test_an_id_below_0_is_not_adopted(here, model, capsys):
     assert "it holds the id -6" in said
 
 
-def test_several_sequences_a_document_are_not_adopted(here, model, capsys):
+def test_several_sequences_per_document_are_not_adopted(here, model, capsys):
     megatron_corpus(here / "old", [[[5, 6], [7, 1]], [[6, 1]]])
     assert "old.idx holds 3 sequences in 2 documents" in refused(here, capsys, "--adopt", "old", "--tokenizer", model)
 
@@ -301,7 +301,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(here, model, capsys):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 @pytest.mark.parametrize("place", ["in", "out"])
-def test_folders_that_may_not_be_used_are_named(place, here, model, capsys):
+def test_folders_without_permission_are_named(place, here, model, capsys):
     (here / "in").mkdir()
     (here / "in" / "good.jsonl").write_bytes(LINES)
     (here / place).chmod(0)
@@ -315,7 +315,7 @@ def test_folders_that_may_not_be_used_are_named(place, here, model, capsys):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["given", "trained"])
-def test_damaged_files_among_good_ones_are_left_out_named_and_counted(trained, here, model, capsys, caplog):
+def test_damaged_files_among_good_ones_are_skipped_logged_and_counted(trained, here, model, capsys, caplog):
     damaged = ["cut.jsonl.zst", "cut.parquet", "second.jsonl.gz", "zero.jsonl.gz", "zero.jsonl.zst"]
     (here / "web").mkdir()
     for name in ("good.jsonl", *damaged):
@@ -331,7 +331,7 @@ def test_damaged_files_among_good_ones_are_left_out_named_and_counted(trained, h
     assert all(f"skipped: --input is web/{name}, " in caplog.text for name in damaged)
 
 
-def test_bad_documents_are_left_out_named_and_counted(here, model, capsys, caplog):
+def test_bad_documents_are_skipped_logged_and_counted(here, model, capsys, caplog):
     (here / "bad.jsonl").write_bytes(LINES + b"{bad\n[1]\n" + LINES)
     with caplog.at_level("WARNING", "megatron_slm"):
         main(["prepare", "--input", "bad.jsonl", "--tokenizer", model, "--output", "web", "--skip-bad", "2"])

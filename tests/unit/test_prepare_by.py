@@ -1,4 +1,4 @@
-"""One corpus for each value of a field: nothing lost, nothing in two, all published or none."""
+"""--by: one corpus per value of a field, each document in exactly one of them."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_each_value_has_the_corpus_of_its_own_documents(model, tmp_path):
 
 
 @pytest.mark.parametrize("renames", [0, 2, 5, 9, 11])
-def test_a_kill_while_publishing_is_made_good_by_the_same_command(model, tmp_path, monkeypatch, renames):
+def test_the_same_command_completes_an_interrupted_publication(model, tmp_path, monkeypatch, renames):
     path, done, real = write(tmp_path / "web.jsonl", 12), iter(range(renames)), os.replace
 
     def replace_until_killed(source, target):
@@ -74,7 +74,7 @@ def test_a_kill_while_publishing_is_made_good_by_the_same_command(model, tmp_pat
     assert len(list((tmp_path / "out").iterdir())) == 4 * len(VALUES)
 
 
-def test_an_existing_corpus_of_one_value_stops_all(model, tmp_path):
+def test_an_existing_corpus_of_one_value_stops_the_command(model, tmp_path):
     (tmp_path / "web-arXiv.json").write_text("mine")
     with refuses("--output", tmp_path / "web-arXiv", r"web-arXiv\.json already exists"):
         prepared(write(tmp_path / "web.jsonl"), tmp_path / "web", model)
@@ -88,7 +88,7 @@ def test_too_many_values_are_refused(model, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_value_becomes_a_short_file_name_of_its_own():
+def test_a_value_becomes_a_short_unique_file_name():
     assert safe_name("web", "../../etc/passwd", []) == "web-etc-passwd"
     assert safe_name("web", "日本 語", []) == "web-日本-語"
     assert safe_name("web", "x" * 1000, []) == "web-" + "x" * 50

@@ -1,4 +1,4 @@
-"""Whatever form the documents come in, the corpus is the same, and says where they are from."""
+"""Inputs: all forms of files give the same corpus, and sources and licenses are counted."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def lines(records: list[dict]) -> bytes:
 
 
 def write_records(path: Path, records: list[dict] = RECORDS) -> Path:
-    """Write records as the suffixes of ``path`` say."""
+    """Write records in the form that the suffixes of ``path`` give."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if ".parquet" in path.suffixes:
         sink = pa.BufferOutputStream()
@@ -67,7 +67,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"  # a frame of zstd that hol
 
 
 def in_blocks(content: bytes, window: int | None = None) -> bytes:
-    """A frame of zstd that does not say how long its content is; its header may ask for a window of 2**window bytes."""
+    """Return a zstd frame without the length of its content, which may require a window of 2**window bytes."""
     encoder = zstandard.ZstdCompressor().compressobj()
     blocks = [encoder.compress(content[start : start + 5000]) for start in range(0, len(content), 5000)]
     frame = bytearray(b"".join(blocks) + encoder.flush())
@@ -98,7 +98,7 @@ def test_every_member_and_frame_of_a_file_is_read(option, suffix, parts, model, 
     assert contents(tmp_path / "out") == expected
 
 
-def test_a_folder_is_read_in_sorted_order_without_what_is_no_text(model, expected, tmp_path, caplog):
+def test_a_folder_is_read_in_sorted_order_without_other_files(model, expected, tmp_path, caplog):
     web = tmp_path / "web"
     write_records(web / "b.parquet", RECORDS[100:250])
     write_records(web / "c" / "deep.jsonl.zst", RECORDS[250:])
@@ -136,7 +136,7 @@ def test_a_local_data_set_is_streamed_shard_by_shard(form, model, expected, tmp_
 
 
 @pytest.mark.parametrize("folder", ["set", "set[v2]", "se*", "s?t", "a[1]/set", "a::b", "back\\slash"])
-def test_a_data_set_is_read_whatever_its_files_are_called(folder, model, expected, tmp_path, monkeypatch):
+def test_a_data_set_is_read_for_all_names_of_files(folder, model, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     names = ["a.jsonl", "b[1].jsonl.gz", "b]1*.jsonl", "c?.jsonl", "d::e.jsonl", "f\\g.jsonl.zst"]
     for name, part in zip(names, np.array_split(np.arange(400), len(names)), strict=True):
@@ -227,7 +227,7 @@ def test_a_dotted_path_leads_into_nested_records():
     assert [lookup(record, path) for path in ("a.b.c", "a.b", "a.x", "a.b.c.d", "x")] == [1, 2, None, None, None]
 
 
-def test_an_input_of_some_size_ends_its_chunk_and_small_ones_share_one(tmp_path):
+def test_large_inputs_end_their_chunk_and_small_ones_share_one(tmp_path):
     for name, size in (("a", 40), ("b", 40), ("c", 300_000), ("d", 0), ("e", 2_500_000), ("f", 30)):
         documents = [{"text": "x" * (size // 2)}] * 2 if size else []
         (tmp_path / f"{name}.jsonl").write_bytes(lines(documents))

@@ -1,4 +1,4 @@
-"""Corpora that are there already: shards put together, and Megatron's own files described where they lie."""
+"""Existing corpora: merging shards, and adopting Megatron's own files in place."""
 
 import json
 import os
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 @pytest.fixture(scope="module")
 def shards(model, tmp_path_factory) -> Path:
-    """Corpora a, b and c of one jsonl file each, and `whole` of all three."""
+    """Return a folder with the corpora a, b and c of one jsonl file each, and `whole` of all three."""
     folder = tmp_path_factory.mktemp("shards")
     for number, name in enumerate("abc"):
         records = [{"text": sentence(50 * number + i), "source": name if i % 2 else "all"} for i in range(40)]
@@ -34,7 +34,7 @@ def shards(model, tmp_path_factory) -> Path:
 
 
 def megatron_corpus(prefix: Path, documents: list[list[list[int]]], dtype: type = np.uint16) -> Path:
-    """What Megatron's own tools write: documents of sequences of ids."""
+    """Write a corpus with Megatron's own tools, from documents of sequences of ids."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -52,7 +52,7 @@ def encoded(model: str, texts: list[str], end: bool = True) -> list[list[list[in
     return [[document + [tokenizer.eos_token_id] * end] for document in ids]
 
 
-def test_merged_shards_are_what_all_their_files_give_at_once(shards, tmp_path):
+def test_merged_shards_equal_one_preparation_of_all_files(shards, tmp_path):
     merge_corpora([str(shards / name) for name in "abc"], str(tmp_path / "merged"))
     assert contents(tmp_path / "merged") == contents(shards / "whole")
     corpus = verify_corpus(str(tmp_path / "merged"))
@@ -62,7 +62,7 @@ def test_merged_shards_are_what_all_their_files_give_at_once(shards, tmp_path):
 
 @pytest.mark.parametrize(("suffix", "place"), [(".bin", 0), (".idx", 34)])
 def test_a_shard_that_changed_is_found_and_nothing_is_merged(suffix, place, model, tmp_path):
-    """In its tokens, or in the lengths that follow the header of 34 bytes."""
+    """The change is in the tokens, or in the lengths after the header of 34 bytes."""
     for name in "ab":
         prepare_corpus([str(write_jsonl(tmp_path / "x.jsonl", [sentence(3)]))], str(tmp_path / name), tokenizer=model)
     with open(tmp_path / f"b{suffix}", "r+b") as stream:
@@ -74,7 +74,7 @@ def test_a_shard_that_changed_is_found_and_nothing_is_merged(suffix, place, mode
 
 
 @pytest.mark.parametrize("renames", range(4))
-def test_a_merge_killed_while_publishing_is_made_good(shards, tmp_path, monkeypatch, renames):
+def test_the_same_command_completes_an_interrupted_merge(shards, tmp_path, monkeypatch, renames):
     done, real = iter(range(renames)), os.replace
 
     def replace_until_killed(source, target):
@@ -91,7 +91,7 @@ def test_a_merge_killed_while_publishing_is_made_good(shards, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_a_corpus_of_megatrons_is_described_and_not_touched(model, tmp_path, dtype, caplog):
+def test_a_corpus_of_megatron_is_described_and_not_changed(model, tmp_path, dtype, caplog):
     texts = [sentence(i) + " 日本 🙂" for i in range(30)]
     prefix = megatron_corpus(tmp_path / "old", encoded(model, texts), dtype)
     before = {suffix: Path(f"{prefix}{suffix}").stat() for suffix in (".bin", ".idx")}
@@ -111,7 +111,7 @@ def test_an_adopted_corpus_equals_the_prepared_one(model, tmp_path):
     assert contents(tmp_path / "old") == contents(tmp_path / "web")
 
 
-def test_the_share_of_documents_without_an_end_is_said(model, tmp_path, caplog):
+def test_the_share_of_documents_without_an_end_is_logged(model, tmp_path, caplog):
     documents = encoded(model, [sentence(i) for i in range(3)]) + encoded(model, [sentence(9)], end=False)
     with caplog.at_level("WARNING", "megatron_slm"):
         adopt_corpus(str(megatron_corpus(tmp_path / "old", documents)), model)

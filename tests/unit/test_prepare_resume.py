@@ -177,7 +177,7 @@ def test_a_finished_file_that_changed_is_refused(left, web, evaluation, model):
     assert everything(left.parent) == before
 
 
-def test_a_corpus_that_the_changed_rest_no_longer_fills_is_not_published(left, web, evaluation, model, tmp_path):
+def test_a_corpus_without_documents_in_the_changed_rest_is_not_published(left, web, evaluation, model, tmp_path):
     for name in ("ready/web-stray.bin", "web-stray.lengths"):
         (left.parent / ".web.preparing" / name).write_bytes(b"begun after the journal was written")
     prepared(web, left, model, evaluation)
@@ -202,7 +202,7 @@ def test_a_kill_while_the_finished_work_is_cleared_away_harms_nothing(web, evalu
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
-def test_what_appeared_in_place_of_a_finished_corpus_is_not_overwritten(web, evaluation, model, tmp_path, monkeypatch):
+def test_a_file_in_place_of_a_finished_corpus_is_not_overwritten(web, evaluation, model, tmp_path, monkeypatch):
     def killed(*_: object, **__: object) -> None:
         raise KilledError
 

@@ -1,4 +1,4 @@
-"""Corpora of sentencepiece models hold the ids of sentencepiece itself, or are not made."""
+"""Corpora of sentencepiece models: they hold the ids of sentencepiece itself, or are not made."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ TIED = "z" * 7  # as z zz zz zz: sums of float32 scores depend on the order, sum
 
 @pytest.fixture
 def unigram(tmp_path) -> Path:
-    """A model in which segmentations of equal score occur."""
+    """Return a model in which segmentations of equal score occur."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     path = train_sentencepiece(tmp_path / "unigram.model", model_type="unigram", vocab_size=300)
@@ -43,7 +43,7 @@ def test_a_corpus_of_a_unigram_model_has_the_ids_of_sentencepiece(unigram, tmp_p
 
 
 @pytest.mark.parametrize("first", ["plain", None], ids=["second-file", "after-a-bad-line"])
-def test_a_difference_in_the_first_documents_of_an_input_is_shown_and_nothing_is_made(unigram, tmp_path, first):
+def test_a_difference_in_the_first_documents_of_an_input_is_an_error(unigram, tmp_path, first):
     write_jsonl(tmp_path / "a.jsonl", ["plain"])
     lines = [json.dumps({"text": first}), json.dumps({"text": f"{TIED} of a line"})]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))

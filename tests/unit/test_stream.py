@@ -1,4 +1,4 @@
-"""The evaluation stream: every token scored once, and documents kept apart on demand."""
+"""The evaluation stream: every token is scored once, and attention can be reset at documents."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -52,8 +52,8 @@ def test_positions_restart_after_each_document_on_demand(corpora: Path) -> None:
         assert positions == expected
 
 
-def test_a_mask_says_what_is_scored_and_the_index_where_documents_begin(corpora: Path, tmp_path: Path) -> None:
-    """As in chats, whose turns end with the token that ends documents."""
+def test_the_mask_decides_what_is_scored_and_the_index_where_documents_begin(corpora: Path, tmp_path: Path) -> None:
+    """In chats, turns end with the token that ends documents."""
     for suffix in (".idx", ".tokenizer"):
         (tmp_path / f"qa{suffix}").symlink_to(corpora / f"held_out{suffix}")
     tokens = np.fromfile(corpora / "held_out.bin", dtype=np.uint16)

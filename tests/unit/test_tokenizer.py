@@ -1,4 +1,4 @@
-"""Tokenizers: faithful to sentencepiece, exact on any text, recognisable."""
+"""Tokenizers: training, agreement with sentencepiece, and fingerprints."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def test_decoding_gives_back_the_text_exactly(trained, text):
     assert tokenizer.decode(ids) == text
 
 
-def test_a_trained_tokenizer_has_the_size_asked_for_an_end_and_no_beginning(trained):
+def test_a_trained_tokenizer_has_the_requested_size_and_an_end_token(trained):
     tokenizer = load_tokenizer(str(trained))
     assert len(tokenizer) == 380
     assert (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1, None)
@@ -72,7 +72,7 @@ def test_the_same_texts_train_the_same_model_in_another_process_even_when_lines_
 
 
 @pytest.mark.parametrize(("size", "reason"), [(50_000, r"at most \d+ pieces"), (100, r"need \d+ pieces")])
-def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_the_size_that_does(tmp_path, size, reason):
+def test_the_error_for_a_vocabulary_that_does_not_fit_the_text_gives_a_size_that_does(tmp_path, size, reason):
     with refuses("--train-tokenizer", size, reason):
         train_tokenizer(iter(TEXTS), size, tmp_path / "model")
 
@@ -176,7 +176,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(trained, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path):
+def test_files_that_are_not_tokenizers_are_refused(tmp_path):
     (tmp_path / "broken.model").write_bytes(b"not a model")
     for path, reason in ((tmp_path / "broken.model", "not a sentencepiece model"), (tmp_path, "cannot be loaded")):
         with refuses("tokenizer", path, reason):

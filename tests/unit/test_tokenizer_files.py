@@ -1,4 +1,4 @@
-"""A tokenizer.json decides the ids, wherever a tokenizer is loaded, and tokenizers that differ are told apart."""
+"""Tokenizer files: tokenizer.json decides the ids, and different tokenizers are told apart."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def test_special_tokens_that_only_the_class_names_are_kept_where_they_are_pieces
     assert load_tokenizer(str(folder)).eos_token_id == 0
 
 
-def test_a_hub_name_is_held_to_its_file_too(tmp_path):
+def test_the_file_decides_for_a_hub_name_too(tmp_path):
     commit = "0" * 40
     file = byte_level()
     write_tokenizer(tmp_path / "models--a--b" / "snapshots" / commit, file, tokenizer_class="Qwen2Tokenizer")
@@ -93,7 +93,7 @@ def test_a_corpus_holds_the_ids_of_the_file_and_its_tokenizer_loads_to_them_else
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Corpora `a`, `b` of one tokenizer and `c` of one with the same pieces, which splits digits apart."""
+    """Return a folder with corpora `a`, `b` of one tokenizer, and `c` of one that splits digits."""
     from tests.texts import encode_here
 
     folder = tmp_path_factory.mktemp("made")
@@ -125,7 +125,7 @@ def test_the_pieces_of_two_tokenizers_that_split_differently_are_the_same(made):
     assert words.difference(tokenizer_identity(load_tokenizer(str(made / "a.tokenizer")))) is None
 
 
-def test_a_run_takes_corpora_and_models_of_one_tokenizer_alone(here):
+def test_a_run_requires_one_tokenizer_for_corpora_and_models(here):
     corpora = run_corpora(here, "a", "b")
     require_tokenizer(str(here / "words"), "model", corpora)
     require_tokenizer(str(here / "b.tokenizer"), "reference", corpora)
@@ -143,14 +143,14 @@ def test_corpora_that_split_differently_are_not_merged(here):
 
 
 def forget_probe(prefix: Path) -> None:
-    """Make a description one of the first version."""
+    """Change a description to the first version."""
     corpus = open_corpus(str(prefix))
     fields = json.loads(describe(dataclasses.replace(corpus, format_version=1)))
     del fields["tokenizer_probe"], fields["end_token"]
     Path(f"{prefix}.json").write_text(json.dumps(fields))
 
 
-def test_corpora_of_the_first_version_are_used_and_known_by_the_tokenizer_that_they_carry(here):
+def test_corpora_of_the_first_version_are_identified_by_their_tokenizer(here):
     for name in ("a", "b", "c"):
         forget_probe(here / name)
     verify_corpus(str(here / "a"))
@@ -169,7 +169,7 @@ def test_a_tokenizer_that_was_changed_in_its_corpus_is_found(here):
             work()
 
 
-def test_a_store_of_another_splitting_is_refused(here):
+def test_a_store_of_a_tokenizer_that_splits_differently_is_refused(here):
     corpora = {name: run_corpora(here, name, name) for name in ("a", "c")}
     identity = corpora["a"].identity
     (here / "store").mkdir()
@@ -199,6 +199,6 @@ def test_an_attempt_is_not_resumed_with_a_tokenizer_that_splits_differently(here
     assert prepare_corpus(inputs, output, tokenizer=str(here / "words")).num_documents == 10
 
 
-def test_an_adopted_corpus_knows_its_splitting(here):
+def test_an_adopted_corpus_records_how_its_tokenizer_splits(here):
     megatron_corpus(here / "old", [[[5, 0]]])
     assert adopt_corpus(str(here / "old"), str(here / "digits")).tokenizer == open_corpus(str(here / "c")).tokenizer
