@@ -1,4 +1,4 @@
-"""Selective Language Modeling: pretrain on the tokens that a frozen reference says are worth learning.
+"""Selective Language Modeling: pretrain on the tokens that a frozen reference model scores as worth learning.
 
 The names below are imported on first use, so that `import megatron_slm` stays light.
 """
