@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     width = max(map(len, verbs))
     parser = argparse.ArgumentParser(
         "megatron-slm",
-        description="Selective Language Modeling: pretrain on the tokens that a reference model scores as worth learning.",
+        description="Selective Language Modeling: pretrain on the tokens that a reference scores as worth learning.",
         epilog="\n".join(["verbs:", *(f"  {name:{width}}  {_first_line(path)}" for name, path in verbs.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

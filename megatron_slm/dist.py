@@ -51,7 +51,7 @@ class World:
 
     @property
     def replicas(self) -> int:
-        """How many ranks hold the same tokens."""
+        """The number of ranks that hold the same tokens."""
         return self.size // self.data.size
 
     @property

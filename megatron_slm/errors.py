@@ -22,9 +22,7 @@ class UserError(ValueError):
         others: further errors that were found at the same time.
     """
 
-    def __init__(
-        self, setting: str, value: object = None, reason: str = "", remedy: str = "", *others: "UserError"
-    ) -> None:
+    def __init__(self, setting: str, value: object, reason: str, remedy: str, *others: "UserError") -> None:
         # A rank sends its error to the others, which build it again from these arguments.
         super().__init__(setting, value, reason, remedy, *others)
         self.setting = setting
@@ -41,8 +39,6 @@ class UserError(ValueError):
         return [self._sentence(), *(sentence for other in self.others for sentence in other.sentences())]
 
     def _sentence(self) -> str:
-        if not self.reason:  # a complete sentence
-            return self.setting
         state = "is not set" if self.value is None else f"is {_shown(self.value)}"
         return f"{self.setting} {state}, but {self.reason}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
 

@@ -100,8 +100,8 @@ def require_tokenizer(path: str, setting: str, corpora: Corpora) -> None:
         raise UserError(
             f"{setting}.path",
             path,
-            f"its tokenizer cannot be read ({error.reason or error})",
-            error.remedy or "Save the tokenizer beside the model",
+            f"its tokenizer cannot be read ({error.reason})",
+            error.remedy,
         ) from error
     difference = found.difference(corpora.identity)
     if difference:

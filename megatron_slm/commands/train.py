@@ -138,7 +138,7 @@ def _refuse_missing_data(config: Config) -> None:
         try:
             open_corpus(prefix)
         except UserError as error:
-            raise UserError(setting, prefix, error.reason or str(error), error.remedy or "Check the path") from error
+            raise UserError(setting, prefix, error.reason, error.remedy) from error
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:

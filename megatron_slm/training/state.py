@@ -101,7 +101,7 @@ class RunState:
 
     @property
     def is_over(self) -> bool:
-        """Whether the plan is fulfilled, or the run was requested to stop."""
+        """True if the plan is fulfilled, or the run was requested to stop."""
         return self.is_last or self.requested.stop
 
     @property
