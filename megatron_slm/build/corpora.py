@@ -8,7 +8,7 @@ from typing import Any
 from megatron_slm.data.corpus import Corpus, load_corpus_tokenizer, open_corpus
 from megatron_slm.data.keep_list import KeptDocuments, kept_documents
 from megatron_slm.data.samples import Samples, build_samples
-from megatron_slm.data.settings import DataSettings, blend
+from megatron_slm.data.settings import DataSettings
 from megatron_slm.data.tokenizer import TokenizerIdentity, load_tokenizer, tokenizer_identity
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError, refuse_missing_folder
@@ -41,13 +41,13 @@ def open_corpora(data: DataSettings) -> Corpora:
     Raises:
         UserError: a corpus is missing or damaged, or their tokenizers differ.
     """
-    prefixes, _ = blend(data.train)
-    train = [open_corpus(prefix) for prefix in prefixes]
-    valid = {name: open_corpus(prefix) for name, prefix in data.valid.items()}
+    named = data.corpora()
+    everything = [open_corpus(prefix, setting) for setting, prefix in named]
+    num_train = len(everything) - len(data.valid)
+    train, valid = everything[:num_train], dict(zip(data.valid, everything[num_train:], strict=True))
     tokenizer = load_corpus_tokenizer(train[0])
     identity = tokenizer_identity(tokenizer)
-    everything = [*train, *valid.values()]
-    for (setting, prefix), corpus in zip(data.corpora(), everything, strict=True):
+    for (setting, prefix), corpus in zip(named, everything, strict=True):
         difference = corpus.tokenizer.difference(identity)
         if difference:
             raise UserError(

@@ -135,10 +135,7 @@ def _read(arguments: argparse.Namespace) -> Config:
 def _refuse_missing_data(config: Config) -> None:
     """Refuse a wrong path to a corpus, the most common error, before anything heavy is imported."""
     for setting, prefix in config.data.corpora():
-        try:
-            open_corpus(prefix)
-        except UserError as error:
-            raise UserError(setting, prefix, error.reason, error.remedy) from error
+        open_corpus(prefix, setting)
 
 
 def _dry_run(config: Config, ranks: int | None, rollback: int | None) -> None:
