@@ -97,10 +97,12 @@ def require_tokenizer(path: str, setting: str, corpora: Corpora) -> None:
     try:
         found = tokenizer_identity(load_tokenizer(path, corpora.end_token))
     except UserError as error:
+        # Another setting to blame is the end token that the corpora were prepared with.
+        cause = error.reason if error.setting == "tokenizer" else f"{error.setting} {error.value}: {error.reason}"
         raise UserError(
             f"{setting}.path",
             path,
-            f"its tokenizer cannot be read ({error.reason})",
+            f"its tokenizer cannot be used ({cause})",
             error.remedy,
         ) from error
     difference = found.difference(corpora.identity)

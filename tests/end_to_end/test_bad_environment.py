@@ -110,7 +110,7 @@ def another_format(folder: Path) -> None:
 
 
 DAMAGES = {
-    "a reference without its tokenizer": (no_tokenizer, "its tokenizer cannot be read"),
+    "a reference without its tokenizer": (no_tokenizer, "its tokenizer cannot be used"),
     "a tokenizer that is no JSON": (garbled_tokenizer, "web.tokenizer"),
     "a model whose configuration is no JSON": (garbled_model_configuration, "reference.path is"),
     "weights in a pickle": (pickled_weights, "it holds no *.safetensors"),

@@ -150,4 +150,4 @@ def test_ending_documents_with_the_end_of_a_turn_gives_a_warning(tokenizer, opti
     (here / "web.jsonl").write_text(json.dumps({"text": sentence(1), "messages": turns}) + "\n")
     with caplog.at_level("WARNING", "megatron_slm"):
         prepare("web", tokenizer, *options)
-    assert ("its end token <|im_end|> ends a turn" in caplog.text and END in caplog.text) == warned
+    assert ("<|im_end|> ends turns" in caplog.text and END in caplog.text) == warned
