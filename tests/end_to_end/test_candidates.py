@@ -162,7 +162,7 @@ def test_a_pass_reads_every_sample_once(objective: str, steps: int) -> None:
     corpora = Corpora([corpus], {}, "t", None)
     config, plan = settle(parse_config(tree), corpora, "cpu", reads_document_store=False)
     assert plan.total_steps == steps and config.data.order_tokens == 12 * TOKENS
-    with pytest.raises(UserError, match=r"data\.order_tokens is 767, less than the 768 tokens of one step"):
+    with pytest.raises(UserError, match=r"data\.order_tokens is 767, but a step reads 768 tokens"):
         parse_config(tree | {"objective": "slm", "data": tree["data"] | {"order_tokens": 3 * TOKENS - 1}})
 
 
