@@ -538,7 +538,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "an import of entropies": (["score.entropy=true", "--import", "a.npy"], "score.entropy is true"),
     "an import beside --verify": (["--verify", "--import", "a.npy"], "--import is a.npy, but --verify"),
     "no store to verify": (["--verify"], "scores, but it holds no manifest.json"),
-    "a model without its configuration": (["reference.path=BARE"], "whose config.json cannot be read"),
+    "a model without its configuration": (["reference.path=BARE"], "config.json in it cannot be read"),
     "a precision that backend plain has not": (
         ["training={precision: bf16, backend: plain}"],
         "training.precision is bf16, but",
