@@ -414,7 +414,7 @@ BAD_STORES: dict[str, tuple[Change, str]] = {
     "of another tokenizer": (_other_tokenizer, "its tokens are of a different tokenizer"),
     "of another model": (_other_model, r"the weights of reference.path .*changed differ"),
     "imported, beside a model": (_imported, "scores of no model, but imported, and the weights of reference.path"),
-    "beside a model of the hub that is not here": (_hub_name, "reference.path is 'nobody/nothing', which cannot"),
+    "beside a model of the hub that is not here": (_hub_name, "reference.path is nobody/nothing, but it cannot"),
     "without entropies": (_entropy, "it holds no entropy"),
 }
 

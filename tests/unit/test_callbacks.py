@@ -30,7 +30,7 @@ class Loader(StepLoader):
 
     def __init__(self) -> None: ...
 
-    def take(self, position: int) -> list[Any]:
+    def load(self, position: int) -> list[Any]:
         return []
 
     def end(self, position: int, steps: int = 1) -> int:
