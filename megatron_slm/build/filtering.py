@@ -2,7 +2,6 @@
 
 import logging
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +82,9 @@ def _excess(corpora: list[Corpus], bases: list[StoredLosses], references: list[S
     excess, done = [], 0
     with Meter(sum(corpus.num_tokens for corpus in corpora), "tokens") as meter:
         for corpus, base, reference in zip(corpora, bases, references, strict=True):
-            excess.append(document_excess(corpus, base, reference, partial(_advance, meter, done)))
+            excess.append(document_excess(corpus, base, reference, meter.after(done)))
             done += corpus.num_tokens
     return excess
-
-
-def _advance(meter: Meter, before: int, done: int) -> None:
-    meter.reach(before + done)
 
 
 def _choose(corpora: list[Corpus], excess: list[DocumentExcess], keep: float) -> list[NDArray[np.bool_]]:

@@ -57,9 +57,10 @@ class CheckedReference:
         """The path of the model whose losses these are."""
         return self.store.manifest.scorer if self.store is not None else str(self.settings.path)
 
-    @property
-    def is_document_store(self) -> bool:
-        return self.store is not None and self.store.manifest.kind == "document"
+
+def reads_document_store(references: Sequence[CheckedReference]) -> bool:
+    """Return True if one of the references is a store of kind `document`."""
+    return any(reference.store is not None and reference.store.manifest.kind == "document" for reference in references)
 
 
 def check_reference(settings: PartSettings, corpora: Corpora, seq_length: int) -> CheckedReference:

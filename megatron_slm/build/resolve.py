@@ -20,6 +20,7 @@ from megatron_slm.build.references import (
     CheckedReference,
     Order,
     check_reference,
+    reads_document_store,
     refuse_other_model,
     refuse_pickles,
     self_reference_warning,
@@ -59,7 +60,6 @@ class Resolved:
         student: Hugging Face configuration of the student.
         references: checked; none under CLM.
         callbacks: that the configuration names.
-        order: the order of samples.
         warnings: sentences for the user.
     """
 
@@ -70,19 +70,12 @@ class Resolved:
     student: PretrainedConfig
     references: list[CheckedReference]
     callbacks: list[Callback]
-    order: Order
     warnings: list[str]
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Signals that the objective reads."""
-        return self.rule.needs if self.rule is not None else ()
 
     @property
     def min_context(self) -> int:
         """`selection.min_context` where it has an effect: with a store of kind `document`; 0 otherwise."""
-        reads_document_store = any(reference.is_document_store for reference in self.references)
-        return (self.config.selection.min_context or 0) if reads_document_store else 0
+        return (self.config.selection.min_context or 0) if reads_document_store(self.references) else 0
 
     @property
     def store_fingerprints(self) -> list[str]:
@@ -144,10 +137,8 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
     length = config.data.seq_length
     checked = [mistakes.check(partial(check_reference, part, corpora, length)) for part in parts]
     references = [reference for reference in checked if reference is not None]
-    reads_document_store = any(reference.is_document_store for reference in references)
-    settled = mistakes.check(
-        lambda: settle(config, corpora, world.device.type, reads_document_store=reads_document_store)
-    )
+    document_store = reads_document_store(references)
+    settled = mistakes.check(lambda: settle(config, corpora, world.device.type, reads_document_store=document_store))
     if settled is not None:
         mistakes.check(lambda: check_order(settled[0].data, corpora.train, _total_samples(settled[1])))
     mistakes.raise_any()
@@ -167,7 +158,6 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         student=student,
         references=[one for one in opened if one is not None],
         callbacks=[callback for callback in callbacks if callback is not None],
-        order=order,
         warnings=[warning for warning in warnings if warning is not None],
     )
     mistakes.check(lambda: directory.refuse_other_inputs(order.fingerprint, resolved.store_fingerprints))

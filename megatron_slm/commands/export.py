@@ -112,7 +112,7 @@ def _write_folder(
             write_weights(model, hf_weights, dtype, aside, meter.reach)
             carried = copy_into_export(source, aside)
             (aside / "README.md").write_text(card, encoding="utf-8")
-            check_export(aside, hf_weights, dtype, trust, lambda done: meter.reach(total + done))
+            check_export(aside, hf_weights, dtype, trust, meter.after(total))
     except (OSError, SafetensorError) as error:
         reason = f"it cannot be written ({one_line(error)})"
         raise UserError("OUT_DIR", output, reason, "Free disk space, or pass another folder") from error

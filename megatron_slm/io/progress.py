@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -38,6 +38,10 @@ class Meter:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._bar.close()
+
+    def after(self, before: int) -> Callable[[int], None]:
+        """Return a function like `reach` for one part of the work, with `before` units done when the part begins."""
+        return lambda done: self.reach(before + done)
 
     def reach(self, done: int) -> None:
         """Show that `done` units are done since the beginning."""

@@ -211,14 +211,10 @@ def _write_shards(files: list[NewFile], writer: StoreWriter | None, staging: Sta
     with Meter(left, "tokens", shown=world.is_main) as meter:
         for file in files:
             for number in range(finished[file.name][0], file.source.num_shards):
-                values = file.source.values(number, partial(_advance, meter, done))
+                values = file.source.values(number, meter.after(done))
                 _agree_writing(staging, partial(writer.write, file.name, values) if writer else _nothing)
                 done += len(values.values_NC)
                 meter.reach(done)
-
-
-def _advance(meter: Meter, before: int, done: int) -> None:
-    meter.reach(before + done)
 
 
 def _read_back(files: list[NewFile], writer: StoreWriter | None, staging: Staging) -> None:

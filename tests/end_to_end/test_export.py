@@ -93,16 +93,16 @@ def trained_weights(world: World, tree: dict[str, Any], step: int) -> dict[str, 
 
 def test_export_reads_only_the_run_directory(corpora: Path, tmp_path: Path) -> None:
     """The run uses relative paths; it is exported from elsewhere, without its corpora and starting model."""
-    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    shutil.copytree(corpora, work / "data")
+    shutil.copytree(corpora, home / "data")
     original = make_starting_model(corpora, tmp_path / "original", LLAMA)
-    shutil.copytree(original, work / "starting")
+    shutil.copytree(original, home / "starting")
     tree = short_run(Path("data"), Path("run"), path="starting")
-    run_ranks(train_in, 2, str(work), tree)
-    shutil.rmtree(work / "data")
-    shutil.rmtree(work / "starting")
-    status, heard = run_ranks(export, 1, str(elsewhere), "../work/run", "out")[0]
+    run_ranks(train_in, 2, str(home), tree)
+    shutil.rmtree(home / "data")
+    shutil.rmtree(home / "starting")
+    status, heard = run_ranks(export, 1, str(elsewhere), "../home/run", "out")[0]
     assert status == 0, heard
     out = elsewhere / "out"
     unchanged = ("generation_config.json", "LICENSE", "preprocessor_config.json", "tokenizer.json")
@@ -115,7 +115,7 @@ def test_export_reads_only_the_run_directory(corpora: Path, tmp_path: Path) -> N
     assert any("copied from" in line and "generation_config.json" in line for line in lines)
     assert any("not copied" in line and "pytorch_model.bin" in line and "weights" in line for line in lines)
     weights = run_ranks(loaded, 1, str(out))[0]
-    expected = run_ranks(trained_weights, 1, tree | {"run_dir": str(work / "run")}, 2)[0]
+    expected = run_ranks(trained_weights, 1, tree | {"run_dir": str(home / "run")}, 2)[0]
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert torch.equal(weight, expected[name]), name
