@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_slm.errors import AgreedError, UserError
-from megatron_slm.launcher import launcher_variables, one_process, ranks_started
+from megatron_slm.launcher import launcher_variables, one_process, refuse_several_ranks
 
 T = TypeVar("T")
 
@@ -82,9 +82,7 @@ def connect_alone(command: str) -> World:
     Raises:
         AgreedError: a launcher started several processes.
     """
-    ranks = ranks_started(os.environ)
-    if ranks != "1":
-        raise AgreedError("number of ranks", ranks, f"{command} runs as one process", "Start it without a launcher")
+    refuse_several_ranks(command, os.environ)
     os.environ.update(one_process())
     return _join(timeout_minutes=30.0)
 

@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_slm.errors import UserError
+from megatron_slm.errors import AgreedError, UserError
 
 DEFAULT_PORT = "29500"
 """The port of rank 0 unless MASTER_PORT is set; PyTorch's default."""
@@ -100,6 +100,18 @@ def ranks_started(environment: Mapping[str, str]) -> str:
         UserError: the variables of a launcher are incomplete.
     """
     return (_launched(environment) or {"WORLD_SIZE": "1"})["WORLD_SIZE"]
+
+
+def refuse_several_ranks(command: str, environment: Mapping[str, str]) -> None:
+    """Raise an error if a launcher started several ranks of a command that runs as one process.
+
+    Raises:
+        AgreedError: there are several.
+        UserError: the variables of a launcher are incomplete.
+    """
+    ranks = ranks_started(environment)
+    if ranks != "1":
+        raise AgreedError("number of ranks", ranks, f"{command} runs as one process", "Start it without a launcher")
 
 
 def _launched(environment: Mapping[str, str]) -> dict[str, str] | None:

@@ -10,12 +10,11 @@ a GPU, everything runs on the CPU. The exit status is 1 if a check of correctnes
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
 from megatron_slm.errors import UserError
-from megatron_slm.launcher import ranks_started
+from megatron_slm.io.files import refuse_taken
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     _check_options(arguments)
     from megatron_slm.device_check.report import run_sections
-    from megatron_slm.dist import connect, disconnect
+    from megatron_slm.dist import connect_alone, disconnect
 
-    world = connect()
+    world = connect_alone("check-device")
     preset = arguments.preset or ("tinyllama" if world.device.type == "cuda" else "tiny")
     if world.device.type != "cuda":
         logger.warning("This machine has no GPU that PyTorch can use: everything runs on the CPU.")
@@ -66,13 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    ranks = ranks_started(os.environ)
-    if ranks != "1":
-        raise UserError("the number of ranks", ranks, "check-device runs as one process", "Start one process")
     size, output = arguments.micro_batch_size, arguments.output
     if size is not None and size < 1:
         raise UserError("--micro-batch-size", size, "a micro-batch has at least one sequence", "Use 1 or more")
-    if output and output.exists():
-        raise UserError("--output", output, "the file exists", "Name a file that does not exist")
-    if output and not output.absolute().parent.is_dir():
+    if output is None:
+        return
+    refuse_taken("--output", output)
+    if not output.absolute().parent.is_dir():
         raise UserError("--output", output, "its folder does not exist", "Create the folder, or name another file")

@@ -14,8 +14,8 @@ from megatron_slm.config import Config
 from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
-from megatron_slm.errors import AgreedError, UserError, agreed
-from megatron_slm.launcher import ranks_started
+from megatron_slm.errors import UserError, agreed
+from megatron_slm.launcher import refuse_several_ranks
 from megatron_slm.reference.settings import FilterSettings
 
 _EPILOG = """examples:
@@ -44,13 +44,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Config, FilterSettings]:
-    ranks = ranks_started(os.environ)
-    if ranks != "1":
-        raise AgreedError("number of ranks", ranks, "filter runs as one process", "Start one process")
+    refuse_several_ranks("filter", os.environ)
     config = parse_partial(read_tree(arguments.config, arguments.overrides))
     if config.filter is None:
         remedy = "Set filter.base and filter.reference to two stores of megatron-slm score, and filter.output to a file"
         raise UserError("filter", None, "this command needs its settings", remedy)
     for prefix in blend(config.data.train)[0]:
-        open_corpus(prefix)
+        open_corpus(prefix, "data.train")
     return config, config.filter

@@ -74,7 +74,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
         raise UserError("score.output", None, "score writes a folder", "Name it, as in score.output=scores/web")
     _check_imports(arguments, config.score)
     for prefix in blend(config.data.train)[0]:
-        open_corpus(prefix)
+        open_corpus(prefix, "data.train")
     return config, config.score
 
 
