@@ -5,7 +5,7 @@
 FROM python:3.12-slim-bookworm
 
 ARG TORCH="torch==2.13.0"
-# Without it, pip installs the build of PyTorch with CUDA.
+# If it is empty, pip installs the build of PyTorch with CUDA.
 ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \

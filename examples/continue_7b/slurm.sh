@@ -6,7 +6,7 @@
 #SBATCH --cpus-per-task=12
 #SBATCH --time=48:00:00
 #SBATCH --signal=USR2@600
-# srun starts one process per GPU. Ten minutes before the time limit, all of them save and stop. After that, or after a
-# kill, submit the same script again: the run resumes from its run directory.
+# srun starts one process per GPU. Ten minutes before the time limit, all of them save a checkpoint and stop. To resume,
+# submit the same script again.
 set -euo pipefail
 srun python -m megatron_slm train examples/continue_7b/run.yaml

@@ -17,7 +17,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class SelectiveTrainer(Trainer):
-    """A Trainer that trains on the selected tokens and evaluates on all tokens. It needs one process per device.
+    """A Trainer that trains on the selected tokens and evaluates on all tokens. Start one process per device.
 
     Args:
         reference: a frozen model with the student's tokenizer.

@@ -27,8 +27,8 @@ class DataSettings:
     seq_length       length of a sample [tokens; Megatron]
     keep             keep-list of megatron-slm filter: train only on the documents that it keeps [path; ours]
     reset_attention  restart positions and attention at each document [; Megatron's reset_attention_mask]
-    order_tokens     length of one shuffled order of samples; default: what the run reads, recorded in the run
-                     directory [tokens; ours]
+    order_tokens     length of one shuffled order of samples; default: the tokens that the run reads, as planned when
+                     it begins [tokens; ours]
     cache            folder for index files; default: RUN_DIR/cache [path; Megatron's data_cache_path]
     skip_samples     ranges of the order of samples to skip, such as [[640, 648]]; each end is exclusive [samples; ours]
     """

@@ -47,8 +47,9 @@ class SelectionSettings:
     schedule_tokens  with schedule linear or cosine: tokens over which the ratio falls, from start on [tokens; ours]
     ratio_steps      with schedule steps: [[tokens, ratio], ...]; each ratio applies from that number of trained tokens,
                      and 1 before the first [; ours]
-    min_context      with a store of kind document: where a document began before the sample, do not select tokens with
-                     fewer tokens before them in the sample; default: 64 with such a store [tokens; ours]
+    min_context      with a store of kind document: do not select a token of a document that began before the sample if
+                     fewer tokens precede it in the sample; default: 64, or a quarter of data.seq_length if that is less
+                     [tokens; ours]
     candidates       samples to score, without gradients, per sample to train on; each rank trains on its best ones
                      [samples; RHO-LOSS]
     start            share of training.train_tokens at the start of the run that trains on all tokens, without running

@@ -1,4 +1,4 @@
-"""The repository's own files: one version, and tested versions that satisfy the requirements."""
+"""The repository's own files: one version, tested versions that satisfy the requirements, links that resolve."""
 
 import re
 import tomllib
@@ -48,3 +48,24 @@ def test_the_tested_versions_satisfy_the_requirements() -> None:
 def test_libraries_whose_private_names_are_used_have_an_upper_bound() -> None:
     bounded = {r.name for r in map(Requirement, project()["project"]["dependencies"]) if "<" in str(r.specifier)}
     assert bounded >= {"torch", "deepspeed", "transformers", "megatron-core"}
+
+
+def pages() -> list[Path]:
+    return [page for pattern in ("*.md", "docs/*.md", "examples/*/*.md") for page in sorted(ROOT.glob(pattern))]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_between_pages_leads_to_a_file_and_a_heading() -> None:
+    broken = []
+    for page in pages():
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not broken
