@@ -80,7 +80,9 @@ def check_head(model: PreTrainedModel) -> None:
         body = model.base_model(**arguments)
     # If the base model is the model itself, its forward called the head a second time.
     called_once = len(seen) == 2
-    takes_hidden_states = called_once and _is_linear(model) and _close(seen[0], body.last_hidden_state)
+    # `CausalLM` reads only the weight and the bias of the head.
+    is_linear = type(model.get_output_embeddings()).forward is nn.Linear.forward
+    takes_hidden_states = called_once and is_linear and _close(seen[0], body.last_hidden_state)
     if not takes_hidden_states or not torch.equal(logits_BTV.float(), seen[1].float()):
         raise UserError(
             "architecture",
@@ -176,11 +178,6 @@ def _replaced_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         hook.remove()
-
-
-def _is_linear(model: PreTrainedModel) -> bool:
-    """Return whether the head is only a product with a weight and a bias, the two that `CausalLM` reads."""
-    return type(model.get_output_embeddings()).forward is nn.Linear.forward
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

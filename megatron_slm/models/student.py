@@ -8,7 +8,7 @@ a new loss column changes only the model's forward and the objective.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,13 +26,10 @@ class Tape(Protocol):
     def batch(self) -> Batch: ...
 
 
-T = TypeVar("T", bound=Tape)
-
-
-class Student(Protocol[T]):
+class Student(Protocol):
     """A model that scores batches, and accumulates the gradient of their selected tokens."""
 
-    def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, T]:
+    def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, Tape]:
         """Return all columns, detached, and the tape for `backward`.
 
         Args:
@@ -42,14 +39,14 @@ class Student(Protocol[T]):
         """
 
     def backward(
-        self, tape: T, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
+        self, tape: Any, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
     ) -> dict[str, Tensor]:
         """Accumulate the gradient of `scale` times the sum of `weights * column` over all tokens and loss columns.
 
         Every rank calls it, even if all of its weights are zero.
 
         Args:
-            tape: the tape from `score`; use it once.
+            tape: the tape that `score` of the same student returned; use it once.
             weights: float32 `[B, T]` by loss column; tokens of weight 0 do not count toward the loss.
             scale: the number of data-parallel ranks divided by the planned count of the optimizer step.
             last: True for the last backward of the optimizer step on this rank.

@@ -286,8 +286,9 @@ def split_records(path: Path, step: int) -> tuple[str, str]:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        later = (not line.endswith("\n") or int(json.loads(line)["step"]) > step for line in lines)
-        kept = next((number for number, is_later in enumerate(later) if is_later), len(lines))
+        kept = 0
+        while kept < len(lines) and lines[kept].endswith("\n") and int(json.loads(lines[kept])["step"]) <= step:
+            kept += 1
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             "run_dir",

@@ -202,8 +202,8 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
     """
     layers = config.num_hidden_layers
     with fake_tensors():
-        one, two = (_kept(_on_meta(config, n, precision), samples, seq_length) for n in (1, 2))
-        whole = _on_meta(config, layers, precision)
+        one, two = (_kept(_with_layers(config, n, precision), samples, seq_length) for n in (1, 2))
+        whole = _with_layers(config, layers, precision)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     boundary = samples * seq_length * config.hidden_size * precision.itemsize
     head = 3 * min(CHUNK_BYTES, 4 * samples * seq_length * config.vocab_size)
@@ -213,7 +213,7 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
     return ModelSize(parameters, layers, two - one, boundary, cache, head, token_flops(whole, config, seq_length))
 
 
-def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
+def _with_layers(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
     """Return the model with this number of layers."""
     smaller = copy.deepcopy(config)
     smaller.num_hidden_layers = layers

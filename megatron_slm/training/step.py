@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +66,7 @@ class TrainingStep:
         self,
         engine: TrainingEngine,
         reference: Reference,
-        student: Student[Any] | None = None,
+        student: Student | None = None,
         *,
         seed: int,
         num_sources: int,
@@ -76,7 +75,7 @@ class TrainingStep:
     ) -> None:
         self._engine = engine
         self._exact = student if isinstance(student, ExactStudent) else ExactStudent(engine)
-        self._selective: Student[Any] = student or self._exact
+        self._selective: Student = student or self._exact
         self._reference = reference
         self._seed = seed
         self._num_sources = num_sources
@@ -94,7 +93,7 @@ class TrainingStep:
         """Run one optimizer step; every rank passes the same number of micro-batches.
 
         Args:
-            batches: micro-batches of this rank, larger by `selection.candidates` if samples are chosen from them.
+            batches: micro-batches of this rank; with `candidates`, they hold several candidates per sample to train on.
             objective: decides which tokens count toward the loss; the same on all ranks.
             learning_rate: learning rate of the update.
             step: number of the step, for error messages.
@@ -147,7 +146,7 @@ class TrainingStep:
         columns = reference.signals(batches, columns_of("reference", objective.needs))
         return [MicroBatch(batch, of_batch) for batch, of_batch in zip(batches, columns, strict=True)]
 
-    def _score(self, student: Student[Any], pool: Pool, want: tuple[str, ...]) -> tuple[TokenSignals, list[Tape]]:
+    def _score(self, student: Student, pool: Pool, want: tuple[str, ...]) -> tuple[TokenSignals, list[Tape]]:
         """Return all signals of a pool, and a tape for each of its micro-batches.
 
         A pool of one micro-batch keeps its forward for the backward. The graphs of a whole step would not fit in
@@ -183,8 +182,8 @@ class TrainingStep:
                 "Inspect these samples, or export the checkpoint and continue in another run_dir with a lower "
                 "training.lr",
             )
-        # The sum covers all ranks, not the data-parallel group alone, so that no rank misses an error or a request. It
-        # counts each token once per replica.
+        # The sum runs over all ranks, not the data-parallel group alone, so that no rank misses an error or a request.
+        # It counts each token once per replica.
         mean = loss / valid if valid else math.nan
         return mean, int(selected) // self._world.replicas, Requested(save > 0, stop > 0)
 
@@ -202,7 +201,7 @@ class TrainingStep:
 
 
 def _backward(
-    student: Student[Any], tapes: list[Tape], weights: TokenWeights, scale: float, share: float, *, last_pool: bool
+    student: Student, tapes: list[Tape], weights: TokenWeights, scale: float, share: float, *, last_pool: bool
 ) -> list[dict[str, Tensor]]:
     """Run the backward of each micro-batch of a pool, and return the student's own terms for each.
 
