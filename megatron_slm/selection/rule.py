@@ -148,7 +148,7 @@ class ScoreSelection(NamedTuple):
     mask       the selected tokens
     threshold  the lowest selected value of `ranked`
     ranked     the scores by which tokens were ranked, with noise if the selection is stochastic
-    competing  the tokens that were ranked
+    competing  the tokens that could be selected
     nan        tokens whose score is NaN
     """
 
@@ -200,7 +200,7 @@ class Rule:
     def plan(
         self, valid: Sequence[Tensor], ratio: float | None = None, *, group: dist.ProcessGroup | None = None
     ) -> Tensor:
-        """Return the sum over the group that the weights of each pool will have: int64 `[P]`, by one all-reduce.
+        """Return the planned sum of each pool's weights over the group, int64 `[P]`, by one all-reduce.
 
         Divide the summed loss of an optimizer step once, by the total over its pools.
 

@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     mask_BT       bool, this rank: the selected tokens
     weights       float32 `[B, T]` by loss column, this rank: `loss`, and any other column that the objective weighs
     threshold     float32; NaN if there is none
-    competing_BT  bool, this rank: the tokens that were ranked
+    competing_BT  bool, this rank: the tokens that could be selected
     num_nan       int64, all ranks: competing tokens whose score is NaN
     """
 
@@ -47,7 +47,7 @@ class Objective(Protocol):
     pools_whole_step: bool
 
     def plan(self, pools: list[Batch]) -> Tensor:
-        """Return the sum over all ranks that the weights of each pool will have, before any forward: int64 `[P]`."""
+        """Return the planned sum of each pool's weights over all ranks, int64 `[P]`; called before any forward."""
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
         """Return this rank's part of the selection from one pool; every rank calls it.
