@@ -1,7 +1,8 @@
-"""The signals that scores rank tokens by, each declared once: its name, what computes it, and how a store encodes it.
+"""The signals that scores rank tokens by, and their encoding in a store.
 
-A *column* is a value per token that a model's head computes, such as `loss`. It makes a signal for the student and one
-for the reference, such as `student.loss`. Other signals are functions of the batch alone. Declare a new signal here.
+A *column* is a value per token that a model's head computes, such as `loss`. Each column is a signal of the student and
+one of the reference, such as `student.loss`. Other signals are functions of the batch alone. To add a signal, declare
+it here.
 
 Suffixes: B sequences, T positions, C tokens in one chunk, V vocabulary.
 """
@@ -21,9 +22,9 @@ from megatron_slm.types import Batch, TokenSignals
 class Column:
     """A value per token, in nats and never negative, that a model's head computes.
 
-    compute             float `[C]` from the log-probabilities `[C, V]` and the labels, int64 `[C, 1]`
-    is_log_probability  minus the log-probability of the label: probabilities of several references can be mixed
-    stored_if           flag in the group `score` that adds the column to a store; "": every store holds it; None: none
+    compute             returns float `[C]` from the log-probabilities `[C, V]` and the labels, int64 `[C, 1]`
+    is_log_probability  True for minus the log-probability of the label, so that references can mix probabilities
+    stored_if           flag in the group `score` that adds the column to a store; "" for every store, None for no store
     """
 
     compute: Callable[[Tensor, Tensor], Tensor]
@@ -43,7 +44,7 @@ COLUMNS = {
     "loss": Column(_cross_entropy, is_log_probability=True, stored_if=""),
     "entropy": Column(_entropy, stored_if="entropy"),
 }
-"""Columns by name. A head always computes `loss`, the only one with a gradient; the others are computed on demand."""
+"""Columns by name. A head always computes `loss`, the only one with a gradient, and the others on demand."""
 
 MODELS = ("student", "reference")
 """The models whose columns are signals."""
@@ -51,14 +52,14 @@ MODELS = ("student", "reference")
 BATCH_SIGNALS: dict[str, Callable[[Batch, int], Tensor]] = {
     "uniform": lambda batch, seed: token_uniform(seed, batch.sample_index_B, batch.tokens_BT.shape[1]),
 }
-"""Signals of no model, by name: float32 `[B, T]` from a batch and the run's seed."""
+"""Signals that need no model, by name: float32 `[B, T]` from a batch and the run's seed."""
 
 SIGNALS = (*(f"{model}.{column}" for model in MODELS for column in COLUMNS), *BATCH_SIGNALS)
 """Names that a score may list in its `needs`."""
 
 
 def columns_of(model: str, needs: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns beside the loss that are needed of `student` or `reference`."""
+    """Return the columns beside `loss` that the signals in `needs` require of `student` or `reference`."""
     names = (name.removeprefix(f"{model}.") for name in needs if name.startswith(f"{model}."))
     return tuple(name for name in names if name != "loss")
 
@@ -81,23 +82,23 @@ def stored_columns(settings: object) -> list[str]:
     """Return the columns that a store holds, in order.
 
     Args:
-        settings: the group `score`, with the flags that columns name.
+        settings: the group `score`, with the flags in `Column.stored_if`.
     """
     flags = {name: column.stored_if for name, column in COLUMNS.items() if column.stored_if is not None}
     return [name for name, flag in flags.items() if not flag or getattr(settings, flag)]
 
 
 STEP = 2.0**-11
-"""Nats between two codes of `fixed16`."""
+"""Difference in nats between adjacent codes of `fixed16`."""
 
 
 @dataclass(frozen=True)
 class StoreEncoding:
-    """A way to write the columns of a store.
+    """An encoding of the columns of a store.
 
-    dtype      of the codes, little-endian
-    largest    in nats; values above it are written as this one
-    max_error  of a value up to `largest`, in nats
+    dtype      dtype of the codes, little-endian
+    largest    largest value in nats; values above it are clipped
+    max_error  largest error of a value up to `largest`, in nats
     """
 
     dtype: str
@@ -106,7 +107,7 @@ class StoreEncoding:
 
 
 ENCODINGS = {
-    # Equal steps, because selection ranks differences of losses: float16 is off by up to 0.002 nats at a loss of 5.
+    # Equal steps, because selection ranks differences of losses. float16 is off by up to 0.002 nats at a loss of 5.
     "fixed16": StoreEncoding("<u2", 65535 * STEP, STEP / 2),
     "float32": StoreEncoding("<f4", float(np.finfo(np.float32).max), 0.0),
 }

@@ -150,7 +150,7 @@ def compare(
         live = step._reference.signals(batches, ())
         taken = {name: store.signals(batches, ()) for name, store in stores.items()}
         for index, batch in enumerate(batches):
-            student = step._whole.score(batch, (), keep=False)[0]["loss"]
+            student = step._exact.score(batch, (), keep=False)[0]["loss"]
             signals = {"student.loss": student, "reference.loss": live[index]["loss"]}
             exact = select_tokens(
                 excess(signals), batch.valid_BT, config.selection.ratio, position=batch.token_position_BT

@@ -1,7 +1,5 @@
 """The models of a run: configured, loaded, checked, and given to the backend that holds their weights."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -101,7 +99,7 @@ def make_student(
     return module, engine
 
 
-def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_length: int) -> Student[Any]:
+def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_length: int) -> Student:
     """Build the student's verbs, `score` and `backward`, as a step calls them; every rank calls it.
 
     Args:

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model that returns the loss of each token, and the construction of the student."""
+"""A Hugging Face causal language model that returns the loss of each token; construction of the student."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -22,14 +22,14 @@ IGNORED = -100
 
 
 class CausalLM(nn.Module):
-    """A model whose forward ends in the loss of each token.
+    """A model whose forward returns the loss of each token.
 
-    The head and the cross-entropy are inside of the module that DeepSpeed wraps, because ZeRO-3 gathers a weight only
-    while the module that owns it, or one around it, runs its forward.
+    The head and the cross-entropy are inside the module that DeepSpeed wraps, because ZeRO-3 gathers a weight only
+    during the forward of the module that owns it, or of a module around that one.
 
     Args:
         lm: the Hugging Face model.
-        head_chunk: tokens whose logits exist at a time; default: see `token_loss`.
+        head_chunk: tokens per chunk of logits; default: see `token_loss`.
         router: the model's router loss, if it has one.
     """
 
@@ -45,22 +45,22 @@ class CausalLM(nn.Module):
         labels_BT: Tensor,
         position_ids_BT: Tensor,
         want: tuple[str, ...] = (),
-        brought: Mapping[str, Any] | None = None,
+        layer_options: Mapping[str, Any] | None = None,
     ) -> TokenSignals:
-        """Return float32 `[B, T]` columns: `loss` in nats, and those wanted.
+        """Return float32 `[B, T]` columns: `loss` in nats, and the columns in `want`.
 
-        If gradients are recorded and the model has a router loss, the result includes the 0-dim term `router`: that
-        loss, without its coefficient.
+        If gradients are enabled and the model has a router loss, the result includes it, without its coefficient, as
+        the 0-dim term `router`.
 
         Args:
             tokens_BT, labels_BT, position_ids_BT: int64; labels below 0 are ignored and have loss 0.
             want: further columns of `megatron_slm.signals.COLUMNS`, such as `entropy`.
-            brought: further arguments for the layers of the model: `selective`, see
-                models/sparse_backward/attention.py.
+            layer_options: further arguments for the model's layers, such as `selective`
+                (models/sparse_backward/attention.py).
         """
-        options = dict(brought or {})
+        options = dict(layer_options or {})
         if self.router is not None:
-            # Scoring does not need the term, and keeping the logits of all routers costs memory.
+            # Scoring does not need the router loss, and the logits of all routers take memory.
             options["output_router_logits"] = torch.is_grad_enabled()
         # The model without its head: Hugging Face's own forward would hold the logits of all tokens.
         output = self.lm.base_model(input_ids=tokens_BT, position_ids=position_ids_BT, use_cache=False, **options)
@@ -81,10 +81,10 @@ class CausalLM(nn.Module):
 
 
 def score_batch(
-    module: nn.Module, batch: Batch, want: tuple[str, ...] = (), brought: Mapping[str, Any] | None = None
+    module: nn.Module, batch: Batch, want: tuple[str, ...] = (), layer_options: Mapping[str, Any] | None = None
 ) -> TokenSignals:
     """Return the columns of `CausalLM.forward` for a batch; positions that are not valid have loss 0."""
-    signals: TokenSignals = module(batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, want, brought)
+    signals: TokenSignals = module(batch.tokens_BT, masked_labels(batch), batch.position_ids_BT, want, layer_options)
     return signals
 
 
@@ -96,16 +96,16 @@ def masked_labels(batch: Batch) -> Tensor:
 def build_student(
     settings: ModelSettings, config: PretrainedConfig, precision: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Return the student: read from `settings.path` to host memory, or built on the device and not yet initialised.
+    """Return the student: loaded from `settings.path` to host memory, or built on the device without initial weights.
 
     Args:
         settings: the group `model` of the configuration.
-        config: the model's configuration, as `model_config` returns it.
+        config: the model's configuration, from `model_config`.
         precision: dtype of the weights.
-        device: device of a model from scratch.
+        device: device for a model from scratch.
 
     Raises:
-        UserError: Hugging Face cannot read or build it.
+        UserError: Hugging Face cannot load or build it.
     """
     options: dict[str, Any] = {"dtype": precision}
     if settings.attn_implementation:
@@ -122,8 +122,8 @@ def build_student(
             if settings.attn_implementation:
                 raise UserError("model.attn_implementation", settings.attn_implementation, reason, remedy) from error
             raise UserError("model.config", settings.config, reason, remedy) from error
-    # The row of the pad token would get no gradient, and start at zero. Samples are packed and never padded,
-    # and the pad token is often one that occurs in text, such as eos.
+    # With `padding_idx`, the pad token's row would start at zero and get no gradient. Samples are packed and never
+    # padded, and the pad token is often one that occurs in text, such as eos.
     embedding = lm.get_input_embeddings()
     if getattr(embedding, "padding_idx", None) is not None:
         embedding.padding_idx = None
@@ -135,35 +135,27 @@ def initialize_weights(
     seed: int,
     gathered: Callable[[Iterable[nn.Parameter]], AbstractContextManager[object]],
 ) -> None:
-    """Initialise each module by Hugging Face's function, from a seed of its own.
+    """Initialise each module with Hugging Face's function, from a seed of its own; every rank calls it.
 
-    The weights are a function of (configuration, seed) alone: the order in which a backend constructs modules has no
-    influence. Under ZeRO-3 one module at a time is gathered, never the whole model.
+    The weights depend only on the configuration and the seed, not on the order in which a backend constructs modules.
+    Under ZeRO-3, one module at a time is gathered, never the whole model.
 
     Args:
-        model: the student, constructed by a backend. Every rank calls this function.
+        model: the student, constructed by a backend.
         seed: the run's.
         gathered: `Backend.gathered`.
     """
-    owners = _initializers(model)
-    # From the leaves up, so that what a family's function writes to children stays.
+    # By name of the module, the initialiser of the innermost model around it: parts of a model can be models too.
+    owners: dict[str, Callable[[nn.Module], None]] = {}
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        owners[name] = initializer(module) if isinstance(module, PreTrainedModel) else owners[parent]
+    # From the leaves up, so that what a family's function writes to children is not overwritten.
     for name, module in reversed(list(model.named_modules())):
         # A family's function may also write to direct children of a module: GPT-2 rescales `c_proj`.
         parameters = {*module.parameters(recurse=False)}
         parameters |= {p for child in module.children() for p in child.parameters(recurse=False)}
         with gathered(parameters), torch.no_grad():
-            torch.manual_seed(_seed_of(seed, name))
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
             owners[name](module)
-
-
-def _initializers(model: PreTrainedModel) -> dict[str, Callable[[nn.Module], None]]:
-    """Return, for each module by its name, the function of the nearest model around it."""
-    owners: dict[str, Callable[[nn.Module], None]] = {}
-    for name, module in model.named_modules():
-        parent = name.rpartition(".")[0]
-        owners[name] = initializer(module) if isinstance(module, PreTrainedModel) else owners[parent]
-    return owners
-
-
-def _seed_of(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")

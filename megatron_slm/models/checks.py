@@ -11,20 +11,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 from megatron_slm.errors import UserError
 from megatron_slm.models.transformers_internals import attention_name
 
-DROPOUT_MODULES = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
+DROPOUT_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 UNUSED_DROPOUTS = ("classif", "summary")
 """Parts of the names of dropouts that a causal language model never applies."""
 LEAK = 2e-3
-"""Influence of a document on another, relative to that of attended tokens, that round-off can cause.
+"""Influence of one document on another, relative to that of attended tokens, that round-off can cause.
 
-Experts cause the most: other tokens in a batch change the shapes of their products."""
+It is highest for experts: other tokens in a batch change the shapes of their products."""
 
 
 def check_length(config: PretrainedConfig, setting: str, seq_length: int) -> None:
-    """Raise an error if sequences are longer than a model's positions.
+    """Raise a UserError if sequences are longer than `max_position_embeddings` (`n_positions` in GPT-2).
 
     Learned positions end there, and rotary ones were trained up to it.
 
@@ -32,9 +29,6 @@ def check_length(config: PretrainedConfig, setting: str, seq_length: int) -> Non
         config: configuration of the model.
         setting: `model` or `reference`, for the error.
         seq_length: tokens per sample.
-
-    Raises:
-        UserError: `data.seq_length` is above `max_position_embeddings` (GPT-2 calls it `n_positions`).
     """
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and seq_length > longest > 0:
@@ -48,11 +42,7 @@ def check_length(config: PretrainedConfig, setting: str, seq_length: int) -> Non
 
 
 def check_dropout_settings(config: PretrainedConfig) -> None:
-    """Raise an error if a configuration turns dropout on: the losses of two forwards would differ by noise.
-
-    Raises:
-        UserError: for the first such entry.
-    """
+    """Raise a UserError if a configuration turns dropout on, which would add noise to the losses of each forward."""
     for name, value in _dropouts(config.to_dict()):
         raise UserError(
             f"model.config.{name}",
@@ -63,11 +53,7 @@ def check_dropout_settings(config: PretrainedConfig) -> None:
 
 
 def check_dropout(model: nn.Module) -> None:
-    """Raise an error if a student has dropout, whatever its configuration calls it.
-
-    Raises:
-        UserError: for the first such module.
-    """
+    """Raise a UserError if a student has dropout, under any name in its configuration."""
     for name, module in model.named_modules():
         if isinstance(module, DROPOUT_MODULES) and module.p > 0:
             raise UserError(
@@ -79,25 +65,24 @@ def check_dropout(model: nn.Module) -> None:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Raise an error if a model's logits are not its last hidden states times the head: soft caps, scales, layers.
+    """Raise a UserError if a model's logits are not its last hidden states times the head: soft caps, scales, layers.
 
-    Every rank runs one forward of eight tokens, in which the output of the head is replaced by known values. They must
-    be the logits, unchanged, and the input of the head must be the last hidden states.
+    Every rank runs one forward of eight tokens, in which the output of the head is replaced by known values. The logits
+    must be these values, unchanged, and the input of the head must be the last hidden states.
 
     Args:
         model: as its engine runs it.
-
-    Raises:
-        UserError: they are not.
     """
     tokens_BT = some_tokens(model, 1, 8)
     arguments = {"input_ids": tokens_BT, "position_ids": straight(tokens_BT), "use_cache": False}
     with torch.no_grad(), evaluating(model), _replaced_head(model) as seen:
         logits_BTV = model(**arguments).logits
         body = model.base_model(**arguments)
-    # If the base model is the model itself, its forward has called the head a second time.
+    # If the base model is the model itself, its forward called the head a second time.
     called_once = len(seen) == 2
-    takes_hidden_states = called_once and _is_linear(model) and _close(seen[0], body.last_hidden_state)
+    # `CausalLM` reads only the weight and the bias of the head.
+    is_linear = type(model.get_output_embeddings()).forward is nn.Linear.forward
+    takes_hidden_states = called_once and is_linear and _close(seen[0], body.last_hidden_state)
     if not takes_hidden_states or not torch.equal(logits_BTV.float(), seen[1].float()):
         raise UserError(
             "architecture",
@@ -109,23 +94,20 @@ def check_head(model: PreTrainedModel) -> None:
 
 
 def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
-    """Raise an error if `data.reset_attention` is on for a model that attends across packed documents.
+    """Raise a UserError if `data.reset_attention` is on for a model that attends across packed documents.
 
-    Other tokens in the first document of a sequence must not change the losses of the second. The change is compared
-    with two others, so that the check holds for any weights and dtype: the change if positions do not restart, which
-    lets the second document attend to the first, and the difference of two equal forwards, which is not zero on
-    accelerators that sum in any order. There are two sequences, because some kernels find restarts only in a batch of
-    one.
+    Other tokens in the first document of a sequence must not change the losses of the second. To hold for
+    any weights and dtype, the check compares this change with two others: with the change if positions do not restart,
+    so that the second document attends to the first, and with the difference of two equal forwards, which is not zero
+    on accelerators that sum in any order. There are two sequences, because some kernels detect restarts only in a batch
+    of one.
 
     Args:
         module: the `CausalLM`, or its engine; every rank calls it.
         model: the model inside.
-
-    Raises:
-        UserError: the first document changes the losses of the second.
     """
     text_BS = some_tokens(model, 2, 17)
-    # The documents of the two sequences end at different positions, which a mask of the first alone would miss.
+    # The first documents of the two sequences differ in length, to detect kernels that use the first sequence's mask.
     tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
     straight_BT = straight(tokens_BT)
     start_B1 = torch.tensor([[5], [9]], device=tokens_BT.device)
@@ -139,11 +121,12 @@ def check_packing(module: nn.Module, model: PreTrainedModel) -> None:
         distance: Tensor = (after_BT - before_BT)[second_BT].norm()
         return distance
 
-    # Not the engine: DeepSpeed's does not restore its own mode, and would train a frozen model afterwards.
+    # `model` and not `module`: a DeepSpeed engine does not restore its mode, and a frozen model would stay in training
+    # mode.
     with torch.no_grad(), evaluating(model):
         noise = change(tokens_BT, restarted_BT)
         leaked, attended = change(changed_BT, restarted_BT), change(changed_BT, straight_BT)
-    # Four times, because the difference of one pair of forwards is only a sample of the noise.
+    # Four times, because one pair of forwards is only a sample of the noise.
     if leaked > LEAK * attended + 4 * noise:
         raise UserError(
             "data.reset_attention",
@@ -197,11 +180,6 @@ def _replaced_head(model: PreTrainedModel) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def _is_linear(model: PreTrainedModel) -> bool:
-    """Return whether the head is a product with a weight and a bias, which is all that `CausalLM` reads of it."""
-    return type(model.get_output_embeddings()).forward is nn.Linear.forward
-
-
 def _close(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal up to round-off: an accelerator may sum experts in any order."""
     one, other = one.float().nan_to_num(), other.float().nan_to_num()
@@ -210,7 +188,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off, which would differ between two forwards."""
+    """Set a model to evaluation mode inside the context: dropout would differ between two forwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,10 +1,10 @@
 """The Hugging Face configuration of the student, from the group `model.config`.
 
-Every key must have an effect: Hugging Face keeps unknown keys without an error, and they would change nothing.
+Every key must have an effect. Hugging Face keeps unknown keys without an error, and nothing reads them.
 
-Rotary positions are set in one group, `rope_parameters`. Before transformers 5 there were two, `rope_theta` and
-`rope_scaling`, and both are accepted here. Hugging Face translates them while it builds a configuration, but silently
-drops one of two forms, and it does not translate what is set on a configuration that was read.
+Rotary positions are set in one group, `rope_parameters`. Before transformers 5 they were set by `rope_theta` and
+`rope_scaling`, and both are accepted here. Hugging Face translates them while it builds a configuration. But if both
+forms are given, it silently drops one, and it does not translate keys that are set on an existing configuration.
 """
 
 import copy
@@ -26,25 +26,25 @@ READ_OF_EVERY_MODEL = {
     *("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tie_word_embeddings", "use_cache"),
     *("initializer_range", "initializer_factor", "init_std", "gradient_checkpointing", "quantization_config"),
 }
-"""Attributes that the base class of models and `from_pretrained` read, though not every configuration declares them."""
+"""Attributes that every model or `from_pretrained` reads, although not every configuration declares them."""
 
 READ_BY_THE_BASE_CLASS = {
     *("model_type", "name_or_path", "num_labels", "torch_dtype", "output_attentions", "per_layer_config"),
     *("attn_implementation", "experts_implementation"),
 }
-"""Arguments of `PretrainedConfig` that are not its fields. Those that are properties can also be set later."""
+"""Arguments of `PretrainedConfig` that are not fields. Those that are properties can also be set later."""
 
 ROTARY = {"rope_parameters", "rope_theta", "rope_scaling"}
 ROTARY_OF_EVERY_TYPE = ("rope_theta", "partial_rotary_factor")
-"""Rotary parameters that stay when the type of scaling changes; the others belong to one type."""
+"""Rotary parameters that are kept when the type of scaling changes; the others belong to one type."""
 
 
 def model_config(settings: ModelSettings, vocab_size: int, special_ids: dict[str, int | None]) -> PretrainedConfig:
     """Return the Hugging Face configuration of the student.
 
     Args:
-        settings: the group `model`. A configuration from scratch has the vocabulary size of the tokenizer.
-        vocab_size: entries of the corpus's tokenizer.
+        settings: the group `model`.
+        vocab_size: number of entries in the corpus's tokenizer; the vocabulary size of a model from scratch.
         special_ids: `bos_token_id` and others, for a model from scratch.
 
     Raises:
@@ -104,7 +104,7 @@ def _from_scratch(wanted: dict[str, Any], defaults: dict[str, Any]) -> Pretraine
 
 
 def _change(config: PretrainedConfig, wanted: dict[str, Any], name: str, path: str | None) -> None:
-    """Change a configuration that was read; nested configurations are changed key by key."""
+    """Change an existing configuration in place; nested configurations are changed key by key."""
     _refuse_two_values(wanted, config.attribute_map, name)
     _refuse_unknown(config, wanted, name, built=True)
     kind = wanted.pop("model_type", config.model_type)
@@ -128,7 +128,7 @@ def _change(config: PretrainedConfig, wanted: dict[str, Any], name: str, path: s
 
 
 def _refuse_two_values(wanted: dict[str, Any], names: dict[str, str], group: str) -> None:
-    """Raise an error if two names of one attribute (`n_positions`, `max_position_embeddings`) have different values."""
+    """Raise a UserError if two names of one attribute (`n_positions`, `max_position_embeddings`) differ in value."""
     seen: dict[str, str] = {}
     for key, value in wanted.items():
         other = seen.setdefault(names.get(key, key), key)
@@ -142,20 +142,20 @@ def _refuse_two_values(wanted: dict[str, Any], names: dict[str, str], group: str
 
 
 def _refuse_unknown(config: PretrainedConfig, wanted: dict[str, Any], group: str, *, built: bool) -> None:
-    """Raise an error if a key has no effect: Hugging Face would keep it, and nothing would read it.
+    """Raise a UserError if a key has no effect: Hugging Face would keep it, but nothing would read it.
 
     Args:
         config: a configuration of the model's class.
         wanted: the keys to set, with their values.
         group: the name of `wanted`.
-        built: the configuration is built, so that keys that its class reads only while it is built have no effect.
+        built: the keys are set after construction, so those that only the constructor reads have no effect.
     """
     known = _known(config, built)
     for key, value in wanted.items():
         part = vars(config).get(key)
         if isinstance(part, PretrainedConfig) and isinstance(value, dict):
             _refuse_unknown(part, value, f"{group}.{key}", built=built)
-        # Hugging Face writes keys of its own to a `config.json`, which begin with an underscore.
+        # Keys that begin with an underscore are Hugging Face's own, from a `config.json`.
         elif key not in known and not key.startswith("_") and not _is_read_by_the_code(config, key, built):
             _refuse_key(type(config), key, value, group, known)
 
@@ -172,14 +172,14 @@ def _refuse_key(kind: type, key: str, value: Any, group: str, known: Iterable[st
 
 
 def _declared(kind: type) -> set[str]:
-    """Return the attributes that a class of configurations declares."""
+    """Return the attributes that a configuration class declares."""
     return {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
 
 
 def _known(config: PretrainedConfig, built: bool) -> set[str]:
     kind = type(config)
     known = _declared(kind) | READ_OF_EVERY_MODEL | {*config.attribute_map}
-    # Code that comes with a model may declare its attributes in a constructor of its own.
+    # A class that comes with a model may declare its attributes in its constructor.
     known |= {name for name in inspect.signature(kind.__init__).parameters if name not in ("self", "args", "kwargs")}
     if hasattr(config, "rope_parameters"):
         known |= ROTARY
@@ -191,9 +191,9 @@ def _known(config: PretrainedConfig, built: bool) -> set[str]:
 
 
 def _is_read_by_the_code(config: PretrainedConfig, key: str, built: bool) -> bool:
-    """Return whether the code of a model reads this attribute, though its class does not declare it.
+    """Return whether the code of a model reads this attribute, although its configuration class does not declare it.
 
-    Some configurations read older names while they are built, and some models read attributes that may be missing.
+    Some constructors of configurations read older names, and some models read optional attributes.
     """
     home = Path(inspect.getfile(type(config))).parent
     ours = type(config).__module__.startswith("transformers.models.")
@@ -204,11 +204,11 @@ def _is_read_by_the_code(config: PretrainedConfig, key: str, built: bool) -> boo
 
 
 def _with_rope_type(parameters: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return a copy of rotary parameters in which the older key `type` is `rope_type`, at every depth.
+    """Return a copy of rotary parameters with the older key `type` renamed to `rope_type`, at every depth.
 
     Args:
-        parameters: flat, or by the type of layer.
-        name: their name, for the error.
+        parameters: flat, or by layer type.
+        name: name of the parameters, for the error.
 
     Raises:
         UserError: they hold both keys, with different values.
@@ -229,10 +229,10 @@ def _pop_rotary(wanted: dict[str, Any], group: str) -> dict[str, Any]:
 
     Args:
         wanted: `model.config`, or a group in it.
-        group: its name.
+        group: name of `wanted`.
 
     Returns:
-        The parameters, flat or by the type of layer.
+        The parameters, flat or by layer type.
 
     Raises:
         UserError: two keys contradict each other.
@@ -251,33 +251,33 @@ def _pop_rotary(wanted: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def _set_rotary(config: PretrainedConfig, before: dict[str, Any] | None, requested: dict[str, Any], group: str) -> None:
-    """Set `rope_parameters` to what they were before, changed by what is requested.
+    """Set `rope_parameters` to those from before, updated with the requested ones.
 
     Args:
         config: the configuration to change.
-        before: parameters that hold unless others are requested.
+        before: parameters that stay unless others are requested.
         requested: from `_pop_rotary`.
-        group: its name, for the error.
+        group: name of the configuration's group, for the error.
 
     Raises:
-        UserError: the class has several groups of parameters, by the type of layer, and it is unclear which is meant.
+        UserError: the class has separate parameters for several layer types, and the requested ones name no type.
     """
     declared = _declared(type(config))
     for key in (ROTARY - {"rope_parameters"} - declared) & vars(config).keys():
-        delattr(config, key)  # nothing reads it, and an export would hold both keys
+        delattr(config, key)  # nothing reads it, and an export would hold both forms
     if "rope_theta" in declared and "rope_theta" in requested:
         config.rope_theta = requested["rope_theta"]
     now, before = config.rope_parameters or {}, before or {}
-    # A class may translate older keys in its own way, each for another type of layer.
+    # A class may have translated older keys itself, each to another layer type.
     if now and (_holds(now, requested) or (now != before and _has_each(now, requested))):
         return
     if not _is_nested(requested) and _is_nested(before):
-        # Flat parameters belong to the layers with full attention, as in the classes' own translation of older files.
+        # Flat parameters belong to the layers with full attention, as when the classes translate older files.
         if not isinstance(before.get("full_attention"), dict):
             raise UserError(
                 f"{group}.rope_parameters",
                 requested,
-                f"{type(config).__name__} has several types of layers with rotary positions of their own",
+                f"{type(config).__name__} has separate rotary positions for several types of layers",
                 f"Set them in one of {', '.join(sorted(before))}",
             )
         requested = {"full_attention": requested}
@@ -291,7 +291,7 @@ def _set_rotary(config: PretrainedConfig, before: dict[str, Any] | None, request
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any], group: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return both, which must not contradict each other; flat values belong to the layers with full attention."""
+    """Return the union of parameters without contradictions; flat ones belong to the layers with full attention."""
     if _is_nested(one) and other and not _is_nested(other):
         other = {"full_attention": other}
     if _is_nested(other) and one and not _is_nested(one):
@@ -314,7 +314,7 @@ def _joined(one: dict[str, Any], other: dict[str, Any], group: str, given: dict[
 
 
 def _updated(before: dict[str, Any], requested: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters of one type of layer, changed by what is requested."""
+    """Return the parameters of one layer type, updated with the requested ones."""
     type_before = before.get("rope_type")
     if requested.get("rope_type", type_before) != type_before:
         before = {key: before[key] for key in ROTARY_OF_EVERY_TYPE if key in before}
@@ -338,6 +338,6 @@ def _holds(parameters: dict[str, Any], requested: dict[str, Any]) -> bool:
 
 
 def _has_each(parameters: dict[str, Any], requested: dict[str, Any]) -> bool:
-    """Return whether some type of layer holds each requested value."""
+    """Return whether each requested value is held by some layer type."""
     parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     return all(any(part.get(key) == value for part in parts) for key, value in requested.items())

@@ -1,6 +1,6 @@
 """Export of a checkpoint's weights to a folder that `from_pretrained` loads, and the check of that folder.
 
-Memory holds one shard of the weights at a time while they are written.
+The export holds one shard of the weights in memory at a time.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from megatron_slm.models.pretrained import one_line
 from megatron_slm.models.transformers_internals import tied_weights
 
 SMALLEST_SHARD, LARGEST_SHARD = 1 << 28, 5 * 10**9
-"""Bytes. A shard is a quarter of the weights within these limits, so that copies of it are small beside the whole."""
+"""Bytes. A shard is a quarter of the weights within these limits, so that a copy of it needs little memory."""
 
 
 def empty_model(
@@ -32,7 +32,7 @@ def empty_model(
     """Return the Hugging Face model without weights, on the meta device.
 
     Args:
-        folder: holds the student's configuration.
+        folder: folder with the student's configuration.
         weights: weights of the checkpoint, by their names in the Hugging Face model.
         dtype: dtype of the exported weights.
         trust_remote_code: run Python that came with the starting model of the run.
@@ -42,7 +42,7 @@ def empty_model(
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # Hugging Face raises many types for files that it cannot read
+    except Exception as error:  # Hugging Face raises many types of errors for files that it cannot read
         reason = f"the configuration in it cannot be read ({one_line(error)})"
         raise UserError("model configuration", folder, reason, "Restore the folder") from error
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def write_weights(
 ) -> None:
     """Write weights (safetensors) and configurations to an existing folder.
 
-    `save_pretrained` runs once for each shard: for some architectures it splits or merges weights, which copies them.
+    `save_pretrained` runs once per shard: for some architectures it splits or merges weights, which copies them.
 
     Args:
         model: from `empty_model`.
@@ -87,13 +87,13 @@ def write_weights(
     """
     tied = tied_weights(model)
     names = [name for name in model.state_dict() if name not in tied]
-    shards = split_into_shards({name: _bytes(weights[name], dtype) for name in names})
+    shards = split_into_shards({name: weights[name].shape.numel() * dtype.itemsize for name in names})
     written: list[Path] = []
     num_written = 0
     for number, shard in enumerate(shards, 1):
         state = {name: weights[name].read(dtype) for name in shard}
         model.save_pretrained(folder, state_dict=state, max_shard_size="1TB")
-        # safetensors creates files that only their owner can read.
+        # safetensors creates files that only the owner can read.
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
         del state
         _release_freed_memory()
@@ -108,7 +108,7 @@ def write_weights(
 def split_into_shards(sizes: Mapping[str, int]) -> list[list[str]]:
     """Return the names of weights in groups of similar size, without splitting a layer.
 
-    Some architectures store weights in another form than they compute with, and convert them within a layer.
+    Some architectures convert weights when they are saved, and such a conversion needs all weights of a layer.
 
     Args:
         sizes: bytes of each weight, by its name.
@@ -147,12 +147,12 @@ def check_export(
         report: called with the number of parameters compared so far.
 
     Raises:
-        UserError: it cannot be loaded, or differs from the checkpoint.
+        UserError: the folder cannot be loaded, or differs from the checkpoint.
     """
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "dtype": "auto"}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # models are foreign code
+    except Exception as error:  # a model is foreign code, which may raise anything
         raise _not_exported(f"cannot be loaded again ({one_line(error)})") from error
     loaded: dict[str, Tensor] = model.state_dict()
     wrong = {*found["missing_keys"], *found["unexpected_keys"], *(key for key, *_ in found["mismatched_keys"])}
@@ -182,10 +182,6 @@ def _release_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def _bytes(weight: StoredWeight, dtype: torch.dtype) -> int:
-    return weight.shape.numel() * dtype.itemsize
 
 
 def _write_index(shards: list[Path], parameters: int, folder: Path) -> None:

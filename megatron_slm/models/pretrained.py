@@ -1,4 +1,4 @@
-"""Pretrained models, read from a Hugging Face folder or from the hub: configuration, weights and fingerprint."""
+"""Pretrained models from a Hugging Face folder or the hub: configuration, weights and fingerprint."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -40,14 +40,14 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
         path: Hugging Face folder or hub name.
         setting: `model` or `reference`, for the error.
         trust_remote_code: run Python that comes with the model.
-        options: for `from_pretrained`.
+        options: further arguments for `from_pretrained`.
 
     Raises:
-        UserError: it cannot be read, weights are missing, or a student's files hold two values of a tied weight.
+        UserError: it cannot be loaded, weights are missing, or a student's files hold two values of a tied weight.
     """
     options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _read(AutoModelForCausalLM.from_pretrained, path, setting, trust_remote_code, **options)
-    # Hugging Face would initialise these weights at random, with another seed on each rank.
+    # Hugging Face initialises missing weights at random, with another seed on each rank.
     missing = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if missing:
         raise UserError(
@@ -63,20 +63,17 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
 
 
 def refuse_untied_files(config: PretrainedConfig, path: str, trust_remote_code: bool) -> None:
-    """Raise the error of `load_pretrained` about tied weights, from a local folder's files and without its weights.
+    """Raise the UserError of `load_pretrained` about tied weights, without loading the model of a local folder.
 
     Args:
         config: configuration of the student.
         path: `model.path`.
         trust_remote_code: run Python that comes with the model.
-
-    Raises:
-        UserError: the files hold two values of a weight that the configuration ties to another.
     """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception:  # models are foreign code; training reports what is wrong with them
+    except Exception:  # a model is foreign code, which may raise anything; training reports the error
         return
     files: dict[str, Path] = {}
     for file in sorted(Path(path).glob("*.safetensors")):
@@ -89,15 +86,15 @@ def refuse_untied_files(config: PretrainedConfig, path: str, trust_remote_code: 
 
 
 def weights_fingerprint(path: str) -> str:
-    """Return the sha256 over the configuration and the safetensors files of a reference model.
+    """Return the SHA-256 of the configuration and the safetensors files of a reference model.
 
-    It depends on the contents of these files alone, not on where they are.
+    It depends only on the contents of these files, not on their folder.
 
     Args:
         path: Hugging Face folder or hub name.
 
     Raises:
-        UserError: the folder cannot be read, or holds no safetensors.
+        UserError: the folder cannot be read, or holds no safetensors file.
     """
     refuse_missing_folder("reference.path", path)
     folder = Path(path)
@@ -122,12 +119,12 @@ def weights_fingerprint(path: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of a library's error in one line without its period, as a part of a sentence."""
+    """Return the message of a library's error as a part of a sentence: in one line, without its period."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _read(read: Callable[..., Any], path: str, setting: str, trust_remote_code: bool, **options: Any) -> Any:
-    """Return the result of one of Hugging Face's `from_pretrained`, whose errors are raised as user errors."""
+    """Return the result of a `from_pretrained` method, and raise its errors as user errors."""
     refuse_missing_folder(f"{setting}.path", path)
     try:
         return read(path, trust_remote_code=trust_remote_code, **options)
@@ -136,10 +133,10 @@ def _read(read: Callable[..., Any], path: str, setting: str, trust_remote_code: 
 
 
 def _refuse_untied(model: PreTrainedModel, path: str) -> None:
-    """Raise an error if Hugging Face did not tie two weights of a student that its configuration ties.
+    """Raise a UserError if Hugging Face did not tie two weights of a student that its configuration ties.
 
-    It does not if the files hold two values. Training would update both, and an export could hold only one. A reference
-    is left as it is: its losses are then Hugging Face's own, from both weights.
+    It does not tie them if the files hold two values. Training would update both, and an export could hold only one.
+    References are not checked: their losses come from both weights, as in Hugging Face.
     """
     wanted = weights_to_tie(model)
     for target in wanted.keys() - tied_weights(model).keys():
@@ -156,7 +153,7 @@ def _untied(path: str, target: str, source: str) -> UserError:
 
 
 def _stored_name(name: str, files: Mapping[str, Path]) -> str | None:
-    """Return the name of a weight in files, which may lack the model's prefix or have one more."""
+    """Return the name of a weight in the files, which may lack the model's prefix or have a further one."""
     return next((key for key in files if f".{key}".endswith(f".{name}") or f".{name}".endswith(f".{key}")), None)
 
 

@@ -1,8 +1,8 @@
-"""The loss that balances the experts of a mixture (Switch Transformer, Fedus et al. 2021, section 2.2).
+"""The router loss, which balances the experts of a mixture (Switch Transformer, Fedus et al. 2021, section 2.2).
 
-Hugging Face adds it to a model's loss if `output_router_logits` is true. For each micro-batch, and summed over the
-experts of all layers, it is the share of tokens that an expert receives times the expert's mean probability. Each
-family has a function that computes it.
+Hugging Face adds it to a model's loss if `output_router_logits` is true. Per micro-batch, it sums over the experts of
+all layers the share of tokens that an expert receives times the expert's mean probability. Each model family has a
+function that computes it.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from megatron_slm.models.checks import evaluating, some_tokens, straight
 from megatron_slm.models.transformers_internals import router_loss_function, token_loss_replaced
 
 TOLERANCE = 2e-2
-"""Relative. In bf16 round-off may change the choice of experts."""
+"""Relative difference that round-off can cause: in bf16 it may route to other experts."""
 
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The term that a model adds to its loss: `coefficient` times `balance(router_logits)`."""
+    """The term `coefficient * balance(router_logits)` that a model adds to its loss."""
 
     coefficient: float
     balance: Callable[[tuple[Tensor, ...]], Tensor]
 
 
 def find_router_loss(lm: PreTrainedModel) -> RouterLoss | None:
-    """Return the router loss that the configuration of a model turns on; None if it is off, or not the usual one."""
+    """Return the router loss of a model; None if its configuration turns it off, or if it is not the usual one."""
     function = router_loss_function(lm)
     coefficient = getattr(lm, "router_aux_loss_coef", getattr(lm, "aux_loss_coef", None))
     if not getattr(lm.config, "output_router_logits", False) or function is None or coefficient is None:
@@ -40,16 +40,13 @@ def find_router_loss(lm: PreTrainedModel) -> RouterLoss | None:
 
 
 def check_own_losses(lm: PreTrainedModel, router: RouterLoss | None) -> None:
-    """Raise an error if a model adds a term to its loss that training would leave out.
+    """Raise a UserError if a model adds a term to its loss that training would leave out.
 
-    Every rank runs one forward in which the loss of the tokens is zero. The rest must be the router loss.
+    Every rank runs one forward in which the loss of the tokens is zero. What remains must be the router loss.
 
     Args:
         lm: the student, as its engine runs it.
         router: the term that training adds.
-
-    Raises:
-        UserError: the rest differs from it.
     """
     tokens_BT = some_tokens(lm, 1, 8)
     arguments = {"input_ids": tokens_BT, "position_ids": straight(tokens_BT), "use_cache": False}
@@ -63,7 +60,7 @@ def check_own_losses(lm: PreTrainedModel, router: RouterLoss | None) -> None:
     with torch.no_grad(), evaluating(lm), token_loss_replaced(lm, zero):
         own = lm(**arguments, labels=tokens_BT).loss
         if not called:
-            return  # older architectures, which compute the loss themselves and add nothing to it
+            return  # an older architecture, which computes the loss itself and adds nothing to it
         expected = torch.zeros_like(own)
         if router is not None:
             logits = lm.base_model(**arguments, output_router_logits=True).router_logits

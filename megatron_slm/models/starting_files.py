@@ -1,9 +1,9 @@
-"""The files beside a model's weights, copied into the run directory so that export needs nothing else.
+"""The files beside a model's weights, copied into the run directory so that export needs no other folder.
 
 RUN_DIR/tokenizer/                     the files of the tokenizer, unchanged
 RUN_DIR/model/config.json              the student's configuration, as the run resolved it
               generation_config.json   and other small files of the starting model, unchanged
-              starting_model.json      the names of what was copied, and of what was not, by reason
+              starting_model.json      the names of copied files, and of files that were not copied, by reason
 """
 
 import json
@@ -24,7 +24,7 @@ MANIFEST = "starting_model.json"
 TEMPLATES = "additional_chat_templates"
 CONFIG, CARD, THEIR_CARD = "config.json", "README.md", "README.starting-model.md"
 LARGEST_EXTRA = 16 << 20
-"""Bytes. Larger files outside of the tokenizer are assumed to be weights or data under an unknown name."""
+"""Bytes. Larger files that do not belong to the tokenizer are taken for weights or data with an unknown name."""
 
 TOKENIZER_NAMES = (
     *("tokenizer*", "vocab*", "merges*", "special_tokens_map*", "added_tokens*", "chat_template*"),
@@ -36,23 +36,23 @@ WEIGHT_NAMES = (
     *("*.zip", "*.tar", "*.tar.gz", "*.index.json", "adapter_*"),
 )
 TEXT_NAMES = ("*.json", "*.jinja", "*.txt", "*.md", "*.model", "*.tiktoken", "*.spm", "*.py", "LICENSE*", "NOTICE*")
-"""Files to download from the hub. Loading the model has downloaded its weights already."""
+"""Files to download from the hub. The weights were downloaded when the model was loaded."""
 
 
 @dataclass
 class StartingFiles:
-    """The names of the files beside the weights: `carried` ones, and those `left` out, by the reason."""
+    """The names of the files beside the weights: `carried` files were copied; `left` holds the others, by reason."""
 
     carried: list[str] = field(default_factory=list)
     left: dict[str, list[str]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def leave(self, name: str, reason: str) -> None:
-        """Add a file that is not carried."""
+        """Add a file that is not copied."""
         self.left.setdefault(reason, []).append(name)
 
     def log(self, where: str) -> None:
-        """Log the files that were carried in one line, and those that were not in another."""
+        """Log the copied files in one line, and the others in a second line."""
         logger.info("%s: copied from the starting model: %s", where, _listed(self.carried) or "nothing")
         if self.left:
             reasons = "; ".join(f"{_listed(names)} ({reason})" for reason, names in self.left.items())
@@ -65,9 +65,9 @@ def read_starting_files(model: Path) -> StartingFiles:
 
 
 def starting_folder(path: str) -> Path | None:
-    """Return the folder that holds the files of `model.path`: the path, or the snapshot of a hub name in the cache.
+    """Return the folder with the files of `model.path`: the path itself, or a hub name's snapshot in the cache.
 
-    Small files of the snapshot that are not in the cache are downloaded if possible. None if there is no folder.
+    It tries to download small files that the snapshot lacks. It returns None if there is no snapshot.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -77,15 +77,15 @@ def starting_folder(path: str) -> Path | None:
         logger.warning("model.path is %s, but the files beside its weights cannot be found: %s", path, _short(error))
         return None
     try:
-        # The revision whose weights were loaded, which is the name of its folder.
+        # The folder's name is the revision whose weights were loaded.
         snapshot_download(path, revision=snapshot.name, allow_patterns=list(TEXT_NAMES), ignore_patterns="*/*")
     except Exception as error:
-        logger.warning("model.path is %s, but only the files of it in the cache can be copied: %s", path, _short(error))
+        logger.warning("model.path is %s, but only its files in the cache can be copied: %s", path, _short(error))
     return snapshot
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer, unchanged, and the `config.json` that tells `AutoTokenizer` its class.
+    """Copy the files of a tokenizer, unchanged, and the `config.json` from which `AutoTokenizer` reads its class.
 
     Raises:
         OSError: a file cannot be read or written.
@@ -99,7 +99,7 @@ def copy_tokenizer_files(source: Path, folder: Path) -> None:
 def copy_model_files(
     source: Path | None, config: PretrainedConfig, folder: Path, *, trust_remote_code: bool
 ) -> StartingFiles:
-    """Write the student's configuration, and copy the files of the starting model beside its weights and tokenizer.
+    """Write the student's configuration, and copy the starting model's files other than weights and tokenizer.
 
     Args:
         source: folder of the starting model; None if there is none.
@@ -108,7 +108,7 @@ def copy_model_files(
         trust_remote_code: copy Python files too.
 
     Returns:
-        The names of the files that were copied, and of those that were not. Files that cannot be read are left out.
+        The names of the files that were copied, and of those that were not, such as files that cannot be read.
 
     Raises:
         OSError: a file cannot be written.
@@ -164,14 +164,14 @@ def _copy_small(source: Path, target: Path, name: str, found: StartingFiles) -> 
 
 
 def _names(folder: Path, *, python: bool = False) -> list[str]:
-    """Return the relative names of the files of a model, and of its folders, which end in a slash.
+    """Return the relative names of a model's files, and of its subfolders, which end in a slash.
 
-    The folder of a model can be anywhere and hold anything, so that only files that belong to models are searched for
-    in its folders. Hidden names (`.git`, `.cache`) are skipped.
+    A model's folder can hold anything, so subfolders are searched only for files that belong to models. Hidden names
+    (`.git`, `.cache`) are skipped.
 
     Args:
         folder: folder of the model.
-        python: search its folders for Python files.
+        python: search subfolders for Python files.
     """
     names = []
     for path in folder.iterdir():
@@ -205,7 +205,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _point_to_local_code(folder: Path) -> None:
-    """Replace references to Python files of other repositories in the configuration by those in its folder."""
+    """Replace references to Python files in other repositories by those in the configuration's own folder."""
     path = folder / CONFIG
     tree = json.loads(path.read_text(encoding="utf-8"))
 

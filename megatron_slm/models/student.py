@@ -1,14 +1,14 @@
-"""The student model, behind two verbs: score a batch, and run the backward of what was scored.
+"""The student model, behind two methods: score a batch, and run the backward of a scored batch.
 
 A forward returns named entries. An entry `[B, T]` is a *column* with one number per token: a loss column, such as
 `loss`, which the objective may weigh, or a signal, such as `entropy`. A 0-dim entry is a *term*: a loss of the model's
-own, such as the router loss, which counts with a fixed coefficient. The step and the engines pass columns on by name,
-so that a further loss column changes only the model's forward and the objective.
+own, such as the router loss, which is added with a fixed coefficient. The step and the engines pass columns by name, so
+a new loss column changes only the model's forward and the objective.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,41 +20,38 @@ from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class Tape(Protocol):
-    """The batch of a `score`, and what was kept of its forward for `backward`."""
+    """A scored batch, with the part of its forward that was kept for `backward`."""
 
     @property
     def batch(self) -> Batch: ...
 
 
-T = TypeVar("T", bound=Tape)
+class Student(Protocol):
+    """A model that scores batches, and accumulates the gradient of their selected tokens."""
 
-
-class Student(Protocol[T]):
-    """A model that scores batches, and adds the gradient of their selected tokens."""
-
-    def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, T]:
-        """Return all columns, detached, and the tape that `backward` takes.
+    def score(self, batch: Batch, want: tuple[str, ...], *, keep: bool) -> tuple[TokenSignals, Tape]:
+        """Return all columns, detached, and the tape for `backward`.
 
         Args:
             batch: a micro-batch of this rank.
-            want: columns beside the loss, such as `entropy`, including each loss column that `backward` weighs.
-            keep: keep what `backward` needs of this forward; otherwise `backward` runs the batch again.
+            want: columns beside `loss`: signals such as `entropy`, and each further loss column that `backward` weighs.
+            keep: keep the forward for `backward`; otherwise `backward` runs it again.
         """
 
     def backward(
-        self, tape: T, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
+        self, tape: Any, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
     ) -> dict[str, Tensor]:
-        """Add the gradient of `scale` times the sum of `weights * column` over all tokens and loss columns.
+        """Accumulate the gradient of `scale` times the sum of `weights * column` over all tokens and loss columns.
 
-        Every rank calls it, also with all weights zero.
+        Every rank calls it, even if all of its weights are zero.
 
         Args:
-            tape: of the same batch, used once.
-            weights: float32 `[B, T]` by loss column; tokens of weight 0 do not count.
-            scale: one over the planned count of the optimizer step, times the number of data-parallel ranks.
-            last: of the optimizer step.
-            share: one over the micro-batches of the step on this rank. Terms count by it, because the engine averages
-                over ranks and adds up micro-batches.
+            tape: the tape that `score` of the same student returned; use it once.
+            weights: float32 `[B, T]` by loss column; tokens of weight 0 do not count toward the loss.
+            scale: the number of data-parallel ranks divided by the planned count of the optimizer step.
+            last: True for the last backward of the optimizer step on this rank.
+            share: one divided by the number of micro-batches of the step on this rank. It scales the terms, because the
+                engine averages over ranks but adds up micro-batches.
 
         Returns:
             The model's terms for this batch by name, detached and without their coefficients.
@@ -72,18 +69,18 @@ def weighted_sum(output: TokenSignals, weights: TokenWeights) -> Tensor:
 
 
 def selected_tokens(weights: TokenWeights) -> Tensor:
-    """Return the tokens with a weight in any loss column, bool `[B, T]`."""
+    """Return the mask of the tokens with a weight in any loss column, bool `[B, T]`."""
     return torch.stack(list(weights.values())).ne(0).any(0)
 
 
 def weighed_columns(weights: TokenWeights) -> tuple[str, ...]:
-    """Return the loss columns beside `loss` that a forward must compute for these weights."""
+    """Return the loss columns beside `loss` that these weights need."""
     return tuple(name for name in weights if name != "loss")
 
 
 @dataclass(frozen=True)
 class ExactTape:
-    """The batch, and the output of its forward with the graph if that was kept."""
+    """The batch, and the output of its forward with its graph; None if it was not kept."""
 
     batch: Batch
     output: TokenSignals | None
@@ -94,7 +91,7 @@ class ExactStudent:
 
     Args:
         engine: the module (a `CausalLM`) with its optimizer.
-        coefficients: coefficients of the model's own terms by name, such as `router` (models/router.py).
+        coefficients: coefficients of the model's own terms, by name, such as `router` (models/router.py).
     """
 
     def __init__(self, engine: TrainingEngine, coefficients: Mapping[str, float] | None = None) -> None:
@@ -112,8 +109,8 @@ class ExactStudent:
         output = tape.output
         if output is None:
             output = score_batch(self._engine.module, tape.batch, weighed_columns(weights))
-        # `scale` divides the sum over all tokens by the planned count, and undoes the engine's average over ranks.
-        # A term is a mean per micro-batch: the engine averages it over ranks, and `share` over micro-batches.
+        # Equation 5: `scale` divides by the planned count over all ranks, and undoes the engine's average over ranks. A
+        # term is a mean per micro-batch: the engine averages it over ranks, and `share` over micro-batches.
         total = weighted_sum(output, weights) * scale
         for name, coefficient in self._coefficients.items():
             total = total + coefficient * share * output[name]

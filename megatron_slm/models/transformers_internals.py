@@ -1,16 +1,16 @@
-"""The private and undocumented names of transformers that this package uses. No other file touches any.
+"""The private and undocumented names of transformers that this package uses. No other file touches them.
 
     masking_utils.ALL_MASK_ATTENTION_FUNCTIONS   registry of mask functions, by the name of an attention
     modeling_utils.ALL_ATTENTION_FUNCTIONS       registry of attention functions, by name
     PreTrainedConfig._attn_implementation        name of the attention that a model looks up in every forward
     PreTrainedModel._init_weights                a family's initialisation of one module
-    PreTrainedModel._loss_function               where the setter of `loss_function` keeps the function
-    PreTrainedModel.all_tied_weights_keys        weights that are tied, each with its source
+    PreTrainedModel._loss_function               attribute in which the setter of `loss_function` stores the function
+    PreTrainedModel.all_tied_weights_keys        tied weights, each with its source
     PreTrainedModel.get_expanded_tied_weights_keys   weights that the configuration ties
-    load_balancing_loss_func                     router loss, in the module of each mixture's family
+    load_balancing_loss_func                     router loss, in the module of each family of mixtures
     pytorch_utils.Conv1D                         linear of GPT-2, whose weight is transposed
 
-Checked with transformers 5.17 and 5.24. `tests/contracts/test_private_names.py` fails when one is gone.
+Checked with transformers 5.17 and 5.24. `tests/contracts/test_private_names.py` fails if one is missing.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from transformers.pytorch_utils import Conv1D
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
-"""Returns the output `[B, T, H, D]`, and the attention weights if it has them."""
+"""A function that returns the output `[B, T, H, D]`, and the attention weights or None."""
 
 ROUTER_LOSS = "load_balancing_loss_func"
 ROUTER_LOSS_ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
@@ -38,7 +38,7 @@ def attention_name(model: PreTrainedModel) -> str:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Let the next forward of a model look up its attention by this name."""
+    """Set the name by which every further forward of a model looks up its attention."""
     model.config._attn_implementation = name
 
 
@@ -60,38 +60,38 @@ def register_attention(name: str, function: AttentionFunction, mask_of: str) -> 
 
 
 def initializer(model: PreTrainedModel) -> Callable[[nn.Module], None]:
-    """Return the function by which a model initialises one of its modules."""
+    """Return the function with which a model initialises one of its modules."""
     function: Callable[[nn.Module], None] = model._init_weights
     return function
 
 
 @contextmanager
 def token_loss_replaced(model: PreTrainedModel, function: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace the function by which a model computes the loss of its tokens from logits."""
+    """Replace the function that computes a model's loss from logits and labels, inside the context."""
     before = vars(model).get("_loss_function")
     model.loss_function = function
     try:
         yield
     finally:
-        del model._loss_function  # without it, the property returns the function that the configuration names
+        del model._loss_function  # the property then returns the function that the configuration names
         if before is not None:
             model.loss_function = before
 
 
 def tied_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Return the names of weights that are tied, each with the name of the weight that it is."""
+    """Return the names of tied weights, each with the name of the weight that it shares."""
     tied: dict[str, str] = model.all_tied_weights_keys
     return tied
 
 
 def weights_to_tie(model: PreTrainedModel) -> dict[str, str]:
-    """Return the weights that the configuration ties, as `tied_weights`, also where the files held two values."""
+    """Return the weights that the configuration ties, like `tied_weights`, even if the files held two values."""
     tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
     return tied
 
 
 def router_loss_function(model: PreTrainedModel) -> Callable[..., Any] | None:
-    """Return the function that computes the router loss of a model's family; None if it has none of this signature."""
+    """Return the function that computes the router loss of a model's family; None without one of this signature."""
     function = getattr(sys.modules[type(model).__module__], ROUTER_LOSS, None)
     if function is None or list(inspect.signature(function).parameters) != ROUTER_LOSS_ARGUMENTS:
         return None
@@ -100,7 +100,7 @@ def router_loss_function(model: PreTrainedModel) -> Callable[..., Any] | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return whether a module is a linear with the forward of its class, unlike quantised linears and some routers."""
+    """Return whether a module is a linear with an unchanged forward, unlike quantised linears and some routers."""
     return getattr(module.forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
 
 

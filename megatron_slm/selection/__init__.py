@@ -1,9 +1,9 @@
 """Token selection for any training loop: from scores to an exact mask over all ranks.
 
-It needs torch and, of this package, only the errors. Read the files in this order: `scores.py` (the score of each
-token), `threshold.py` (the exact threshold over all ranks), `select.py` (the mask and the summed loss), `rule.py` (the
-complete rule, as `settings.py` configures it). Names are imported on first use, so that the settings load without
-torch.
+It needs torch and, from this package, only the errors and the types of settings. Read the files in this order:
+`scores.py` (the score of each token), `threshold.py` (the exact threshold over all ranks), `select.py` (the mask and
+the summed loss), `rule.py` (the complete rule, which `settings.py` configures). Names are imported on first use, so
+that the settings load without torch.
 """
 
 from importlib import import_module
@@ -36,19 +36,7 @@ _HOME = {
     "token_uniform": "scores",
 }
 
-__all__ = [
-    "Rule",
-    "Selection",
-    "SelectionSettings",
-    "find_score",
-    "plan_k",
-    "plan_pools",
-    "ratio_at",
-    "score",
-    "select_tokens",
-    "selected_loss",
-    "token_uniform",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> object:

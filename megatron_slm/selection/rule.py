@@ -1,4 +1,4 @@
-"""The complete rule of selection: the ratio at a time, the choice by one score or several, and the weights."""
+"""The complete selection rule: the schedule of the ratio, the selection by one or several scores, and the weights."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from megatron_slm.selection.scores import Score, call_score, find_score
 from megatron_slm.selection.select import (
     Scope,
     Selection,
-    as_tokens,
     check_arguments,
     keep_highest,
     own_k,
@@ -25,15 +24,15 @@ from megatron_slm.selection.threshold import Ranks
 
 
 def ratio_at(settings: SelectionSettings, tokens: int, train_tokens: int) -> float | None:
-    """Return the share to keep in the step that begins after `tokens`; None while all tokens count.
+    """Return the share to keep in the step that begins after `tokens`; None while the run trains on all tokens.
 
-    It depends on the trained tokens only, so that resuming needs no state and all ranks agree. The schedules `linear`
-    and `cosine` lead from 1 to `ratio` over `schedule_tokens`, after the start; `steps` counts from the first token of
-    the run. (open_lm's Rho-1 branch switches to selection after a share of the run, too.)
+    It depends only on the trained tokens, so that resuming needs no state and all ranks agree. The schedules `linear`
+    and `cosine` fall from 1 to `ratio` over `schedule_tokens`, beginning at `start`; `steps` counts from the first
+    token of the run. (The Rho-1 branch of open_lm also starts to select after a share of the run.)
 
     Args:
-        settings: `ratio`, `start`, `schedule` and the settings that belong to it.
-        tokens: trained on before the step, over all ranks.
+        settings: `ratio`, `start`, `schedule` and the settings of the schedule.
+        tokens: tokens trained on before the step, over all ranks.
         train_tokens: length of the run, of which `start` is a share.
     """
     begin = settings.start * train_tokens
@@ -59,12 +58,12 @@ def perturbed(scores: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     Args:
         scores: float tensor of any shape.
         uniform: numbers in (0, 1), same shape; those of `token_uniform` make the draw the same on any number of ranks.
-        temperature: above 0; a low one approaches the choice of the highest scores, a high one a uniform draw.
+        temperature: above 0. As it falls, the draw approaches the highest scores; as it rises, a uniform draw.
 
     Returns:
         float32, same shape.
     """
-    # In float64: vectorised logarithms differ in their last bits, and the rounding to float32 removes the difference.
+    # In float64, because vectorised logarithms differ in their last bits. Rounding to float32 removes the difference.
     gumbel = -(-uniform.double().log()).log()
     return (scores.detach().double() / temperature + gumbel).float()
 
@@ -72,17 +71,17 @@ def perturbed(scores: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 def soft_weights(scores: Tensor, valid: Tensor, threshold: Tensor, temperature: float) -> Tensor:
     """Return `sigmoid((score - threshold) / temperature)` of the valid tokens: reweighting instead of selection.
 
-    The authors of Rho-1 name it as an extension (NeurIPS version, appendix C).
+    The authors of Rho-1 suggest reweighting as an extension (NeurIPS version, appendix C).
 
     Args:
         scores: float tensor of any shape.
         valid: bool, same shape.
-        threshold: float32 that broadcasts to the scores. It is NaN if tokens without a score were selected too, and
-            then lies below all scores.
-        temperature: above 0; a low one approaches a hard selection.
+        threshold: float32 that broadcasts to the scores. NaN, which occurs if tokens with score NaN were selected,
+            lies below all scores.
+        temperature: above 0. As it falls, the weights approach a hard selection.
 
     Returns:
-        float64 of the same shape, not yet scaled; 0 for NaN scores.
+        float64 of the same shape, not yet scaled to the plan; 0 for NaN scores.
     """
     values = scores.detach().float().double()
     lowest = threshold.double().masked_fill(threshold.isnan(), -torch.inf)
@@ -102,28 +101,28 @@ def scale_to_plan(
     scope: Scope = "global",
     group: dist.ProcessGroup | None = None,
 ) -> Selection:
-    """Return a selection whose weights sum to the planned k over the group, so that one divisor fits every rule.
+    """Return a selection whose weights sum to the planned k over the group, so that every rule has the same divisor.
 
-    All weights are 0 if nothing has a weight. One small all-reduce; all ranks of the group must call this together.
+    If all weights are 0, they stay 0. It makes one small all-reduce, so all ranks of the group must call it together.
 
     Args:
         mask: bool, the selected tokens of this rank.
         weights: 0 or more, same shape.
-        threshold: of the selection.
+        threshold: threshold of the selection.
         valid: bool, same shape.
         ratio: the planned share, in (0, 1].
         nan: bool, same shape: tokens whose score is NaN, for the count.
-        scope: of the plan.
+        scope: scope of the plan.
         group: process group; None is the default group if initialised, else this process.
     """
     total = weights.sum(dtype=torch.float64)
     counts = [mask.sum(), valid.sum(), (valid & nan).sum(), own_k(valid, ratio, scope), total]
-    # One all-reduce for all; float64 holds the counts exactly.
+    # One all-reduce for all of them: float64 holds the counts exactly.
     sums = Ranks(group).sum(torch.stack([count.double() for count in counts]))
     num_selected, num_valid, num_nan, k = sums[:4].long().unbind()
-    # The plan of the scope: k of the group's tokens, or the sum of the k of ranks or sequences.
+    # As in `plan_pools`: k of the group's tokens, or the sum of the k of its ranks or sequences.
     planned = plan_k(num_valid, ratio) if scope == "global" else k
-    # Exactly 1 if as many are selected as were planned.
+    # Exactly 1 for a hard selection of as many tokens as planned.
     factor = (planned / sums[4]).where(sums[4] > 0, 0.0)
     return Selection(mask, (weights * factor).float(), threshold, num_selected, num_valid, num_nan)
 
@@ -132,9 +131,9 @@ class Competition(NamedTuple):
     """This rank's part of the tokens that compete for selection.
 
     valid     bool `[..., T]`
-    position  int64, same shape, for ties; None for rank, then offset
+    position  int64, same shape, for ties; None for order by rank, then by offset
     group     process group; None is the default group if initialised, else this process
-    uniform   the tokens' random numbers if the choice is drawn; None otherwise
+    uniform   the tokens' random numbers for a stochastic selection; None otherwise
     """
 
     valid: Tensor
@@ -144,11 +143,11 @@ class Competition(NamedTuple):
 
 
 class ScoreSelection(NamedTuple):
-    """The selection by one score; in the shape of the tokens, except for the threshold.
+    """The selection by one score; all but the threshold have the shape of the tokens.
 
     mask       the selected tokens
     threshold  the lowest selected value of `ranked`
-    ranked     the scores as they were ranked: drawn, they have noise
+    ranked     the scores by which tokens were ranked, with noise if the selection is stochastic
     competing  the tokens that could be selected
     nan        tokens whose score is NaN
     """
@@ -161,7 +160,7 @@ class ScoreSelection(NamedTuple):
 
 
 class RankedBy(NamedTuple):
-    """A score of the rule, the setting that names it, and the share that it keeps; None for that of the rule."""
+    """A score of the rule, the setting that names it, and the share that it keeps (None: the rule's)."""
 
     score: Score
     setting: str
@@ -172,16 +171,16 @@ class RankedBy(NamedTuple):
 
 
 class Rule:
-    """Score, combination, unit and weighting together.
+    """A selection rule: scores, their combination, the unit and the weighting.
 
     Args:
         settings: the group `selection`. The training loop applies `pool`, `schedule` and `start` (see `ratio_at`).
 
     Attributes:
-        needs: the signals that `choose` reads.
+        needs: names of the signals that `choose` reads.
 
     Raises:
-        UserError: there is no such score.
+        UserError: a score does not exist.
     """
 
     def __init__(self, settings: SelectionSettings) -> None:
@@ -201,9 +200,9 @@ class Rule:
     def plan(
         self, valid: Sequence[Tensor], ratio: float | None = None, *, group: dist.ProcessGroup | None = None
     ) -> Tensor:
-        """Return what the weights of each pool will sum to over the group: int64 `[P]`; one all-reduce.
+        """Return the planned sum of each pool's weights over the group, int64 `[P]`, by one all-reduce.
 
-        Divide the summed loss of an optimizer step once, by the sum of this over its pools.
+        Divide the summed loss of an optimizer step once, by the total over its pools.
 
         Args:
             valid: bool `[..., T]`, this rank's part of each pool.
@@ -222,22 +221,22 @@ class Rule:
         group: dist.ProcessGroup | None = None,
         position: Tensor | None = None,
     ) -> Selection:
-        """Select from one pool; every rank of the group calls it together, also without a valid token.
+        """Select from one pool; every rank of the group must call it, including ranks without a valid token.
 
         Args:
             signals: columns by name, float `[..., T]`, this rank: those in `needs`.
             valid: bool, same shape; False never competes.
-            ratio: share to keep; default: that of the settings. Combined scores keep by ratios of their own.
+            ratio: share to keep; default: that of the settings. Combined scores have ratios of their own.
             group: process group; None is the default group if initialised, else this process.
-            position: int64, same shape, unique over the group, for ties; default: rank, then offset.
+            position: int64, same shape, unique over the group, for ties; default: by rank, then by offset.
 
         Returns:
             The selection of this rank. Its weights sum to the planned k over the group, or are all 0 if nothing is
-            selected. Its threshold is that of the ranked values (drawn: with the noise), and NaN for combined scores
+            selected. Its threshold includes the noise of a stochastic selection, and is NaN for combined scores
             (unions and intersections: Rho-1, NeurIPS version, section 3.4).
 
         Raises:
-            UserError: a score returned something other than a score for each token.
+            UserError: a score function did not return one score per token.
         """
         settings = self.settings
         ratio = settings.ratio if ratio is None else ratio
@@ -268,7 +267,7 @@ class Rule:
             valid: bool, same shape.
 
         Raises:
-            UserError: a score returned something other than a score for each token.
+            UserError: the score function did not return one score per token.
         """
         return sequence_scores(self._ranked_by[0].scores(signals, valid), valid)
 
@@ -279,7 +278,7 @@ class Rule:
             return self._select_sequences(scores, ratio, competition)
         competing = valid
         if settings.unit == "both":
-            # Sequences are not drawn: the only random number of a sequence would be that of one of its tokens.
+            # Sequences are not drawn: they would reuse the random numbers of their first tokens, which are drawn below.
             undrawn = competition._replace(uniform=None)
             competing = self._select_sequences(scores, settings.sequence_ratio or 1.0, undrawn).mask
         ranked = self._drawn(scores, competition.uniform)
@@ -295,7 +294,7 @@ class Rule:
         return ScoreSelection(mask, threshold, ranked, competing, scores.isnan())
 
     def _select_sequences(self, scores: Tensor, ratio: float, competition: Competition) -> ScoreSelection:
-        """Select whole sequences. If they are drawn, each uses the random number of its first token."""
+        """Select whole sequences. A stochastic selection uses the random number of each sequence's first token."""
         valid = competition.valid
         first_position = None if competition.position is None else competition.position[..., 0]
         first_uniform = None if competition.uniform is None else competition.uniform[..., 0]
@@ -308,9 +307,9 @@ class Rule:
             group=competition.group,
             position=first_position,
         )
-        # A sequence is selected with all of its valid tokens, and only these.
-        mask = valid & as_tokens(kept, valid)
-        return ScoreSelection(mask, threshold, as_tokens(ranked, valid), valid, scores.isnan())
+        # A selected sequence keeps all of its valid tokens, and no other token.
+        mask = valid & kept[..., None]
+        return ScoreSelection(mask, threshold, ranked[..., None].expand_as(valid), valid, scores.isnan())
 
     def _drawn(self, scores: Tensor, uniform: Tensor | None) -> Tensor:
         return scores if uniform is None else perturbed(scores, uniform, self.settings.temperature)

@@ -1,4 +1,4 @@
-"""The scores that tokens are ranked by. A score is a function of this file, or of a module of the user's."""
+"""The scores that tokens are ranked by. A score is a function in this file or in a module of the user."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -11,7 +11,7 @@ from megatron_slm.errors import UserError
 
 
 class Score(Protocol):
-    """A function from signals (float32 `[B, T]` columns by name) to a float `[B, T]` score; higher is kept."""
+    """A function from signals (float32 `[B, T]` columns by name) to float `[B, T]` scores; the highest are selected."""
 
     needs: tuple[str, ...]
 
@@ -22,7 +22,7 @@ def score(*, needs: tuple[str, ...]) -> Callable[[Callable[[dict[str, Tensor]], 
     """Mark a function as a score, with the signals that it reads.
 
     Args:
-        needs: names of columns, such as `student.loss`, `reference.loss`, `student.entropy`, `uniform`.
+        needs: names of signals, such as `student.loss`, `reference.loss`, `student.entropy`, `uniform`.
     """
 
     def mark(function: Callable[[dict[str, Tensor]], Tensor]) -> Score:
@@ -34,14 +34,14 @@ def score(*, needs: tuple[str, ...]) -> Callable[[Callable[[dict[str, Tensor]], 
 
 
 def find_score(name: str, setting: str = "selection.score") -> Score:
-    """Return the score with this name: a function of this file, or `package.module:function`.
+    """Return the score with this name: a function in this file, or `package.module:function`.
 
     Args:
-        name: of the score.
-        setting: that names it, for error messages.
+        name: name of the score.
+        setting: the setting that names it, for error messages.
 
     Raises:
-        UserError: there is no such score, or it cannot be imported.
+        UserError: the score does not exist, cannot be imported, or is not marked as a score.
     """
     module_name, _, function_name = name.rpartition(":")
     if not module_name:
@@ -70,10 +70,11 @@ def call_score(score: Score, signals: dict[str, Tensor], valid: Tensor, setting:
         score: a score.
         signals: columns by name, of the shape of `valid`.
         valid: bool.
-        setting: that names the score, for error messages.
+        setting: the setting that names the score, for error messages.
 
     Raises:
-        UserError: the score reads another signal, or does not return a float tensor of the shape of `valid`.
+        UserError: the score reads a signal that it does not declare, or returns something other than a float tensor in
+            the shape of `valid`.
     """
     name = getattr(score, "__name__", "?")
     try:
@@ -102,18 +103,18 @@ def built_in_scores() -> list[str]:
 def excess(signals: dict[str, Tensor]) -> Tensor:
     """Return the excess loss (Rho-1, section 2.2, equation 3).
 
-    It is high where the student has yet to learn what the reference has learned. Rises with the student's loss, falls
-    with the reference's.
+    It is high where the student has yet to learn what the reference has learned. It rises with the student's loss and
+    falls with the reference's.
     """
     return signals["student.loss"] - signals["reference.loss"]
 
 
 @score(needs=("student.loss", "reference.loss"))
 def loss_drop(signals: dict[str, Tensor]) -> Tensor:
-    """Return the retrospective excess loss: how much the student has learned since (ssToken, arXiv 2510.18250).
+    """Return the retrospective excess loss: the drop of the student's loss so far (ssToken, arXiv 2510.18250).
 
-    The reference is the history model: the student's starting point, or an earlier checkpoint. Rises with the
-    reference's loss, falls with the student's, the opposite of `excess`.
+    The reference is the history model: the student's starting point, or an earlier checkpoint. It rises with the
+    reference's loss and falls with the student's, the opposite of `excess`.
     """
     return signals["reference.loss"] - signals["student.loss"]
 
@@ -122,7 +123,7 @@ def loss_drop(signals: dict[str, Tensor]) -> Tensor:
 def random(signals: dict[str, Tensor]) -> Tensor:
     """Return a random score, the same on any number of ranks: the control for training on fewer tokens.
 
-    Rises with the token's random number.
+    It rises with the token's random number.
     """
     return signals["uniform"]
 
@@ -131,7 +132,7 @@ def random(signals: dict[str, Tensor]) -> Tensor:
 def reference_entropy(signals: dict[str, Tensor]) -> Tensor:
     """Return a score that is high where the reference is certain (Rho-1, NeurIPS version, section 3.4).
 
-    Falls with the entropy of the reference's prediction.
+    It falls with the entropy of the reference's prediction.
     """
     return -signals["reference.entropy"]
 
@@ -140,25 +141,25 @@ def reference_entropy(signals: dict[str, Tensor]) -> Tensor:
 def reference_loss(signals: dict[str, Tensor]) -> Tensor:
     """Return a score that is high where the reference's loss is low (Rho-1, NeurIPS version, section 3.4).
 
-    Falls with the reference's loss.
+    It falls with the reference's loss.
     """
     return -signals["reference.loss"]
 
 
 @score(needs=("student.entropy",))
 def student_entropy(signals: dict[str, Tensor]) -> Tensor:
-    """Return a score that is high where the student is uncertain (ESLM, arXiv 2505.19893); needs no reference.
+    """Return a score that is high where the student is uncertain (ESLM, arXiv 2505.19893), without a reference.
 
-    Rises with the entropy of the student's prediction.
+    It rises with the entropy of the student's prediction.
     """
     return signals["student.entropy"]
 
 
 @score(needs=("student.loss",))
 def student_loss(signals: dict[str, Tensor]) -> Tensor:
-    """Return the student's loss, which is high for hard tokens and noise (ESLM, arXiv 2505.19893); needs no reference.
+    """Return the student's loss, which is high for hard tokens and noise (ESLM, arXiv 2505.19893), without a reference.
 
-    Rises with the student's loss.
+    It rises with the student's loss.
     """
     return signals["student.loss"]
 
@@ -172,8 +173,8 @@ def token_uniform(seed: int, sample_index_B: Tensor, length: int) -> Tensor:
         length: positions per sample, T.
 
     Returns:
-        float32 `[B, T]`, the same whichever rank or micro-batch holds the sample. They have 23 bits, so that neither 0
-        nor 1 can occur.
+        float32 `[B, T]`, the same for a sample in any micro-batch on any rank. The numbers have 23 bits, so 0 and 1
+        cannot occur.
     """
     position_T = torch.arange(length, device=sample_index_B.device)
     key_B = _mix(sample_index_B.long() + _mix(torch.tensor(seed, device=sample_index_B.device)))

@@ -1,4 +1,4 @@
-"""The selection of tokens: how many a pool keeps, which these are, and their summed loss.
+"""The selection of tokens: the number that a pool keeps, their mask, and their summed loss.
 
 Tokens are ranked within a scope: all ranks of a group together, each rank alone, or each sequence alone.
 """
@@ -24,8 +24,8 @@ class Selection:
 
     mask          bool, shape of the scores, this rank
     weights       float32, shape of the scores, this rank; 0 or 1 for a hard selection
-    threshold     float32, the lowest selected score: 0-dim, or `scores.shape[:-1]` for scope
-                  'sequence'; NaN where nothing is valid
+    threshold     float32, the lowest selected score: 0-dim, or `scores.shape[:-1]` in scope 'sequence'; NaN if no
+                  token is valid
     num_selected, num_valid, num_nan
                   int64, 0-dim, sums over the group in every scope
     """
@@ -39,7 +39,7 @@ class Selection:
 
 
 def plan_k(valid_counts: Tensor, ratio: float) -> Tensor:
-    """Return how many tokens pools of these sizes keep: `floor(ratio * n + 0.5)`, at least 1 unless the pool is empty.
+    """Return the number of tokens that each pool keeps: `floor(ratio * n + 0.5)`, and at least 1 if n is not 0.
 
     Args:
         valid_counts: int64, any shape: valid tokens of each pool.
@@ -57,27 +57,27 @@ def plan_k(valid_counts: Tensor, ratio: float) -> Tensor:
 def plan_pools(
     valid: Sequence[Tensor], ratio: float, *, scope: Scope = "global", group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Return how many tokens pools will keep over the group; one all-reduce, before any forward.
+    """Return the number of tokens that each pool will keep over the group, by one all-reduce before any forward.
 
-    Their sum is the one divisor of the summed loss of an optimizer step: N * k% of Rho-1, equation 5.
+    The sum over the pools is the divisor of the summed loss of an optimizer step: N * k% of Rho-1, equation 5.
 
     Args:
         valid: bool `[..., T]`, this rank's part of each pool.
         ratio: share to keep, in (0, 1].
-        scope: tokens that are ranked together within a pool.
+        scope: the tokens of a pool that are ranked together.
         group: process group; None is the default group if initialised, else this process.
 
     Returns:
         int64 `[P]`, equal on all ranks.
     """
-    # Both counts in one all-reduce: k of the sum is not the sum of the ranks' k.
+    # Scope `global` needs k of the summed count, the others the sum of the ranks' k, which rounding makes different.
     own_P2 = torch.stack([torch.stack([part.sum(), own_k(part, ratio, scope)]) for part in valid])
     valid_P, k_P = Ranks(group).sum(own_P2).unbind(-1)
     return plan_k(valid_P, ratio) if scope == "global" else k_P
 
 
 def own_k(valid: Tensor, ratio: float, scope: Scope) -> Tensor:
-    """Return how many tokens this rank keeps of a pool in the scopes `rank` and `sequence`: int64, 0-dim."""
+    """Return the number of tokens of a pool that this rank keeps in scope `rank` or `sequence`: int64, 0-dim."""
     counts = valid.sum(-1) if scope == "sequence" else valid.sum()
     return plan_k(counts, ratio).sum()
 
@@ -93,27 +93,28 @@ def select_tokens(
 ) -> Selection:
     """Select the highest `ratio` of the valid scores, exactly (Rho-1, section 2.2, equation 4).
 
-    Scores are ranked as float32. Ties go to the lowest position; -0.0 equals 0.0; NaN ranks below -inf, counts as valid
-    and is selected last. The same scores, split over any number of ranks, give the same mask. All ranks of the group
-    must call this together, also those without a valid token.
+    Scores are ranked as float32. Ties go to the lowest position, and -0.0 equals 0.0. NaN ranks below -inf, so a valid
+    token without a score is selected last. The same scores give the same mask on any number of ranks. All ranks of the
+    group must call this together, including those without a valid token.
 
     Args:
-        scores: float tensor of any shape, this rank; higher is kept.
+        scores: float tensor of any shape, this rank; the highest are selected.
         valid: bool, same shape; False (padding, ignored labels) never competes.
         ratio: share to keep, in (0, 1].
         scope: tokens that are ranked together: 'global' the group, 'rank' this rank, 'sequence' the last dimension.
         group: process group; None is the default group if initialised, else this process.
-        position: int64, same shape, unique over the group; default: rank, then offset.
+        position: int64, same shape, unique over the group; default: by rank, then by offset.
 
     Returns:
         The selection of this rank; its counts are sums over the group.
 
     Raises:
-        ValueError: shapes differ, or the ratio is outside (0, 1].
+        ValueError: shapes or dtypes are wrong.
+        UserError: the ratio is outside (0, 1], or the scope is unknown.
     """
     check_arguments(scores, valid, ratio, scope, position)
     mask, threshold = keep_highest(scores, valid, ratio, scope=scope, group=group, position=position)
-    # Summed in every scope, so that logs show the same numbers on all ranks.
+    # Summed over the group in every scope, so that all ranks log the same numbers.
     counts = torch.stack([mask.sum(), valid.sum(), (valid & scores.isnan()).sum()])
     num_selected, num_valid, num_nan = Ranks(group).sum(counts).unbind()
     return Selection(mask, mask.float(), threshold, num_selected, num_valid, num_nan)
@@ -133,8 +134,8 @@ def keep_highest(
 
     Args:
         scores, valid, ratio, scope, group, position: as in `select_tokens`.
-        among: bool, same shape, not in scope 'sequence': the valid tokens that compete. k stays that of all valid
-            tokens; if fewer compete, all of them are kept.
+        among: bool, same shape: only these valid tokens compete, in scopes 'global' and 'rank'. k is still that of all
+            valid tokens; if fewer compete, all of them are kept.
     """
     keys = order_key(scores)
     if scope == "sequence":
@@ -164,14 +165,14 @@ def score_quantiles(
         valid: bool, same shape.
         quantiles: in (0, 1).
         group: process group; None is the default group if initialised, else this process.
-        num_valid: number of valid scores of the group, if it is known: this saves an all-reduce.
+        num_valid: number of valid scores of the group, if known, which saves an all-reduce.
 
     Returns:
-        float32 `[len(quantiles)]`; NaN if nothing is valid.
+        float32 `[len(quantiles)]`; NaN if no score is valid.
     """
     ranks = Ranks(group)
     num_valid = ranks.sum(valid.sum()) if num_valid is None else num_valid
-    # The search needs k of at least 1; without a valid score, the result is replaced below.
+    # The search needs k >= 1. Without a valid score, its result is replaced by NaN below.
     k_K = torch.stack([plan_k(num_valid, 1 - q) for q in quantiles]).clamp(min=1)
     found = kth_largest(order_key(scores)[valid], k_K, ranks)
     return score_of_key(found.key).where(num_valid > 0, torch.nan)
@@ -180,13 +181,14 @@ def score_quantiles(
 def _keep_over_ranks(
     keys: Tensor, competing: Tensor, k: Tensor, position: Tensor | None, ranks: Ranks
 ) -> tuple[Tensor, Tensor]:
-    """Keep the k highest keys over all ranks; k is at most the number of competing keys."""
+    """Return the mask of the k highest keys over all ranks, and the threshold; at least k keys compete."""
     found = kth_largest(keys[competing], k.clamp(min=1)[None], ranks)
-    # [0], because only one k is searched.
+    # [0], because `kth_largest` searches several k at once, and there is one here.
     threshold_key, num_wanted, num_equal = found.key[0], found.num_wanted[0], found.num_equal[0]
     mask = competing & (keys >= threshold_key)
     if num_wanted < num_equal:
-        # Not all tokens at the threshold fit into k: the lowest positions win. All ranks take this branch together.
+        # Only some of the tokens at the threshold fit into k: those with the lowest positions. The counts are equal on
+        # all ranks, so all of them take this branch and join its collectives.
         tied = competing & (keys == threshold_key)
         places = _default_position(keys, ranks) if position is None else position
         mask[tied] = _lowest(places[tied], num_wanted, ranks)
@@ -194,8 +196,8 @@ def _keep_over_ranks(
 
 
 def _lowest(position_N: Tensor, k: Tensor, ranks: Ranks) -> Tensor:
-    """Return the mask of the k lowest positions over all ranks, by the same radix selection as for scores."""
-    # Keys must not be negative, and the lowest position must have the highest key.
+    """Return the mask of the k lowest positions over all ranks, by the radix selection that finds the threshold."""
+    # The lowest position must have the highest key, and keys must not be negative.
     ends = torch.stack([position_N, -position_N]) if len(position_N) else position_N.new_full((2, 1), -(1 << 62))
     highest, negated_lowest = ranks.max(ends.amax(-1)).tolist()
     keys_N = highest - position_N
@@ -209,20 +211,17 @@ def _default_position(keys: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _keep_per_sequence(keys: Tensor, valid: Tensor, ratio: float, position: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keep the highest keys of each last dimension on its own, without communication."""
+    """Return the mask and the threshold of each sequence (the last dimension) on its own, without communication."""
     k = plan_k(valid.sum(-1, keepdim=True), ratio)
-    # Below the key of NaN, which is 0.
+    # -1 ranks below every valid key: the lowest is 0, the key of NaN.
     keys = keys.masked_fill(~valid, -1)
-    if position is not None:
-        # Sorted by position first: the stable sort by key then leaves ties in this order.
-        by_position = position.argsort(dim=-1)
-        ordered = keys.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
-        order = by_position.gather(-1, ordered)
-    else:
-        order = keys.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(keys.shape[-1], device=keys.device).expand_as(keys)
+    # Sort by position first: the stable sort by key then leaves ties in this order.
+    by_position = places if position is None else position.argsort(dim=-1)
+    ordered = keys.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True)
+    order = by_position.gather(-1, ordered)
     mask = torch.zeros_like(valid).scatter(-1, order, places < k)
-    # The sum has one key, or none: indexing would fail for a sequence of length 0.
+    # A sum of at most one key, because indexing would fail for a sequence of length 0.
     lowest = keys.gather(-1, order).masked_fill(places != k - 1, 0).sum(-1)
     return mask, score_of_key(lowest)
 
@@ -237,8 +236,8 @@ def sequence_scores(scores: Tensor, valid: Tensor) -> Tensor:
     Returns:
         float32 `[...]`; NaN for a sequence with a NaN, or without a valid token.
     """
-    # In pairs and in float64: `sum` may add in another order if the batch has another shape. This order gives the same
-    # bits on any number of ranks.
+    # Add in pairs, in float64. The order in which `sum` adds depends on the shape of the batch, and so on the number of
+    # ranks; this order gives the same bits on any number.
     total = scores.detach().double().masked_fill(~valid, 0.0)
     while total.shape[-1] > 1:
         total = pad(total, (0, total.shape[-1] % 2))
@@ -246,16 +245,11 @@ def sequence_scores(scores: Tensor, valid: Tensor) -> Tensor:
     return (total.sum(-1) / valid.sum(-1)).float()
 
 
-def as_tokens(values: Tensor, valid: Tensor) -> Tensor:
-    """Return one value per sequence, `[...]`, repeated for its tokens, `[..., T]`."""
-    return values[..., None].expand_as(valid)
-
-
 def check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, position: Tensor | None) -> None:
     """Check the arguments of `select_tokens`.
 
     Raises:
-        ValueError: shapes or types are wrong.
+        ValueError: shapes or dtypes are wrong.
         UserError: the ratio is outside (0, 1], or the scope is unknown.
     """
     if scores.shape != valid.shape or (position is not None and position.shape != scores.shape):
@@ -269,14 +263,14 @@ def check_arguments(scores: Tensor, valid: Tensor, ratio: float, scope: str, pos
 
 
 def selected_loss(loss: Tensor, selection: Selection) -> Tensor:
-    """Return the summed loss of the selected tokens of this rank (Rho-1, equation 5, before its division).
+    """Return the summed loss of this rank's selected tokens (Rho-1, equation 5, before its division).
 
-    Divide once, by the number planned over all ranks and micro-batches of the optimizer step. A mean here would give
-    too much weight to ranks with few selected tokens.
+    Divide it once, by the number planned over all ranks and micro-batches of the optimizer step. A mean per rank would
+    give too much weight to ranks with few selected tokens.
 
     Args:
-        loss: float32, same shape as the scores that were selected from; may require a gradient.
-        selection: what `select_tokens` returned for them.
+        loss: float32, in the shape of the scores; may require a gradient.
+        selection: the result of `select_tokens` for these scores.
 
     Returns:
         0-dim float32, this rank only.
@@ -285,6 +279,6 @@ def selected_loss(loss: Tensor, selection: Selection) -> Tensor:
 
 
 def weighted_loss(loss: Tensor, weights: Tensor) -> Tensor:
-    """Return `sum(weights * loss)`, 0-dim float32; an infinite loss of weight 0 leaves no NaN in it."""
-    # masked_fill, because 0 * inf is NaN, in the loss and in its gradient.
+    """Return `sum(weights * loss)`, 0-dim float32, without the losses of weight 0, which may be infinite."""
+    # masked_fill, because 0 * inf is NaN in the loss and in its gradient.
     return (loss.masked_fill(weights == 0, 0.0) * weights).sum()

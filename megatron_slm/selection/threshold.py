@@ -1,11 +1,11 @@
-"""The exact k-th largest score over all ranks, without gathering a score.
+"""The exact k-th largest score over all ranks, without gathering the scores.
 
-A float32 is mapped to an integer of the same order, its *key*. The k-th largest key is found one digit at a time, from
-the most significant one: every rank counts the digits of its candidates, one all-reduce sums the counts, and all ranks
-agree on the digit of the k-th largest key (radix selection). Three rounds of 16 kB decide 32 bits, however large the
-batch is.
+Each float32 score is mapped to an integer *key* of the same order. Radix selection finds the k-th largest key one digit
+at a time, from the most significant digit on: each rank counts the digits of its candidates, one all-reduce sums the
+counts, and all ranks read the next digit of the k-th largest key from the sums. Three all-reduces of 16 kB decide all
+32 bits, for a batch of any size.
 
-Suffixes: N keys of this rank, K several k at once, D digits.
+Suffixes: N keys of this rank, K values of k, D digits.
 """
 
 from typing import NamedTuple
@@ -23,8 +23,8 @@ class Ranks:
     """The ranks that select together, and their sums and maxima.
 
     Args:
-        group: process group; None for the default group, or for this process if there is none.
-        alone: only this process, whatever the group.
+        group: process group; None for the default group, or for this process alone if there is none.
+        alone: True for this process alone, even if there is a group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, alone: bool = False) -> None:
@@ -93,10 +93,10 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
         keys_N: int64 in [0, 2**bits), this rank's candidates; may be empty.
         k_K: int64, each between 1 and the number of keys of all ranks; equal on all ranks.
         ranks: the ranks that select together.
-        bits: width of the keys; ceil(bits / 11) all-reduces of K * 16 kB.
+        bits: width of the keys. The search takes ceil(bits / 11) all-reduces of K * 16 kB.
     """
-    # Invariant: the k-th largest key begins with the digits in `prefix_K`, and is the `wanted_K`-th largest among the
-    # keys that begin so.
+    # Invariant: the k-th largest key begins with the digits in `prefix_K`, and it is the `wanted_K`-th largest of the
+    # keys with this prefix.
     prefix_K = torch.zeros_like(k_K)
     wanted_K = k_K
     equal_K = torch.zeros_like(k_K)
@@ -104,9 +104,9 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
     for low_bit in reversed(digit_positions):
         own_counts_KD = torch.stack([_digit_counts(keys_N, prefix, low_bit) for prefix in prefix_K])
         counts_KD = ranks.sum(own_counts_KD)
-        # Of all ranks' candidates, those with a larger digit than D.
+        # For each digit D, the candidates of all ranks with a larger digit.
         larger_KD = counts_KD.flip(-1).cumsum(-1).flip(-1) - counts_KD
-        # The first digit that fewer than `wanted` candidates exceed is the digit of the k-th largest key.
+        # The k-th largest key has the lowest digit that fewer than `wanted` candidates exceed.
         digit_K1 = (larger_KD < wanted_K[:, None]).int().argmax(-1, keepdim=True)
         wanted_K = wanted_K - larger_KD.gather(-1, digit_K1).squeeze(-1)
         equal_K = counts_KD.gather(-1, digit_K1).squeeze(-1)
@@ -115,9 +115,9 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
 
 
 def _digit_counts(keys_N: Tensor, prefix: Tensor, low_bit: int) -> Tensor:
-    """Count each digit at `low_bit` among the keys that begin with `prefix`: int64 `[2**11]`."""
+    """Return the count of each digit at `low_bit` among the keys that begin with `prefix`: int64 `[2**11]`."""
     size = 1 << DIGIT_BITS
     digit_N = (keys_N >> low_bit) & (size - 1)
     outside_N = (keys_N >> (low_bit + DIGIT_BITS)) != prefix
-    # Other keys go to one more bin, which is cut off: a mask would wait for the device to learn its size.
+    # Other keys go to an extra bin, which is cut off. A boolean mask would make the host wait for the device.
     return torch.bincount(digit_N.masked_fill(outside_N, size), minlength=size + 1)[:size]

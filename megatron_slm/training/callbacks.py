@@ -1,4 +1,4 @@
-"""The callbacks that read a step's record, and the profiler."""
+"""The callbacks that read the record of a step, and the profiler."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ from megatron_slm.training.trainer import Callback
 
 
 class JsonLines(Callback):
-    """Appends records to a file, on rank 0. Each has left this process before the next step begins."""
+    """Appends records to a file, on rank 0. Each record is flushed before the next step begins."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -61,10 +61,11 @@ class Console(Callback):
 def describe(state: RunState, record: dict[str, float | int | None]) -> list[str]:
     """Return the parts of the console's line.
 
-    The selected loss never stands alone, because it also falls if only the selection changes.
+    The selected loss is never shown alone, because it also falls if only the selection changes.
     """
     parts = [f"step {state.step}/{state.plan.total_steps}", f"tokens {quantity(state.trained_tokens)}{_beside(state)}"]
-    parts.append("loss " + " ".join(_named(record, "loss/", ("all", "selected", "unselected", "reference"))))
+    losses = {name: record.get(f"loss/{name}") for name in ("all", "selected", "unselected", "reference")}
+    parts.append(" ".join(["loss", *(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)]))
     if record.get("selection/threshold") is not None:
         parts.append(f"cut {record['selection/threshold']:.3f}")
     parts.append(f"lr {record['lr']:.2e} grad {record['grad_norm']:.2f}")
@@ -79,7 +80,7 @@ def describe(state: RunState, record: dict[str, float | int | None]) -> list[str
 
 
 def _beside(state: RunState) -> str:
-    """Return how many tokens were read, if that is more than were trained on."""
+    """Return the number of tokens read, if the run reads more tokens than it trains on."""
     return f" of {quantity(state.consumed_tokens)} read" if state.plan.candidates > 1 else ""
 
 
@@ -93,22 +94,18 @@ def quantity(value: float | int | None) -> str:
     return f"{value:.3g}"
 
 
-def _named(record: dict[str, float | int | None], prefix: str, names: tuple[str, ...]) -> list[str]:
-    return [f"{name} {record[prefix + name]:.4f}" for name in names if record.get(prefix + name) is not None]
-
-
 ROWS = 15
 
 
 class Profiler(Callback):
     """Writes a Chrome trace per rank over some steps, and logs the operators that took longest.
 
-    Callbacks that come before it in the list are not traced at the first step, nor those after it at the last.
+    The trace lacks callbacks that run before this one at the first step, and after it at the last step.
 
     Args:
-        folder: of the traces.
-        first, last: steps, both included.
-        world: this process among all.
+        folder: folder for the traces.
+        first, last: first and last step to profile.
+        world: the place of this process among all ranks.
     """
 
     def __init__(self, folder: Path, first: int, last: int, world: World) -> None:

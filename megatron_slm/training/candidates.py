@@ -1,24 +1,24 @@
-"""Online choice of whole sequences: many candidates are scored cheaply, and each rank trains on the best of its own.
+"""Online selection of whole sequences: score many candidates without gradients, and train on the best.
 
-Each rank chooses among its own candidates only. So all ranks run the same number of forwards and backwards, as ZeRO-3
-requires (RHO-LOSS, Mindermann et al. 2022, applied to sequences).
+This is RHO-LOSS (Mindermann et al. 2022), applied to sequences. Each rank chooses among its own candidates only, so
+that all ranks run the same number of forwards and backwards, as ZeRO-3 requires.
 """
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatron_slm.errors import agreed
 from megatron_slm.reference.references import Reference
 from megatron_slm.selection.rule import Rule
+from megatron_slm.selection.threshold import order_key
 from megatron_slm.signals import columns_of, named_signals
 from megatron_slm.training.objective import competing_tokens
 from megatron_slm.types import Batch, TokenSignals
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of this rank to train on, and the reference's columns for it; no columns without a reference."""
+    """A micro-batch of this rank to train on, and the reference's columns for it (none without a reference)."""
 
     batch: Batch
     reference: TokenSignals
@@ -28,10 +28,10 @@ class Candidates:
     """Keeps the best sequences of each micro-batch of this rank, by their mean score over competing tokens.
 
     Args:
-        student: returns the student's columns, without gradients.
-        rule: whose score ranks the sequences.
-        micro_batch_size: sequences to keep of each micro-batch.
-        seed: of the column `uniform`.
+        student: scores batches with the student, without gradients.
+        rule: its score ranks the sequences.
+        micro_batch_size: number of sequences to keep of each micro-batch.
+        seed: the run's, for the signal `uniform`.
         min_context: see `competing_tokens`.
     """
 
@@ -47,10 +47,10 @@ class Candidates:
 
         Args:
             batches: candidates of this rank, several times the micro-batch size each.
-            reference: runs once on all of them.
+            reference: runs once, on all candidates.
 
         Raises:
-            AgreedError: a score returned something other than a score for each token.
+            AgreedError: the score function did not return one score per token.
         """
         reference_columns = reference.signals(batches, columns_of("reference", self._rule.needs))
         student_columns = self._student.signals(batches, columns_of("student", self._rule.needs))
@@ -69,12 +69,7 @@ class Candidates:
 
 
 def best_rows(score_B: Tensor, count: int) -> Tensor:
-    """Return the rows of the highest scores, in their order; ties go to the earlier row, and NaN ranks last.
-
-    Returns:
-        int64 `[count]`.
-    """
-    order_B = score_B.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(descending=True, stable=True).indices
-    # A second stable sort puts NaN behind -inf, which the first one cannot tell apart.
-    order_B = order_B[score_B[order_B].isnan().long().sort(stable=True).indices]
+    """Return the rows with the highest scores in ascending order, int64 `[count]`; ties go to the earlier row."""
+    # `order_key` ranks NaN below -inf, so a sequence without a score is chosen last.
+    order_B = order_key(score_B).argsort(descending=True, stable=True)
     return order_B[:count].sort().values

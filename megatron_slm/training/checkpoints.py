@@ -1,4 +1,4 @@
-"""The checkpoints of a run, each complete or absent: staged, checksummed, renamed, then named by `latest`.
+"""The checkpoints of a run. Each is staged, checksummed, renamed and named in `latest`, so that none is incomplete.
 
 checkpoints/latest                    text: the name of the newest complete checkpoint
 checkpoints/step_00000500/engine/     the backend's files, of all ranks
@@ -36,9 +36,9 @@ class CheckpointStore:
 
     Args:
         folder: `RUN_DIR/checkpoints`.
-        world: this process among all.
-        keep: how many of the newest checkpoints to keep.
-        config: the run's configuration as YAML, kept beside each checkpoint.
+        world: the place of this process among all ranks.
+        keep: number of newest checkpoints to keep.
+        config: the run's configuration as YAML, saved in each checkpoint.
     """
 
     def __init__(self, folder: Path, world: World, keep: int = 1, config: str = "") -> None:
@@ -51,7 +51,7 @@ class CheckpointStore:
         """Save the state of all ranks; every rank calls it. A kill at any moment leaves the previous checkpoint.
 
         Raises:
-            AgreedError: some rank cannot write. What was written is removed; the previous checkpoint is untouched.
+            AgreedError: a rank cannot write. The unfinished files are removed; the previous checkpoint is untouched.
         """
         name = checkpoint_name(progress["step"])
         aside = self._folder / f".writing-{name}"
@@ -80,7 +80,7 @@ class CheckpointStore:
         """Load the newest complete checkpoint into the engine; every rank calls it.
 
         Returns:
-            The progress that was saved with it; None if nothing was ever saved.
+            The progress that was saved with it; None if there is no checkpoint.
 
         Raises:
             UserError: no checkpoint is complete, or it was written on another number of ranks.
@@ -90,13 +90,13 @@ class CheckpointStore:
             return None
         engine.load(found)
         state = found / f"rng_rank{self._world.rank:04d}.pt"
-        if state.exists():  # If there are more ranks than before, the new ones start from the seed.
+        if state.exists():  # with more ranks than before, the new ones start from the seed
             _set_random_state(torch.load(state, weights_only=True))
         progress: dict[str, Any] = json.loads((found / "progress.json").read_text())
         return progress
 
     def newest(self, step: int | None = None) -> Path | None:
-        """Return the newest checkpoint, up to `latest`, whose files are as they were written; every rank calls it.
+        """Return the newest checkpoint, up to `latest`, whose checksums are correct; every rank calls it.
 
         Args:
             step: consider the checkpoint of this step only.
@@ -107,7 +107,7 @@ class CheckpointStore:
         Raises:
             AgreedError: there are checkpoints, but none is complete.
         """
-        # All ranks use the list of rank 0, because a shared file system may show them different states.
+        # All ranks use the list of rank 0, because a shared file system may show different states to different hosts.
         names = gather_objects([path.name for path in list_checkpoints(self._folder)])[0]
         if step is not None:
             names = [name for name in names if name == checkpoint_name(step)]
@@ -130,7 +130,7 @@ class CheckpointStore:
         return None
 
     def _damaged(self, checkpoint: Path) -> str | None:
-        """Return the first file that is missing or not as it was written; None if there is none.
+        """Return the first file that is missing or has another checksum; None if there is none.
 
         Each rank reads a share of the files.
         """
@@ -141,7 +141,7 @@ class CheckpointStore:
         return next((name for name in expected if found.get(name) != expected[name]), None)
 
     def _sums(self, folder: Path, only: Iterable[str] | None = None, flush: bool = False) -> dict[str, list[Any]]:
-        """Return size and SHA-256 of every file; each rank reads a share."""
+        """Return the size and SHA-256 of every file; each rank reads a share of them."""
         everything = only or (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         names = gather_objects(sorted(everything))[0]
         mine = [name for name in names[self._world.rank :: self._world.size] if (folder / name).exists()]
@@ -149,7 +149,7 @@ class CheckpointStore:
         return {name: value for part in gather_objects(sums) for name, value in part.items()}
 
     def _make_room(self, aside: Path, engine: TrainingEngine) -> None:
-        """Make an empty folder to write to, if the disk has room for as much as the newest checkpoint took."""
+        """Make an empty folder to write to, if the disk has room for a checkpoint as large as the newest one."""
         self._clear()
         aside.mkdir(parents=True)
         newest = list_checkpoints(self._folder)[-1:]
@@ -176,7 +176,7 @@ class CheckpointStore:
         write_durably(aside / MANIFEST, json.dumps(manifest, indent=1))
         for folder in (aside, *(path for path in aside.rglob("*") if path.is_dir())):
             sync(folder)
-        # It replaces a damaged checkpoint, if this run resumed from an earlier one. Every rank has flushed its files.
+        # Replace a damaged checkpoint, if this run resumed from an earlier one. Every rank has flushed its files.
         publish(aside, self._folder / name, replace=True, flush=False)
         write_durably(self._folder / "latest", name)
 
@@ -189,7 +189,7 @@ class CheckpointStore:
 
 
 def save_checkpoint(store: CheckpointStore, engine: TrainingEngine, state: RunState) -> None:
-    """Save the run; if that fails, warn and count it, because a later checkpoint may succeed. Every rank calls it.
+    """Save a checkpoint; every rank calls it. Warn and count a failure, because a later checkpoint may succeed.
 
     Raises:
         AgreedError: the last checkpoint of the run cannot be written.
@@ -204,7 +204,7 @@ def save_checkpoint(store: CheckpointStore, engine: TrainingEngine, state: RunSt
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
-    """Return size and SHA-256 of every file of a checkpoint; None if its manifest cannot be read."""
+    """Return the size and SHA-256 of every file of a checkpoint; None if its manifest cannot be read."""
     try:
         files: dict[str, list[Any]] = json.loads((checkpoint / MANIFEST).read_text())["files"]
         return files
@@ -213,7 +213,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, list[Any]] | None:
 
 
 def saved_ranks(checkpoint: Path) -> int | None:
-    """Return how many ranks wrote a checkpoint; None if its manifest cannot be read."""
+    """Return the number of ranks that wrote a checkpoint; None if its manifest cannot be read."""
     try:
         return int(json.loads((checkpoint / MANIFEST).read_text())["world_size"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -222,8 +222,7 @@ def saved_ranks(checkpoint: Path) -> int | None:
 
 def _estimate(engine: TrainingEngine) -> int:
     """Return the bytes of a first checkpoint: weights in the run's precision and in float32, and Adam's moments."""
-    parameters = list(engine.module.parameters())
-    return sum(whole_shape(p).numel() * (p.element_size() + 12) for p in parameters)
+    return sum(whole_shape(p).numel() * (p.element_size() + 12) for p in engine.module.parameters())
 
 
 def checkpoint_name(step: int) -> str:
@@ -232,23 +231,23 @@ def checkpoint_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step of a checkpoint's folder; None if the name is not one that `checkpoint_name` makes."""
+    """Return the step of a checkpoint's folder; None if `checkpoint_name` does not make its name."""
     found = _CHECKPOINT.fullmatch(checkpoint.name)
     step = int(found[1]) if found else None
     return step if step is not None and checkpoint.name == checkpoint_name(step) else None
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
-    """Return every checkpoint in the order of their steps, also those after `latest`.
+    """Return all checkpoints in the order of their steps, including those after `latest`.
 
     Only exact names count: a copy such as `step_00000500.good` belongs to the user, and is never read or removed.
     """
-    steps = {path: step_of(path) for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()}
-    return sorted((path for path in steps if steps[path] is not None), key=lambda path: steps[path] or 0)
+    found = [path for path in folder.glob("step_*") if path.is_dir() and step_of(path) is not None]
+    return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints up to `latest` in the order of their steps, or all if it names none of them."""
+    """Return the checkpoints up to `latest` in the order of their steps, or all if `latest` names none of them."""
     published = all_checkpoints(folder)
     latest = folder / "latest"
     name = latest.read_text().strip() if latest.exists() else ""
@@ -280,15 +279,16 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def split_records(path: Path, step: int) -> tuple[str, str]:
-    """Return the records up to a step, and everything from the first later one on, also an incomplete last line.
+    """Return the records up to a step, and the rest of the file, which may end in an incomplete line.
 
     Raises:
         UserError: the file holds a line that is not a record.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        later = (not line.endswith("\n") or int(json.loads(line)["step"]) > step for line in lines)
-        kept = next((number for number, is_later in enumerate(later) if is_later), len(lines))
+        kept = 0
+        while kept < len(lines) and lines[kept].endswith("\n") and int(json.loads(lines[kept])["step"]) <= step:
+            kept += 1
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             "run_dir",
@@ -300,7 +300,7 @@ def split_records(path: Path, step: int) -> tuple[str, str]:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Remove from a file of records what a killed run wrote after the checkpoint at `step`.
+    """Remove the records that a killed run wrote after its checkpoint at `step`.
 
     Raises:
         UserError: the file holds a line that is not a record.
@@ -310,11 +310,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
-    """Raise an error if there is no checkpoint of a step to roll back to.
-
-    Raises:
-        UserError: there is none; the remedy lists the steps.
-    """
+    """Raise a UserError, which lists the steps of all checkpoints, if there is none of the step to roll back to."""
     steps = saved_steps(checkpoints)
     if step not in steps:
         remedy = f"Use one of {', '.join(map(str, steps))}" if steps else "Leave it out: there is no checkpoint"
@@ -324,11 +320,11 @@ def refuse_missing_checkpoint(checkpoints: Path, step: int) -> None:
 def roll_back(run_dir: Path, store: CheckpointStore, step: int, world: World) -> None:
     """Make the checkpoint of `step` the newest; every rank calls it.
 
-    A kill at any moment loses nothing, and a repeated call finishes the work: the records are copied first, then the
-    checkpoints are moved from the newest on, so that what remains is always the beginning of a run.
+    A kill at any moment loses nothing, and a repeated call finishes the work: the later records are copied first, and
+    then later checkpoints are moved, from the newest on, so that the rest is always the beginning of a run.
 
     Raises:
-        AgreedError: the checkpoint is damaged, a line is not a record, or something cannot be moved.
+        AgreedError: the checkpoint is damaged, a line is not a record, or a file cannot be written or moved.
     """
     if store.newest(step) is None:
         raise AgreedError("--rollback", step, "its checkpoint has been removed", "Use another step")

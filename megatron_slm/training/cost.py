@@ -1,4 +1,4 @@
-"""The cost of a step in floating-point operations, and of a run in memory; peaks of the hardware."""
+"""The cost of a step in floating-point operations, the memory of a run, and the peak speed of devices."""
 
 import copy
 import re
@@ -16,8 +16,8 @@ from megatron_slm.models.head import CHUNK_BYTES
 from megatron_slm.torch_internals import fake_tensors, storage_id
 
 DENSE_BF16_PEAKS = {
-    # Dense tensor-core peaks in FLOP/s, from NVIDIA's datasheets; those of SXM unless the name says otherwise. The
-    # larger figures printed there are for sparse matrices, and twice as high.
+    # Dense tensor-core peaks in FLOP/s from NVIDIA's datasheets, of the SXM variant unless the name has another. The
+    # datasheets also print figures for sparse matrices, which are twice as high.
     "B200": 2.25e15,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -33,7 +33,7 @@ DENSE_BF16_PEAKS = {
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """The FLOPs per token of a forward through one model: of its weights, and of attention. A backward takes twice."""
+    """The FLOPs per token of a forward through one model, by part. A backward takes twice as many."""
 
     weights: float
     attention: float
@@ -51,7 +51,7 @@ class TokenFlops:
 class ModelFlops:
     """The FLOPs per token of the models of a run.
 
-    student    by part
+    student    of the student, by part
     reference  of a forward through all reference models that run
     backward   the run's `selection.backward`
     """
@@ -63,13 +63,13 @@ class ModelFlops:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """The tokens of one step over all ranks, whether their labels count toward the loss or not.
+    """The tokens of one step over all ranks, including those whose labels do not count toward the loss.
 
-    candidates    tokens read as candidates; 0 if all samples that are read are trained on
+    candidates    tokens read as candidates; 0 if the run trains on all samples that it reads
     trained       tokens in batches with a backward
-    selected      trained tokens that a selective backward runs through; None under CLM, which has the exact one
+    selected      selected tokens, which a selective backward runs through; None under CLM, whose backward is exact
     reference     tokens that the reference scored
-    ranked_first  whether the whole step was ranked together, so that its forwards run again
+    ranked_first  True if the whole step was ranked together, so that its forwards run again
     """
 
     candidates: int
@@ -96,12 +96,12 @@ class StudentTokens:
 
 
 def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
-    """Return what the student runs with each `selection.backward`.
+    """Return the tokens that the student runs for one value of `selection.backward`.
 
-    Under rows, the backward of attention counts in full, although a CPU runs it for the selected queries alone.
+    Under rows, the backward of attention counts in full, although a CPU runs it for the selected queries only.
 
     Args:
-        tokens: of the step.
+        tokens: tokens of the step.
         backward: `selection.backward` (models/student.py, models/sparse_backward/).
     """
     trained, selected = tokens.trained, tokens.selected
@@ -114,7 +114,7 @@ def student_tokens(tokens: StepTokens, backward: str) -> StudentTokens:
 
 
 def step_flops(models: ModelFlops, tokens: StepTokens) -> float:
-    """Return the FLOPs of one step over all ranks, without what activation checkpointing runs again."""
+    """Return the FLOPs of one step over all ranks, without the forwards that activation checkpointing runs again."""
     ran, student = student_tokens(tokens, models.backward), models.student
     backward = 2 * (student.weights * ran.backward + student.attention * ran.attention)
     return student.forward * (ran.scored + ran.forward) + backward + models.reference * tokens.reference
@@ -123,13 +123,13 @@ def step_flops(models: ModelFlops, tokens: StepTokens) -> float:
 def token_flops(module: nn.Module, config: PretrainedConfig, seq_length: int) -> TokenFlops:
     """Return the FLOPs per token, by the convention of PaLM (appendix B).
 
-    They are 2 per weight that multiplies, and 4 * layers * width * T of attention, not halved for causality. Embeddings
-    are looked up, not multiplied; a tied one is also the head, and counts. All experts count, also those that a token
-    is not routed to.
+    Count 2 per weight that is multiplied, and 4 * layers * width * T for attention, not halved for causality.
+    Embeddings are looked up and do not count, unless they are tied to the head. All experts count, even those that a
+    token is not routed to.
 
     Args:
         module: the model; its parameters may be partitioned.
-        config: of the model.
+        config: configuration of the model.
         seq_length: tokens per sample, T.
     """
     size = {id(parameter): whole_shape(parameter).numel() for parameter in module.parameters()}
@@ -153,15 +153,15 @@ LIVE_PARAMETERS, REDUCE_BUCKET = 1_000_000_000, 500_000_000
 """DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size, in parameters."""
 
 SUB_GROUP = 1_000_000_000
-"""DeepSpeed's default of sub_group_size, the parameters of one update at stage 3."""
+"""DeepSpeed's default of sub_group_size: the parameters of one update at stage 3."""
 
 OFFLOADS = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
-"""The keys of `zero_optimization` that offload, and what each moves to the host."""
+"""The keys of `zero_optimization` that offload, each with the purposes that it moves to the host."""
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """The bytes of one rank by purpose: on its device, and on the host by DeepSpeed's offload."""
+    """The bytes of one rank by purpose: on its device, and on the host if DeepSpeed offloads them."""
 
     device: dict[str, int]
     host: dict[str, int]
@@ -169,15 +169,15 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a model, derived from its configuration without making a weight.
+    """The size of a model, derived from its configuration without allocating weights.
 
     parameters        number of all parameters
     layers            number of decoder layers
-    layer_bytes       that one layer keeps for the backward of one micro-batch
-    boundary_bytes    of the hidden states of one micro-batch
-    cache_bytes       of the keys and values of one layer for one micro-batch
-    head_bytes        of the head's chunk of logits, its exponentials and their gradient
-    flops             per token
+    layer_bytes       bytes that one layer keeps for the backward of one micro-batch
+    boundary_bytes    bytes of the hidden states of one micro-batch
+    cache_bytes       bytes of the keys and values of one layer for one micro-batch
+    head_bytes        bytes of the head's chunk of logits, its exponentials and their gradient
+    flops             FLOPs per token
     """
 
     parameters: int
@@ -192,18 +192,18 @@ class ModelSize:
 def model_size(config: PretrainedConfig, samples: int, seq_length: int, precision: torch.dtype) -> ModelSize:
     """Return the size of a model.
 
-    It builds one and two layers on PyTorch's meta device, and measures what the second keeps for the backward.
+    It builds one layer and two layers without memory, and measures how much more the second keeps for the backward.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         samples: sequences per micro-batch.
         seq_length: tokens per sequence.
-        precision: of weights and activations.
+        precision: dtype of weights and activations.
     """
     layers = config.num_hidden_layers
     with fake_tensors():
-        one, two = (_kept(_on_meta(config, n, precision), samples, seq_length) for n in (1, 2))
-        whole = _on_meta(config, layers, precision)
+        one, two = (_kept(_with_layers(config, n, precision), samples, seq_length) for n in (1, 2))
+        whole = _with_layers(config, layers, precision)
     parameters = sum(parameter.numel() for parameter in whole.parameters())
     boundary = samples * seq_length * config.hidden_size * precision.itemsize
     head = 3 * min(CHUNK_BYTES, 4 * samples * seq_length * config.vocab_size)
@@ -213,8 +213,8 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
     return ModelSize(parameters, layers, two - one, boundary, cache, head, token_flops(whole, config, seq_length))
 
 
-def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
-    """Return the model with so many layers, without memory and without initialisation."""
+def _with_layers(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
+    """Return the model with this number of layers."""
     smaller = copy.deepcopy(config)
     smaller.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -225,7 +225,7 @@ def _on_meta(config: PretrainedConfig, layers: int, precision: torch.dtype) -> P
 def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
     """Return the bytes that a forward without the head keeps for its backward, without weights and T x T matrices.
 
-    Fused attention keeps no T x T matrix; without fused attention, the true figure is higher.
+    Fused attention keeps no T x T matrices. Without fused attention, the true figure is higher.
     """
     weights = {storage_id(parameter) for parameter in model.parameters()}
     storages: dict[int, int] = {}
@@ -233,7 +233,7 @@ def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
     def record(tensor: torch.Tensor) -> torch.Tensor:
         if storage_id(tensor) not in weights and tensor.shape[-2:] != (seq_length, seq_length):
             storages[storage_id(tensor)] = tensor.untyped_storage().nbytes()
-        # A freed tensor could pass its storage on to another, which would not be counted.
+        # If this tensor were freed, a later one could reuse its storage and would not be counted.
         kept_alive.append(tensor)
         return tensor
 
@@ -261,21 +261,21 @@ def rank_memory(
     system.
 
     Args:
-        student: size of the model, at its micro-batch.
-        references: sizes of the reference models, each at its own micro-batch, and whether it is sharded.
-        ranks: of the run.
-        precision: of weights and activations.
+        student: size of the student, for its micro-batch.
+        references: size of each reference model, for its own micro-batch, and whether it is sharded.
+        ranks: number of ranks.
+        precision: dtype of weights and activations.
         zero: DeepSpeed's `zero_optimization` section.
-        checkpointing: whether each layer is recomputed in the backward.
+        checkpointing: True if the backward recomputes each layer.
         replayed: share of the tokens that replay runs again, over keys and values of all; None without replay.
-        fused: whether the optimizer updates in one kernel, as on CUDA, without temporary tensors.
+        fused: True if the optimizer updates in one kernel without temporary tensors, as on CUDA.
     """
     stage = int(zero.get("stage", 3))
     each = precision.itemsize
     kept = student.boundary_bytes if checkpointing else student.layer_bytes
     if replayed is not None:
         kept = int(replayed * kept) + student.cache_bytes
-    # One layer more: the one that is recomputed, or the gradients of what it keeps.
+    # Activations include one more layer: the recomputed one, or the gradients of what one layer keeps.
     device = {
         "weights": each * student.parameters // (ranks if stage == 3 else 1),
         "gradients": 4 * student.parameters // (ranks if stage >= 2 else 1),
@@ -299,15 +299,15 @@ def rank_memory(
 
 
 def _buffers(parameters: int, each: int, stage: int, zero: Mapping[str, Any]) -> int:
-    """Return the bytes of gathered weights in use, and of gradients on their way to their owners."""
+    """Return the bytes of gathered weights in use, and of the bucket of gradients that are being reduced."""
     bucket = each * min(parameters, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
     return bucket + (each * min(parameters, _live(zero)) if stage == 3 else 0)
 
 
 def _update(partition: int, stage: int, zero: Mapping[str, Any]) -> int:
-    """Return the bytes of the two float32 tensors that AdamW makes for each flat partition of ZeRO.
+    """Return the bytes of the two temporary float32 tensors that AdamW makes for each flat partition of ZeRO.
 
-    Without ZeRO they are those of one weight, which is small.
+    Without ZeRO, they have the size of one weight and are not counted.
     """
     return 8 * min(partition, int(zero.get("sub_group_size", SUB_GROUP))) if stage else 0
 

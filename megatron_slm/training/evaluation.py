@@ -8,6 +8,7 @@ from torch import nn
 from megatron_slm.data.loader import EvaluationStream
 from megatron_slm.dist import World, all_reduce_sum
 from megatron_slm.models.causal_lm import score_batch
+from megatron_slm.models.checks import evaluating
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.trainer import Callback
@@ -17,12 +18,12 @@ class Evaluator:
     """Runs a model over all evaluation sets.
 
     Args:
-        module: the student, or the reference, as its engine runs it.
+        module: the student or the reference, as its engine runs it.
         streams: evaluation sets by name.
         micro_batch_size: windows per forward. All forwards have this shape, because the last bits of a matrix product
             depend on it.
-        world: this process among all.
-        limit: windows of each set, from its beginning, over all ranks; None for all of them.
+        world: the place of this process among all ranks.
+        limit: number of windows to run at the beginning of each set, over all ranks; None for all of them.
     """
 
     def __init__(
@@ -48,15 +49,12 @@ class Evaluator:
         return record
 
     def losses(self) -> dict[str, float]:
-        """Return the loss of each set in nats per scored token, without sets that have none; every rank calls it."""
+        """Return the loss of each set with scored tokens, in nats per scored token; every rank calls it."""
         return {name: loss / count for name, (loss, count) in self._all_sums().items() if count}
 
     def _all_sums(self) -> dict[str, tuple[float, float]]:
-        was_training = self._module.training
-        self._module.eval()
-        sums = {name: self._sums(stream) for name, stream in self._streams.items()}
-        self._module.train(was_training)
-        return sums
+        with evaluating(self._module):
+            return {name: self._sums(stream) for name, stream in self._streams.items()}
 
     @torch.no_grad()
     def _sums(self, stream: EvaluationStream) -> tuple[float, float]:
@@ -70,7 +68,7 @@ class Evaluator:
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for turn in range(rounds):
             first = (turn * data.size + data.rank) * b
-            # Windows beyond the limit are read as padding, so that all ranks run equally often.
+            # Windows beyond the limit become padding, so that all ranks run the same number of forwards.
             mine = [window if window < windows else len(stream) for window in range(first, first + b)]
             batch = stream.batch(mine).to(device)
             loss_BT = score_batch(self._module, batch)["loss"]

@@ -17,8 +17,8 @@ class StepMetrics(Callback):
 
     Args:
         sources: names of the blend's entries.
-        selective: also report what exists only if tokens are selected.
-        quantiles: of the excess loss; empty if the run has no reference.
+        selective: True to add the metrics of the selection.
+        quantiles: quantiles of the excess loss to add; empty if the run has no reference.
         min_context: see `competing_tokens`; above 0, the share of tokens that do not compete is reported.
     """
 
@@ -72,7 +72,7 @@ class StepMetrics(Callback):
         return record
 
     def _warn(self, without_score: int) -> None:
-        """Warn once about tokens without a score; they are selected last, so that a run survives a few of them."""
+        """Warn once about tokens without a score. A few of them are no error, because they are selected last."""
         if without_score and not self._warned:
             self._warned = True
             logging.getLogger(__name__).warning(
@@ -83,19 +83,19 @@ class StepMetrics(Callback):
 
 
 def ratio(part: float, whole: float) -> float | None:
-    """Return `part / whole`; None if that is not defined."""
+    """Return `part / whole`; None if `whole` is 0."""
     return part / whole if whole else None
 
 
 class Throughput(Callback):
     """Adds the speed and utilization, as means over the steps since the last record.
 
-    Callbacks, such as evaluation, and checkpoints are not counted.
+    The time of callbacks, such as evaluation, and of checkpoints is not included.
 
     Args:
         models: FLOPs per token. The hardware utilization counts forwards of the reference, and those of the student
             that only score; the MFU does not.
-        peak_flops: of all devices together, FLOP/s; None if unknown, then both shares are null.
+        peak_flops: peak of all devices together in FLOP/s; None if unknown, so that MFU and utilization are null.
     """
 
     def __init__(self, models: ModelFlops, peak_flops: float | None) -> None:
@@ -133,21 +133,21 @@ class Throughput(Callback):
 
 
 NAME = "accounting"
-"""Name of the totals in `RunState.carried`."""
+"""Key of the totals in `RunState.carried`."""
 
 
 class Accounting(Callback):
-    """Adds the totals of the run, over all ranks and all models; every rank computes the same.
+    """Adds the totals of the run over all ranks and all models; every rank computes the same.
 
     Args:
-        models: FLOPs per token of each.
+        models: FLOPs per token of each model.
     """
 
     def __init__(self, models: ModelFlops) -> None:
         self._models = models
 
     def on_train_start(self, state: RunState) -> None:
-        # Unknown if the run began with an earlier version, which did not count.
+        # NaN if the run began with an earlier version, which did not keep these totals.
         before = math.nan if state.step else 0
         state.carried.setdefault(NAME, {"scored_tokens": before, "flops": before})
 
@@ -160,9 +160,9 @@ class Accounting(Callback):
 
 
 WARM_UP = 50
-"""First steps, which are never reported as spikes: the average is not reliable yet."""
+"""Number of first steps that are never reported as spikes, because the average is not reliable yet."""
 WINDOW = 100
-"""Steps that the averages span: each new one has a weight of a hundredth."""
+"""Number of steps that the averages span: each new step has a weight of one hundredth."""
 
 
 @dataclass
@@ -175,11 +175,11 @@ class LossAverage:
     spikes: int = 0
 
     def deviation(self, loss: float) -> float:
-        """Return how many standard deviations a loss lies above the mean."""
+        """Return the distance of a loss above the mean, in standard deviations."""
         return (loss - self.mean) / max(math.sqrt(self.variance), 1e-12)
 
     def add(self, loss: float) -> None:
-        """Add one step: with equal weights at first, and with exponential weights once a window is full."""
+        """Add one step: with equal weights until the window is full, then with exponential weights."""
         self.steps += 1
         weight = max(1 / self.steps, 1 / WINDOW)
         difference = loss - self.mean
@@ -188,14 +188,14 @@ class LossAverage:
 
 
 class Spikes(Callback):
-    """Warns of loss spikes and adds their number; writes `spikes.jsonl` on rank 0.
+    """Warns of loss spikes, adds their number to the record, and writes `spikes.jsonl` on rank 0.
 
-    Every rank computes the same. A spike moves the averages no more than a loss at the limit would, so that the next
-    one is still detected, and a level that stays higher is accepted in time.
+    Every rank computes the same. A spike moves the averages only as much as a loss at the limit, so that the next spike
+    is still detected, but a loss that stays high is accepted after some steps.
 
     Args:
         path: file for the spikes; None on ranks that do not write.
-        sigma: standard deviations above the mean from which a loss is a spike.
+        sigma: a loss is a spike if it is more than this many standard deviations above the mean.
     """
 
     def __init__(self, path: Path | None, sigma: float) -> None:

@@ -1,7 +1,8 @@
-"""The training objective: which tokens of a pool count toward the loss, and how many that will be.
+"""The training objective: the tokens of a pool that count toward the loss, and their planned number.
 
-A *pool* is what is ranked together: one micro-batch of each rank, or the whole optimizer step. Under causal language
-modeling (CLM) all valid tokens count; under selective language modeling (SLM) the selected ones do.
+A *pool* is a set of tokens that are ranked together: one micro-batch of each rank, or the whole optimizer step. Under
+causal language modeling (CLM) all valid tokens count toward the loss; under selective language modeling (SLM) the
+selected ones do.
 """
 
 from typing import NamedTuple, Protocol
@@ -37,8 +38,8 @@ class Objective(Protocol):
     """The objective of one optimizer step.
 
     needs             signals that `choose` reads, and `student.NAME` for each loss column NAME that it weighs
-    selects           whether some tokens may be left out; then the reference runs, for `choose` or for the records
-    pools_whole_step  whether a pool is the whole optimizer step
+    selects           True if it may leave tokens out; the reference then runs, if only for the records
+    pools_whole_step  True if a pool is the whole optimizer step, False if it is one micro-batch of each rank
     """
 
     needs: tuple[str, ...]
@@ -46,32 +47,33 @@ class Objective(Protocol):
     pools_whole_step: bool
 
     def plan(self, pools: list[Batch]) -> Tensor:
-        """Return what the weights of each pool will sum to over all ranks, before any forward: int64 `[P]`."""
+        """Return the planned sum of each pool's weights over all ranks, int64 `[P]`; called before any forward."""
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
         """Return this rank's part of the selection from one pool; every rank calls it.
 
         Raises:
-            AgreedError: a score returned something other than a score for each token.
+            AgreedError: the score function did not return one score per token.
         """
 
 
 def competing_tokens(batch: Batch, min_context: int) -> Tensor:
     """Return the valid tokens that may be selected, bool `[B, T]`.
 
-    A store of kind `document` holds the reference's loss of each token after its whole document. Where a sample begins
-    in the middle of a document, the student has not seen what came before. Its loss is higher for that reason alone,
-    and the excess says nothing about whether the token can be learned.
+    In a store of kind `document`, the reference scored each token with the whole document before it. If a sample begins
+    in the middle of a document, the student lacks that context. Its loss is higher for this reason alone, and the
+    excess loss does not show what there is to learn.
 
     Args:
         batch: a micro-batch or a pool of this rank.
-        min_context: `selection.min_context`; 0 leaves out nothing.
+        min_context: `selection.min_context`; 0 excludes no valid token.
     """
+    # Only valid tokens compete. The excess loss of an ignored label is 0, which would rank above all negative ones.
     return batch.valid_BT & ~batch.lacks_context_BT(min_context)
 
 
 class CausalLanguageModeling:
-    """The objective under which every valid token counts.
+    """The objective under which every valid token counts toward the loss (Rho-1, equation 2).
 
     Args:
         group: process group of the ranks that hold different tokens; None for all ranks.
@@ -85,7 +87,7 @@ class CausalLanguageModeling:
         self._group = group
 
     def plan(self, pools: list[Batch]) -> Tensor:
-        # All N tokens of the CLM loss (Rho-1, equation 2), over all ranks.
+        # N of equation 2, over all ranks: a mean of means would give too much weight to ranks with few valid tokens.
         return all_reduce_sum(torch.stack([pool.valid_BT.sum() for pool in pools]), self._group)
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
@@ -94,11 +96,11 @@ class CausalLanguageModeling:
 
 
 class SelectiveLanguageModeling:
-    """The objective under which the tokens that a rule keeps count (Rho-1, section 2.2, equations 3 to 5).
+    """The objective under which only selected tokens count toward the loss (Rho-1, section 2.2, equations 3 to 5).
 
     Args:
-        rule: which tokens are kept, by which score.
-        ratio: share of the competing tokens that is selected: the paper's k %.
+        rule: scores the tokens and selects by the scores.
+        ratio: share of the competing tokens to select: the paper's k%.
         pools_whole_step: rank the whole optimizer step together instead of each micro-step.
         min_context: see `competing_tokens`.
         group: process group of the ranks that hold different tokens; None for all ranks.
@@ -122,15 +124,17 @@ class SelectiveLanguageModeling:
         self._group = group
 
     def plan(self, pools: list[Batch]) -> Tensor:
-        # k counts the tokens that compete: those without context count toward neither side of the ratio.
+        # N * k% of equation 5, where N counts the competing tokens: tokens without context are in neither part of the
+        # ratio.
         competing = [competing_tokens(pool, self._min_context) for pool in pools]
         return self._rule.plan(competing, self._ratio, group=self._group)
 
     def choose(self, pool: Batch, signals: TokenSignals) -> Choice:
         competing_BT = competing_tokens(pool, self._min_context)
-        # Ties go to the earlier sample of the run's order, so the selection is the same on any number of ranks.
+        # Ties go to the earlier sample in the order of the run, so the selection is the same on any number of ranks.
         position_BT = pool.token_position_BT
-        # A faulty score raises on every rank alike, because all ranks run the same function.
+        # L_delta of equation 3, or another score, then I_k% of equation 4. All ranks run the same score function, so an
+        # error in it occurs on all of them.
         selection = agreed(
             lambda: self._rule.choose(signals, competing_BT, self._ratio, group=self._group, position=position_BT)
         )

@@ -1,4 +1,4 @@
-"""The optimizer, AdamW with weight decay on matrices only, and its learning rate."""
+"""The optimizer (AdamW, with weight decay on matrices only) and its learning rate."""
 
 import math
 from typing import Literal
@@ -11,12 +11,13 @@ from megatron_slm.training.settings import TrainingSettings
 
 
 def adamw(module: nn.Module, settings: TrainingSettings, device: torch.device) -> torch.optim.AdamW:
-    """Build the optimizer of a model, whose parameters may be partitioned and may still be in host memory.
+    """Build the optimizer of a model.
 
     Args:
-        module: the student.
-        settings: rate, betas, epsilon and weight decay.
-        device: where the engine will hold the parameters. On CUDA, the update is one fused kernel per partition.
+        module: the student. Its parameters may be partitioned, and may still be in host memory.
+        settings: learning rate, betas, epsilon and weight decay.
+        device: the device on which the engine will hold the parameters. On CUDA, the update is one fused kernel per
+            partition.
     """
     decayed, kept = decay_groups(module)
     groups = [
@@ -33,7 +34,7 @@ def adamw(module: nn.Module, settings: TrainingSettings, device: torch.device) -
 
 
 def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters with weight decay, and those without: norms, biases and embeddings, also if tied."""
+    """Return the parameters with weight decay, and those without: norms, biases and embeddings, even if tied."""
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -54,7 +55,7 @@ def learning_rate(
 ) -> float:
     """Return the learning rate of the step that ends after `tokens`.
 
-    It rises linearly from 0 to `lr` over the warm-up, and then falls to `min_lr` at `train_tokens`.
+    It rises linearly from 0 to `lr` over the warm-up. It then falls to `min_lr` at `train_tokens`, or stays constant.
     """
     if tokens < warmup_tokens:
         return lr * tokens / warmup_tokens

@@ -1,4 +1,4 @@
-"""The checks of the reference before the first step: is it better than the student, and can its store be trusted?"""
+"""Checks before the first step: that the reference is better than the student, and that its store is plausible."""
 
 import gc
 import logging
@@ -18,13 +18,14 @@ from megatron_slm.training.trainer import Callback
 from megatron_slm.types import Batch, TokenSignals
 
 FIRST_TOKENS = 128
-"""Tokens at the beginning of a sample that are compared; a quarter of the sample if that is less."""
+"""Number of tokens at the beginning of a sample to compare; at most a quarter of the sample."""
 HIGH_RATE = 0.12
-"""How much higher the selected share of these tokens may be than that of all, where a sample begins in mid-document.
-With a pretrained model of 135M parameters, it was 0.13 to 0.16 higher from a document store at `min_context` 0, up to
-0.10 higher at 64, and 0.02 lower from the live reference."""
+"""Largest excess of the selected share of these tokens over that of all tokens, if a sample begins in mid-document.
+
+With a pretrained model of 135M parameters, the share was 0.13 to 0.16 higher with a document store at `min_context` 0,
+up to 0.10 higher at 64, and 0.02 lower with the live reference."""
 LOW_AGREEMENT = 0.5
-"""How much of the way from chance to the live reference's selection a store must reach."""
+"""Least agreement with the live reference's selection, on a scale from chance (0) to equality (1)."""
 
 
 class ReferenceCheck(Callback):
@@ -32,7 +33,7 @@ class ReferenceCheck(Callback):
 
     Args:
         student, reference: evaluators over the beginning of the same sets.
-        path: of the reference, for the warning.
+        path: path of the reference, for the warning.
     """
 
     def __init__(self, student: Evaluator, reference: Evaluator, path: str) -> None:
@@ -63,13 +64,13 @@ class StoreCheck(Callback):
     It only warns.
 
     Args:
-        batches: reads this rank's first micro-batches.
-        student: scores them without gradients.
+        batches: returns this rank's first micro-batches.
+        student: scores them with the student, without gradients.
         stored: the run's reference.
-        objective: the selection to compare by.
+        objective: selects tokens for the comparison.
         open_live: yields the model that wrote the store, or None if it is not available. Every rank calls it.
-        seed: of the column `uniform`.
-        world: this process among all.
+        seed: the run's, for the signal `uniform`.
+        world: the place of this process among all ranks.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class StoreCheck(Callback):
         stored = self._stored.signals(batches, columns_of("reference", needs))
         with self._open_live() as live:
             live_columns = None if live is None else live.signals(batches, columns_of("reference", needs))
-        # The model and its hooks refer to each other, so that only a garbage collection frees it.
+        # The model and its hooks refer to each other, so only a garbage collection frees them.
         del live
         gc.collect()
         chosen = self._choose(batches, student, stored)
@@ -120,7 +121,7 @@ def _sums(
     batches: list[Batch], student: list[TokenSignals], stored: list[TokenSignals], chosen: list[Choice]
 ) -> dict[str, Tensor]:
     """Return this rank's sums, float64: tokens by kind, and losses."""
-    # The first tokens of samples that begin in mid-document: the labels that lack so much context.
+    # The first labels of samples that begin in mid-document: those with less context than `length`.
     length = min(FIRST_TOKENS, batches[0].tokens_BT.shape[1] // 4)
     first = [batch.lacks_context_BT(length) for batch in batches]
     parts = {
@@ -152,12 +153,12 @@ def _total(values: list[Tensor]) -> Tensor:
 
 
 def report(sums: dict[str, float]) -> None:
-    """Log the comparison of a store, and warn if it cannot be trusted.
+    """Log the comparison of a store, and warn if the store is implausible.
 
     Args:
-        sums: over all ranks. `samples`, `valid`, `competing`, `selected`, `competing_first` and `selected_first` are
-            counts; `student`, `stored` and `live` are summed losses of valid tokens; `both` counts the tokens that the
-            store and the live reference both select.
+        sums: sums over all ranks. `samples`, `valid`, `competing`, `selected`, `competing_first` and `selected_first`
+            are counts; `student`, `stored` and `live` are summed losses of valid tokens; `both` counts the tokens that
+            the store and the live reference both select.
     """
     log = logging.getLogger(__name__)
     if not sums["selected"]:

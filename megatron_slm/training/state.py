@@ -1,4 +1,4 @@
-"""The state of a run, as callbacks see it, and the requests that signals make of a run."""
+"""The state of a run, as callbacks see it, and the requests to save or stop that arrive as signals."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from megatron_slm.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """The fixed figures of a run: its length and its intervals, in optimizer steps."""
+    """The length, batch size and intervals of a run. Intervals are in optimizer steps."""
 
     total_steps: int
     global_batch_size: int
@@ -40,7 +40,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Requested:
-    """Requests made of the run from outside: to save, or to save and stop, at the end of the step."""
+    """Requests from outside the run: to save, or to save and stop, at the end of the step."""
 
     save: bool = False
     stop: bool = False
@@ -51,20 +51,20 @@ NO_REQUEST = Requested()
 
 @dataclass
 class RunState:
-    """The progress of a run. Checkpoints hold all of it, except what belongs to this step alone.
+    """The progress of a run. Checkpoints hold the fields in `PROGRESS`; all others but the plan are of this step alone.
 
-    step                      updates so far, the first is 1
-    consumed_samples          samples read, over all ranks: trained on, or candidates
-    next_sample               position in the order of samples, including samples that were skipped
-    consumed_selected_tokens  tokens that were selected, over all ranks
-    skipped_updates           updates that were not applied; in_a_row: the latest ones
+    step                      number of updates so far; the first step is 1
+    consumed_samples          samples read over all ranks, including candidates
+    next_sample               position in the order of samples, including skipped samples
+    consumed_selected_tokens  selected tokens, over all ranks
+    skipped_updates           updates that were not applied; skipped_in_a_row: since the last one that was
     failed_saves              checkpoints that could not be written
-    order_fingerprint         of the order of samples; a checkpoint of another order is not resumed
-    carried                   what callbacks need to resume, by their names; anything that JSON can hold
-    first_sample              position at which this step began
-    step_seconds              seconds that this step took, without its callbacks
-    requested                 requests made while this step ran; the same on all ranks
-    record                    this step's metrics, filled by the callbacks in any order; None if it is not logged
+    order_fingerprint         fingerprint of the order of samples; a checkpoint of another order cannot be resumed
+    carried                   what callbacks need to resume, by their names, in types that JSON can hold
+    first_sample              position in the order of samples at which this step began
+    step_seconds              duration of this step without its callbacks
+    requested                 requests made during this step; the same on all ranks
+    record                    metrics of this step, filled by the callbacks in any order; None if it is not logged
     """
 
     plan: Plan
@@ -88,7 +88,7 @@ class RunState:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens in batches with a backward, over all ranks; schedules and the length of the run depend on it."""
+        """Tokens in batches with a backward, over all ranks. Schedules and the length of the run depend on it."""
         return self.step * self.plan.tokens_per_step
 
     @property
@@ -96,12 +96,12 @@ class RunState:
         return self.step >= self.plan.total_steps
 
     def is_due(self, interval: int) -> bool:
-        """Return whether something that happens every `interval` steps, and after the last one, is due now."""
+        """Return whether an action is due that runs every `interval` steps and after the last step."""
         return self.is_last or self.step % interval == 0
 
     @property
     def is_over(self) -> bool:
-        """True if the plan is fulfilled, or the run was requested to stop."""
+        """True after the last step of the plan, or after a request to stop."""
         return self.is_last or self.requested.stop
 
     @property
@@ -127,14 +127,14 @@ class RunState:
         self.requested = requested
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint holds."""
+        """Return the fields that a checkpoint holds."""
         return {name: getattr(self, name) for name in PROGRESS}
 
     def restore(self, progress: dict[str, Any]) -> None:
-        """Resume from a checkpoint's progress.
+        """Resume from the progress in a checkpoint.
 
         Raises:
-            UserError: the checkpoint was trained on another order of samples.
+            UserError: the checkpoint was trained with another order of samples.
         """
         if progress["order_fingerprint"] != self.order_fingerprint:
             raise UserError(
@@ -165,11 +165,11 @@ PROGRESS = (
 SAVE = signal.SIGUSR1
 STOP = (signal.SIGUSR2, signal.SIGTERM)
 ECHO_SECONDS = 5.0
-"""Seconds within which two SIGTERM are one request: the scheduler sends one, and the launcher may pass on another."""
+"""Seconds within which two SIGTERM are one request: the scheduler sends one, and the launcher may forward another."""
 
 
 class Requests:
-    """The signals that this rank received. A handler only records them; the ranks agree on them within a step."""
+    """The signals that this rank received. The handler only records them; the step makes them known to all ranks."""
 
     def __init__(self) -> None:
         self._save = False
@@ -179,15 +179,16 @@ class Requests:
     def collect(self) -> Requested:
         """Return the requests of this rank: to save, since the last call, and to stop, since the start."""
         requested = Requested(self._save, self._stop)
+        # Not unconditionally: a signal may arrive between these two lines, and its request must not be lost.
         if requested.save:
             self._save = False
         return requested
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals inside, and restore the former handlers."""
+        """Handle the signals inside the context, and restore the former handlers afterwards."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python delivers signals to the main thread only.
+            yield  # Python delivers signals only to the main thread
             return
         former = {number: signal.signal(number, self._note) for number in (SAVE, *STOP)}
         logging.getLogger(__name__).info(

@@ -1,4 +1,4 @@
-"""Sums over the tokens of a step, kept on the device and reduced over the ranks when a step is logged."""
+"""Sums over the tokens of a step, kept on the device, and reduced over the ranks if the step is logged."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from megatron_slm.training.objective import Choice
 from megatron_slm.types import Batch, TokenSignals
 
 HISTOGRAM_LIMIT, BINS_PER_NAT = 16, 4
-"""Excess loss, in nats, beyond which it falls into the outermost bins; and how fine the bins are."""
+"""Excess loss in nats beyond which values fall into the outermost bins, and the number of bins per nat."""
 
 
 class Histogram(NamedTuple):
     """The histogram of the excess loss over all ranks, from the first bin that is not empty to the last.
 
-    counts          tokens per bin, of which each includes its lower edge; empty without a token
-    edges           in nats, one more than bins; empty without a token
+    counts          tokens per bin; a bin includes its lower edge. Empty if there is no token
+    edges           edges of the bins in nats, one more than bins
     total, squares  sum of the values, and of their squares
     """
 
@@ -29,7 +29,7 @@ class Histogram(NamedTuple):
 
 
 class ScoredPool(NamedTuple):
-    """This rank's part of what was ranked together: its tokens, their signals, and the selection."""
+    """This rank's part of a pool: its tokens, their signals, and the selection."""
 
     batch: Batch
     signals: TokenSignals
@@ -43,11 +43,11 @@ class StepStatistics:
     """The sums over a step's tokens on this rank, and their reduction over the data-parallel ranks.
 
     Args:
-        num_sources: entries of the blend.
-        world: this process among all.
+        num_sources: number of entries in the blend.
+        world: the place of this process among all ranks.
 
     Attributes:
-        first_pool: the first pool as it was scored, for callbacks that show tokens; None before the first.
+        first_pool: the first pool that was added, for callbacks that show tokens; None before it is added.
     """
 
     def __init__(self, num_sources: int, world: World) -> None:
@@ -69,12 +69,12 @@ class StepStatistics:
 
     @property
     def num_nan(self) -> int:
-        """Tokens of all ranks whose score is NaN; the same on every rank."""
+        """The number of tokens of all ranks whose score is NaN; the same on every rank."""
         return int(self._nan)
 
     @property
     def not_finite(self) -> Tensor:
-        """Sequences of this rank with a loss, of either model, that is infinite or NaN: bool `[B]`."""
+        """The mask of this rank's sequences with an infinite or NaN loss of either model, bool `[B]`."""
         return torch.cat(self._not_finite)
 
     def bad_samples(self) -> list[int]:
@@ -96,7 +96,7 @@ class StepStatistics:
         if "reference.loss" in signals:
             self._add("reference_loss", signals["reference.loss"] * valid_BT)
             self._excess.append((loss_BT - signals["reference.loss"]).flatten())
-            # Only tokens that compete: their quantile 1 - ratio is the threshold.
+            # Quantiles cover only tokens that compete, so that their quantile 1 - ratio is the threshold.
             self._competing.append(choice.competing_BT.flatten())
         self._samples.append(pool.sample_index_B)
         self._not_finite.append(_not_finite(pool, signals, choice))
@@ -127,20 +127,20 @@ class StepStatistics:
         return torch.stack([self._sums["loss"], self._sums["valid"], self._sums["selected"]])
 
     def reduce(self) -> dict[str, float]:
-        """Return the sums over all ranks, those of source s as `valid/s` and `selected/s`; every rank calls it."""
+        """Return the sums over all ranks, with those of source s as `valid/s` and `selected/s`; every rank calls it."""
         sources = range(self._by_source_2S.shape[1])
         names = [*self._sums, *(f"valid/{source}" for source in sources), *(f"selected/{source}" for source in sources)]
         sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
         return dict(zip(names, all_reduce_sum(sums, self._group).tolist(), strict=True))
 
     def excess_quantiles(self, quantiles: tuple[float, ...], num_competing: int) -> list[float]:
-        """Return exact quantiles of the competing tokens' excess loss over all ranks; empty without a reference.
+        """Return exact quantiles of the competing tokens' excess loss over all ranks. Needs a reference.
 
         Args:
             quantiles: in (0, 1).
             num_competing: competing tokens of all ranks.
         """
-        if not self.has_reference or not quantiles:
+        if not quantiles:
             return []
         excess_N, competing_N = torch.cat(self._excess), torch.cat(self._competing)
         count = torch.tensor(num_competing, device=competing_N.device)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,13 +23,13 @@ from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step; over all ranks, except for the statistics.
+    """The outcome of a step, over all ranks except for the statistics.
 
-    selected_tokens  tokens that were selected
-    loss             mean student loss over all valid tokens; NaN if there is none
+    selected_tokens  number of selected tokens
+    loss             mean student loss over all valid tokens, in nats; NaN if no token is valid
     requested        requests to save or stop, from any rank
     statistics       this rank's sums, not yet reduced
-    tokens           tokens by what was run for them
+    tokens           the step's tokens, for the count of FLOPs
     """
 
     selected_tokens: int
@@ -43,7 +42,7 @@ class StepResult:
 
 
 class Pool:
-    """This rank's part of what is ranked together: one micro-batch, or all of the step."""
+    """This rank's part of the tokens that are ranked together: one micro-batch, or the whole step."""
 
     def __init__(self, micro_batches: list[MicroBatch]) -> None:
         self.micro_batches = micro_batches
@@ -55,19 +54,19 @@ class TrainingStep:
 
     Args:
         engine: the student's engine.
-        reference: where reference signals come from.
-        student: the way in which a selective step scores and runs the backward; default: the exact one.
-        seed: of the column `uniform`.
-        num_sources: entries of the blend.
-        world: this process among all.
-        candidates: chooses the samples to train on out of larger batches; None to train on all samples.
+        reference: the source of reference signals.
+        student: how a selective step scores and runs the backward; default: `ExactStudent`.
+        seed: the run's, for the signal `uniform`.
+        num_sources: number of entries in the blend.
+        world: the place of this process among all ranks.
+        candidates: chooses the samples to train on from larger batches; None to train on all samples.
     """
 
     def __init__(
         self,
         engine: TrainingEngine,
         reference: Reference,
-        student: Student[Any] | None = None,
+        student: Student | None = None,
         *,
         seed: int,
         num_sources: int,
@@ -75,8 +74,8 @@ class TrainingStep:
         candidates: Candidates | None = None,
     ) -> None:
         self._engine = engine
-        self._whole = student if isinstance(student, ExactStudent) else ExactStudent(engine)
-        self._selective: Student[Any] = student or self._whole
+        self._exact = student if isinstance(student, ExactStudent) else ExactStudent(engine)
+        self._selective: Student = student or self._exact
         self._reference = reference
         self._seed = seed
         self._num_sources = num_sources
@@ -94,14 +93,14 @@ class TrainingStep:
         """Run one optimizer step; every rank passes the same number of micro-batches.
 
         Args:
-            batches: micro-batches of this rank; candidates, if samples are chosen.
-            objective: which tokens count in this step; the same on all ranks.
-            learning_rate: of the update.
+            batches: micro-batches of this rank; with `candidates`, they hold several candidates per sample to train on.
+            objective: decides which tokens count toward the loss; the same on all ranks.
+            learning_rate: learning rate of the update.
             step: number of the step, for error messages.
             collect_requests: returns the requests of this rank; the result holds those of all ranks.
 
         Raises:
-            AgreedError: a loss is not finite; the weights are as they were before the step.
+            AgreedError: a loss on any rank is not finite. The weights have not been updated.
         """
         self._engine.module.train()
         micro_batches = self._prepare(batches, objective)
@@ -110,29 +109,30 @@ class TrainingStep:
         else:
             pools = [Pool([micro_batch]) for micro_batch in micro_batches]
 
-        # K, the divisor N * k% of equation 5: the selected tokens of all ranks and micro-batches. It is known from the
-        # labels alone, so that each backward can run as soon as its pool is selected.
+        # K is the divisor N * k% of equation 5, over all ranks and micro-batches. It depends on the labels alone, so
+        # each backward can run as soon as its pool is selected.
         K = int(objective.plan([pool.batch for pool in pools]).sum())
-        # The engine averages gradients over the data-parallel ranks. Their number over K turns this average of summed
-        # losses into one sum over all ranks, divided once by K.
+        # The engine averages gradients over the data-parallel ranks. Multiplying by their number makes this a sum over
+        # all ranks, divided once by K. A mean per rank would give too much weight to ranks with few selected tokens.
         scale = self._world.data.size / max(K, 1)
         share = 1 / len(micro_batches)
 
-        student = self._selective if objective.selects else self._whole
+        student = self._selective if objective.selects else self._exact
         statistics = StepStatistics(self._num_sources, self._world)
         for pool in pools:
             # L_theta, and L_RM where the objective needs it (equations 1 and 3).
             signals, tapes = self._score(student, pool, columns_of("student", objective.needs))
-            # I_k%, the indicator of equation 4. It is a constant: no gradient flows through the selection.
+            # I_k%, the indicator of equation 4. It is a constant: the signals are detached, so no gradient flows
+            # through the selection.
             choice = objective.choose(pool.batch, signals)
             statistics.add(pool.batch, signals, choice)
-            # Every rank runs it even if nothing was selected here: under ZeRO-3 no rank may skip a backward.
+            # A rank without a selected token runs the backward too: under ZeRO-3, every backward needs all ranks.
             terms = _backward(student, tapes, choice.weights, scale, share, last_pool=pool is pools[-1])
             statistics.add_terms(terms)
-            # Drop the graph, or the keys and values of replay: the next pool and the update need the memory.
+            # Free the graph, or the keys and values of replay, before the next pool or the update needs the memory.
             del tapes
 
-        # Before the update, so that a bad loss never reaches the weights of any rank.
+        # Before the update, so that a loss that is not finite never reaches the weights of any rank.
         loss, selected, requested = self._agree(statistics, collect_requests(), step)
         update = self._engine.step(learning_rate)
         tokens = self._count(batches, micro_batches, selected, objective)
@@ -144,13 +144,13 @@ class TrainingStep:
         if self._candidates is not None:
             return self._candidates.choose(batches, reference)
         columns = reference.signals(batches, columns_of("reference", objective.needs))
-        return [MicroBatch(batch, found) for batch, found in zip(batches, columns, strict=True)]
+        return [MicroBatch(batch, of_batch) for batch, of_batch in zip(batches, columns, strict=True)]
 
-    def _score(self, student: Student[Any], pool: Pool, want: tuple[str, ...]) -> tuple[TokenSignals, list[Tape]]:
+    def _score(self, student: Student, pool: Pool, want: tuple[str, ...]) -> tuple[TokenSignals, list[Tape]]:
         """Return all signals of a pool, and a tape for each of its micro-batches.
 
-        The forward is kept for the backward only if the pool is one micro-batch. The graphs of a whole step would not
-        fit in memory, so its micro-batches run again.
+        A pool of one micro-batch keeps its forward for the backward. The graphs of a whole step would not fit in
+        memory, so the backward of a larger pool runs each forward again.
         """
         parts: list[TokenSignals] = []
         tapes: list[Tape] = []
@@ -172,24 +172,23 @@ class TrainingStep:
         sums = all_reduce_sum(torch.cat([bad, statistics.loss_and_counts(), own]))
         num_bad, loss, valid, selected, save, stop = sums.tolist()
         if num_bad:
-            self._refuse(statistics.bad_samples(), step)
-        # Errors and requests concern all ranks, so this sum counts each token once per rank that holds it.
+            bad_samples = gather_objects(statistics.bad_samples())
+            where = "; ".join(f"rank {rank}, samples {found}" for rank, found in enumerate(bad_samples) if found)
+            raise AgreedError(
+                "loss",
+                "not finite",
+                f"step {step} needs finite losses of the student and the reference ({where}). The weights were not "
+                "updated and the last checkpoint is untouched",
+                "Inspect these samples, or export the checkpoint and continue in another run_dir with a lower "
+                "training.lr",
+            )
+        # The sum runs over all ranks, not the data-parallel group alone, so that no rank misses an error or a request.
+        # It counts each token once per replica.
         mean = loss / valid if valid else math.nan
         return mean, int(selected) // self._world.replicas, Requested(save > 0, stop > 0)
 
-    def _refuse(self, samples: list[int], step: int) -> NoReturn:
-        found = gather_objects(samples)
-        where = "; ".join(f"rank {rank}, samples {samples}" for rank, samples in enumerate(found) if samples)
-        raise AgreedError(
-            "loss",
-            "not finite",
-            f"step {step} needs finite losses of the student and the reference ({where}). The weights were not updated "
-            "and the last checkpoint is untouched",
-            "Inspect these samples, or export the checkpoint and continue in another run_dir with a lower training.lr",
-        )
-
     def _count(self, read: list[Batch], trained: list[MicroBatch], selected: int, objective: Objective) -> StepTokens:
-        """Return the step's tokens over all ranks, of which each has the same number of samples."""
+        """Return the step's tokens over all ranks; each data-parallel rank has the same number of samples."""
         num_read = self._world.data.size * sum(batch.tokens_BT.numel() for batch in read)
         num_trained = self._world.data.size * sum(micro_batch.batch.tokens_BT.numel() for micro_batch in trained)
         return StepTokens(
@@ -202,18 +201,18 @@ class TrainingStep:
 
 
 def _backward(
-    student: Student[Any], tapes: list[Tape], weights: TokenWeights, scale: float, share: float, *, last_pool: bool
+    student: Student, tapes: list[Tape], weights: TokenWeights, scale: float, share: float, *, last_pool: bool
 ) -> list[dict[str, Tensor]]:
-    """Run the backward of a pool, one micro-batch after another, and return the student's own terms of each.
+    """Run the backward of each micro-batch of a pool, and return the student's own terms for each.
 
-    Each adds the gradient of equation 5: `scale` times the sum of weight times loss.
+    Each backward adds its part of the gradient of equation 5: `scale` times the sum of weight times loss.
     """
     terms = []
-    first = 0
+    start = 0
     for tape in tapes:
-        rows = slice(first, first + len(tape.batch.tokens_BT))
-        own_weights = {name: weight_BT[rows] for name, weight_BT in weights.items()}
+        stop = start + len(tape.batch.tokens_BT)
+        own_weights = {name: weight_BT[start:stop] for name, weight_BT in weights.items()}
         last = last_pool and tape is tapes[-1]
         terms.append(student.backward(tape, own_weights, scale, last=last, share=share))
-        first = rows.stop
+        start = stop
     return terms

@@ -24,7 +24,7 @@ AXES = (
     "trained_tokens",
     "flops",
 )
-"""Entries of a record that only grow: they are axes, not curves."""
+"""Entries of a record that only grow. They are horizontal axes, not curves."""
 
 CHARTS = {
     "1 loss": {
@@ -41,17 +41,17 @@ CHARTS = {
     "3 speed": {"tokens per second": r"tokens_per_second$", "MFU": r"(mfu|hardware_utilization)$"},
     "4 optimizer": {"gradient norm": r"grad_norm$", "learning rate": r"lr$"},
 }
-"""The charts of the tab Custom Scalars by category: title, and pattern of the tags.
+"""The charts of the tab Custom Scalars by category: the title, and a pattern of the tags.
 
-They are the same in all runs, because TensorBoard merges them."""
+They are the same in all runs, because TensorBoard merges the layouts of all runs."""
 
 
 class TensorBoard(Callback):
     """Writes the records as scalars, on rank 0. The horizontal axis is the step.
 
     Args:
-        writer: of the run's event files; this callback closes it.
-        configuration: of the run, as text.
+        writer: writer of the run's event files; this callback closes it.
+        configuration: the run's configuration as text.
         evaluation_sets: names of the sets that will be evaluated.
     """
 
@@ -73,7 +73,7 @@ class TensorBoard(Callback):
         for name, value in shown.items():
             self._writer.add_scalar(name, value, state.step)
         if not self._has_layout:
-            # They are null as long as all tokens count, and the layout is written only once.
+            # The layout is written only once, and these quantiles are null while the run trains on all tokens.
             quantiles = [name for name in record if name.startswith("excess/")]
             self._writer.add_custom_scalars(layout([*shown, *quantiles, *self._later]))
             self._has_layout = True
@@ -83,7 +83,7 @@ class TensorBoard(Callback):
 
 
 def open_event_files(folder: Path, step: int) -> "SummaryWriter":
-    """Return the writer of a run that resumes from `step`, and hide what a killed run wrote after it.
+    """Return the writer of a run that resumes from `step`, and hide the curves that a killed run wrote after it.
 
     Raises:
         UserError: TensorBoard cannot be imported, or the folder cannot be written.
@@ -106,20 +106,17 @@ def open_event_files(folder: Path, step: int) -> "SummaryWriter":
 
 
 def layout(tags: list[str]) -> dict[str, dict[str, list[Any]]]:
-    """Return the charts that one of these tags belongs to, for `SummaryWriter.add_custom_scalars`."""
-    charts: dict[str, dict[str, list[Any]]] = {
-        category: {
-            title: ["Multiline", [pattern]]
-            for title, pattern in titles.items()
-            if any(re.match(pattern, tag) for tag in tags)
-        }
-        for category, titles in CHARTS.items()
-    }
-    return {category: found for category, found in charts.items() if found}
+    """Return the charts that contain any of these tags, for `SummaryWriter.add_custom_scalars`."""
+    charts: dict[str, dict[str, list[Any]]] = {}
+    for category, titles in CHARTS.items():
+        for title, pattern in titles.items():
+            if any(re.match(pattern, tag) for tag in tags):
+                charts.setdefault(category, {})[title] = ["Multiline", [pattern]]
+    return charts
 
 
 def preformatted(text: str) -> str:
-    """Return Markdown that shows any text as it is: nothing within an indented block is markup."""
+    """Return Markdown that shows a text unchanged: an indented block contains no markup."""
     return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
@@ -128,7 +125,7 @@ class ExcessHistogram(Callback):
 
     Args:
         interval: steps between histograms.
-        writer: of the run's event files; None on ranks that do not write.
+        writer: writer of the run's event files; None on ranks that do not write.
     """
 
     def __init__(self, interval: int, writer: "SummaryWriter | None") -> None:
@@ -154,7 +151,7 @@ class ExcessHistogram(Callback):
 
 
 MAX_TOKENS = 128
-"""Tokens in a table."""
+"""Number of tokens in a table."""
 
 
 class TokenTable(Callback):
@@ -162,8 +159,8 @@ class TokenTable(Callback):
 
     Args:
         interval: steps between tables.
-        writer: of the run's event files.
-        tokenizer: of the corpora.
+        writer: writer of the run's event files.
+        tokenizer: tokenizer of the corpora.
         sources: names of the blend's entries.
     """
 
@@ -184,11 +181,11 @@ class TokenTable(Callback):
 
 
 def first_tokens(pool: ScoredPool, tokenizer: Any, limit: int) -> list[Token]:
-    """Return the beginning of the pool's first sequence. Its first token has no loss, since nothing precedes it."""
-    labels, valid, selected, student = (
-        column_BT[0, : limit - 1].tolist()
-        for column_BT in (pool.batch.labels_BT, pool.batch.valid_BT, pool.choice.mask_BT, pool.signals["student.loss"])
-    )
+    """Return the beginning of the pool's first sequence. Its first token has no loss, because nothing precedes it."""
+    labels = pool.batch.labels_BT[0, : limit - 1].tolist()
+    valid = pool.batch.valid_BT[0, : limit - 1].tolist()
+    selected = pool.choice.mask_BT[0, : limit - 1].tolist()
+    student = pool.signals["student.loss"][0, : limit - 1].tolist()
     reference: list[float | None] = [None] * len(labels)
     if "reference.loss" in pool.signals:
         reference = pool.signals["reference.loss"][0, : limit - 1].tolist()

@@ -15,10 +15,10 @@ from megatron_slm.training.step import StepResult, TrainingStep
 
 
 class Callback:
-    """Base class of callbacks: does nothing at any moment. Override what is needed.
+    """The base class of callbacks, whose methods do nothing. Override those that are needed.
 
-    Every rank calls every moment, and all callbacks together: first all fill the record of a step, then all read it.
-    So the order of callbacks makes no difference to the records.
+    Every rank calls every method. All callbacks fill the record of a step before any of them reads it, so their order
+    makes no difference to the records.
     """
 
     def on_train_start(self, state: RunState) -> None:
@@ -28,34 +28,34 @@ class Callback:
         """Called before the samples of a step are read."""
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
-        """Called after the update, which `state` counts already.
+        """Called after the update, when `state` already includes the step.
 
-        Add metrics to `state.record` here; it is a dict if the step is logged, and None otherwise. Other callbacks may
-        not have filled it yet.
+        Add metrics to `state.record` here. It is a dict if the step is logged, and None otherwise. Other callbacks may
+        not have added theirs yet.
         """
 
     def on_record(self, state: RunState, record: dict[str, float | int | None]) -> None:
-        """Called on logged steps after all callbacks have filled the record. Read or write it here."""
+        """Called on logged steps, after all callbacks have filled the record. Read or write the record here."""
 
     def on_train_end(self, state: RunState) -> None:
-        """Called after the last step, or after the one at which the run was requested to stop."""
+        """Called after the last step, or after the step in which a stop was requested."""
 
     def close(self) -> None:
-        """Called at the end of every run, also after an error."""
+        """Called at the end of every run, even after an error."""
 
 
 def make_callback(entry: str | Mapping[str, Any]) -> Callback:
     """Return the callback that an entry of the setting `callbacks` names.
 
     Args:
-        entry: `package.module:Class`, or a group of `class` (the same) and `args`, its keyword arguments.
+        entry: `package.module:Class`, or a group with this name as `class` and keyword arguments as `args`.
 
     Raises:
-        UserError: the class cannot be imported, refuses the arguments, or is not a `Callback`.
+        UserError: the class cannot be imported, does not accept the arguments, or is not a `Callback`.
     """
     name, arguments = (entry, {}) if isinstance(entry, str) else (entry["class"], entry.get("args") or {})
     module, _, kind = name.partition(":")
-    # The class is a user's code, whose import and constructor may raise anything.
+    # The class is the user's code, whose import and constructor may raise anything.
     try:
         found = getattr(import_module(module), kind)
     except Exception as error:
@@ -76,14 +76,14 @@ class Trainer:
     """The training loop.
 
     Args:
-        loader: the micro-batches of each step.
+        loader: loads the micro-batches of each step.
         step: the optimizer step.
-        learning_rate: returns the rate of the step that ends after so many trained tokens.
-        objective: returns the objective of the step that begins after so many trained tokens.
-        callbacks: called at each moment; their order makes no difference.
+        learning_rate: returns the learning rate of the step that ends after a number of trained tokens.
+        objective: returns the objective of the step that begins after a number of trained tokens.
+        callbacks: the callbacks; their order makes no difference to the records.
         save: writes a checkpoint of the state.
-        max_skipped_updates: stop after so many in a row.
-        requests: the requests made of this rank while it trains.
+        max_skipped_updates: number of skipped updates in a row after which the run stops.
+        requests: collects the requests to save or stop that this rank receives.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class Trainer:
         if state.record is not None:
             for callback in self._callbacks:
                 callback.on_record(state, state.record)
-        # Last, because a resumed run drops the records after its checkpoint: a checkpoint without the record of its
-        # step would leave a gap.
+        # Save last: if a run is killed between a checkpoint and the record of its step, the resumed run does not repeat
+        # the step, and the record stays missing.
         if state.is_saved:
             self._save(state)
         if state.skipped_in_a_row >= self._max_skipped_updates:
@@ -157,7 +157,7 @@ class Trainer:
         end = self._loader.end(state.next_sample)
         state.advance(end, result.selected_tokens, result.update.applied, result.requested)
         if state.is_logged and torch.accelerator.is_available():
-            # The update may still be running, and the callbacks would wait for it outside the measured time.
+            # The device may still run the update. Without this, callbacks would wait for it outside the measured time.
             torch.accelerator.synchronize()
         state.step_seconds = time.perf_counter() - start
         return result

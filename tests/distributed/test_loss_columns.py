@@ -41,7 +41,7 @@ class TwoColumns(CausalLM):
         labels_BT: Tensor,
         position_ids_BT: Tensor,
         want: tuple[str, ...] = (),
-        brought: Mapping[str, Any] | None = None,
+        layer_options: Mapping[str, Any] | None = None,
     ) -> TokenSignals:
         hidden_BTD = self.lm.base_model(input_ids=tokens_BT, position_ids=position_ids_BT).last_hidden_state
         logits_BTV = self.lm.get_output_embeddings()(hidden_BTD)

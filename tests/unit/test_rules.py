@@ -45,7 +45,7 @@ def test_a_score_rises_and_falls_with_the_columns_that_its_description_names(nam
         change[column] = int((find_score(name)(higher) - find_score(name)(lower)).sign())
     assert {column: sign for column, sign in change.items() if sign} == RISES_WITH[name]
     assert set(find_score(name).needs) == RISES_WITH[name].keys()
-    assert "Rises with" in find_score(name).__doc__ or "Falls with" in find_score(name).__doc__
+    assert "It rises with" in find_score(name).__doc__ or "It falls with" in find_score(name).__doc__
 
 
 @settings(max_examples=200, deadline=None)

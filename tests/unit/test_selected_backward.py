@@ -73,7 +73,7 @@ def make_module(family: str, dtype: torch.dtype = torch.float64) -> CausalLM:
     return CausalLM(lm.to(dtype).train(), head_chunk=11)
 
 
-def student_of(way: str, module: CausalLM) -> Student[Any]:
+def student_of(way: str, module: CausalLM) -> Student:
     if way == "exact":
         return ExactStudent(Engine(module))
     open_attention(module.lm)
@@ -479,8 +479,9 @@ def test_kept_keys_and_values_do_not_hold_the_memory_of_fused_queries() -> None:
     for family in ("gpt2", "phi3"):
         module, batch = make_module(family) if family in FAMILIES else fresh_module(family), make_batch()
         student = student_of("replay", module)
+        assert isinstance(student, ReplayStudent)
         _, tape = student.score(batch, (), keep=True)
-        kept = [tensor for layer in tape.known._layers.values() for tensor in layer]
+        kept = [tensor for layer in tape.known.layers.values() for tensor in layer]
         assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == sum(tensor.nbytes for tensor in kept)
 
 

@@ -1,10 +1,10 @@
-"""Attention for the backward of selected tokens: a model's own, opened for each call, and that of selected queries.
+"""Attention for the backward of selected tokens: replaceable attention of a model, and attention of selected queries.
 
-`open_attention` lets a call of the model bring an object that computes the attention of its layers. Packed attention
-computes causal attention of a few queries of each sequence, packed in one row, over all keys of their sequences.
+After `open_attention`, a call of the model can pass an object that computes the attention of its layers. Packed
+attention is causal attention of some queries of each sequence, packed in one row, over all keys of their sequences.
 
-Suffixes: B sequences of T positions, H heads in G groups, D head size; R queries in all, N = B * T keys in all, S keys
-of one block; Q blocks of queries, K blocks of keys.
+Suffixes: B sequences of T positions, H heads in G groups, D head size; R queries in total, N = B * T keys in total,
+S keys of one block; Q blocks of queries, K blocks of keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,16 +30,16 @@ from megatron_slm.models.transformers_internals import (
 from megatron_slm.torch_internals import is_compiled
 
 PREFIX = "selective_"
-"""Beginning of the names by which opened attention is registered."""
+"""Prefix of the names under which opened attention is registered."""
 BLOCK = 128
-"""Queries that attend together. Keys after the last of them are left out, and those after each one are masked."""
+"""Queries per block. Keys after a block's last query are left out; those after each other query are masked."""
 
 Attended = tuple[Tensor, Tensor | None]
-"""The output `[B, T, H, D]`, and attention weights if the kernel returns them."""
+"""The output `[B, T, H, D]`, and the attention weights if the kernel returns them."""
 
 
 class AttentionCall(NamedTuple):
-    """One layer's attention, as Hugging Face calls it.
+    """The arguments with which Hugging Face calls the attention of one layer.
 
     kernel      the layer's own attention function
     module      the layer's attention module
@@ -58,12 +58,12 @@ class AttentionCall(NamedTuple):
 
     @property
     def scale(self) -> float | None:
-        """The factor of the products; None for 1 / sqrt(D)."""
+        """The factor of the query-key products; None for 1 / sqrt(D)."""
         return self.options.get("scaling")
 
     @property
     def window(self) -> int | None:
-        """The tokens that a query attends to, itself among them; None for all of its document so far."""
+        """The number of tokens that a query attends to, itself included; None for its whole document so far."""
         return self.options.get("sliding_window")
 
     def run(self) -> Attended:
@@ -72,56 +72,52 @@ class AttentionCall(NamedTuple):
 
 
 class Selective(Protocol):
-    """The attention that a call of the model brings for its layers."""
+    """An object that computes the attention of all layers in one call of the model."""
 
     def attend(self, call: AttentionCall) -> Attended:
         """Return the output of one layer's attention."""
 
 
 def open_attention(lm: PreTrainedModel) -> None:
-    """Let calls of this model bring a `selective` object to its attention; without one nothing changes.
+    """Let calls of this model pass a `Selective` object as `selective`; other calls run the kernel as before.
 
     Raises:
-        UserError: the kernel is not in Hugging Face's registry; `eager` is not, because each model has its own.
+        UserError: the kernel is not in Hugging Face's registry. `eager` is not, because each family has its own.
     """
     kernel = attention_name(lm)
     if kernel.startswith(PREFIX):  # opened before
         return
     require_registered(kernel, type(lm).__name__)
-    # With the kernel's own mask, because a model looks up both by the one name in its configuration.
+    # Register the kernel's own mask too, because a model looks up both by the one name in its configuration.
     register_attention(PREFIX + kernel, partial(_attend, find_attention(kernel)), mask_of=kernel)
     set_attention(lm, PREFIX + kernel)
 
 
 def require_registered(kernel: str, model: str) -> None:
-    """Raise an error if an attention cannot be looked up by its name.
+    """Raise a UserError if Hugging Face's registries lack an attention.
 
     Args:
         kernel: `model.attn_implementation`, or Hugging Face's choice.
-        model: the model that runs it, for the error.
-
-    Raises:
-        UserError: it is not in Hugging Face's registries.
+        model: name of the model that runs it, for the error.
     """
     if not has_attention(kernel):
         raise UserError(
             "model.attn_implementation",
             kernel,
-            f"selection.backward is rows or replay, which replace the attention of {model} and can only replace one "
+            f"selection.backward is rows or replay, which replace the attention of {model} and can replace only one "
             "that is in Hugging Face's registry",
             "Set model.attn_implementation=sdpa or selection.backward=exact",
         )
 
 
 def refuse_compiled(module: nn.Module, backward: str) -> None:
-    """Raise an error if a student is compiled: rows are known after its forward, which a compiled graph cannot take.
+    """Raise a UserError if a student, or a module in it, is compiled by `torch.compile`.
+
+    A compiled graph cannot use rows that are selected after its forward.
 
     Args:
         module: the student.
         backward: `selection.backward`, for the error.
-
-    Raises:
-        UserError: the module, or one in it, is compiled by `torch.compile`.
     """
     if is_compiled(module):
         raise UserError(
@@ -148,7 +144,7 @@ def _attend(
 
 
 class Block(NamedTuple):
-    """Queries `rows` of the pack, which attend to `keys` where `mask_RS` is true."""
+    """The queries `rows` of the pack, and the `keys` that they attend to where `mask_RS` is true."""
 
     rows: slice
     keys: slice
@@ -160,21 +156,22 @@ class PackedQueries:
 
     Args:
         index_R: int64, ascending, at least one: sequence * T + position.
-        position_ids_BT: int64, of the whole batch. A query attends back to the nearest position 0.
+        position_ids_BT: int64, of the whole batch. A query attends back to the nearest position id 0.
     """
 
     def __init__(self, index_R: Tensor, position_ids_BT: Tensor) -> None:
         self.index_R = index_R
         self.num_keys = position_ids_BT.numel()
         self._length = position_ids_BT.shape[1]
-        # A position id counts from the start of its document, so that subtracting it gives the document's first key.
+        # A position id counts from the start of its document, so subtracting it gives the document's first key.
         self._start_R = index_R - position_ids_BT.flatten()[index_R]
-        # Layers differ in their windows alone, so that most layers share one list and one mask.
+        # Layers differ only in their windows, so most layers share one list of blocks and one mask.
         self._blocks: dict[int | None, list[Block]] = {}
         self._masks: dict[int | None, BlockMask] = {}
 
     def merge(self, known_BGTD: Tensor, fresh_1GRD: Tensor) -> Tensor:
         """Return `[G, N, D]`: the known tensor, with the fresh one and its graph at the positions of the queries."""
+        # Out of place: activation checkpointing runs the layer again, and must find the known tensor unchanged.
         return by_group(known_BGTD).index_copy(1, self.index_R, fresh_1GRD[0])
 
     def first_R(self, window: int | None) -> Tensor:
@@ -182,7 +179,7 @@ class PackedQueries:
         return self._start_R if window is None else self._start_R.maximum(self.index_R - window + 1)
 
     def blocks(self, window: int | None) -> list[Block]:
-        """Return blocks of at most `BLOCK` queries of one sequence each."""
+        """Return all queries in blocks of at most `BLOCK`, each from one sequence."""
         if window not in self._blocks:
             self._blocks[window] = list(self._cut(window))
         return self._blocks[window]
@@ -195,7 +192,7 @@ class PackedQueries:
 
     def _cut(self, window: int | None) -> Iterator[Block]:
         first_R = self.first_R(window)
-        # Queries are in ascending order, so that those of each sequence follow each other, up to `end`.
+        # Queries are in ascending order, so those of one sequence are adjacent: from `begin` up to `end`.
         begin = 0
         for end in torch.bincount(self.index_R // self._length).cumsum(0).tolist():
             for start in range(begin, end, BLOCK):
@@ -209,14 +206,14 @@ class PackedQueries:
 
 
 def by_group(tensor_BGTD: Tensor) -> Tensor:
-    """Return `[G, N, D]`, the layout of keys and values in packed attention."""
+    """Return keys or values as `[G, N, D]`, their layout in packed attention."""
     return tensor_BGTD.transpose(0, 1).flatten(1, 2)
 
 
 class PackedAttention(Protocol):
     """Attention of packed queries: query `[1, H, R, D]` over key and value `[G, N, D]` -> `[1, H, R, D]`.
 
-    `scale` is the factor of the products, 1 / sqrt(D) if None.
+    `scale` is the factor of the query-key products; None for 1 / sqrt(D).
     """
 
     def __call__(
@@ -225,14 +222,14 @@ class PackedAttention(Protocol):
 
 
 def packed_attention(device: torch.device) -> PackedAttention:
-    """Return the packed attention that is fast on a device."""
+    """Return the faster packed attention for a device."""
     return FlexAttention(compiled=True) if device.type == "cuda" else attend_by_sequence
 
 
 def attend_by_sequence(
     queries: PackedQueries, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    """Return packed attention, block after block, by PyTorch's fused attention; see `PackedAttention`."""
+    """Return packed attention, computed block by block with PyTorch's fused attention; see `PackedAttention`."""
     grouped = query.shape[1] != len(key)  # several heads of queries share a head of keys and values
     blocks = queries.blocks(window)
     query_of_blocks = query.split([block.rows.stop - block.rows.start for block in blocks], dim=2)
@@ -241,14 +238,15 @@ def attend_by_sequence(
     attended = []
     for index, block in enumerate(blocks):
         inputs = (query_of_blocks[index], key_of_blocks[index][None], value_of_blocks[index][None])
+        # A mask instead of `is_causal`, which would take the selected queries for consecutive positions.
         attended.append(scaled_dot_product_attention(*inputs, block.mask_RS, scale=scale, enable_gqa=grouped))
     return torch.cat(attended, dim=2)
 
 
 class KeysOfBlocks(torch.autograd.Function):
-    """Keys or values `[G, N, D]` -> the `[G, S, D]` of each block.
+    """Keys or values `[G, N, D]` -> `[G, S, D]` for each block.
 
-    Plain slices would have the same gradient, but each would make one as large as all N before it is added.
+    Plain slices have the same gradient, but the backward of each slice would allocate all N rows.
     """
 
     @staticmethod
@@ -261,20 +259,21 @@ class KeysOfBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad_GND = grads[0].new_zeros(ctx.size)
+        # Blocks overlap, so their gradients add up.
         for block, grad_GSD in zip(ctx.blocks, grads, strict=True):
             grad_GND[:, block.keys] += grad_GSD
         return grad_GND, None
 
 
 class FlexAttention:
-    """Packed attention in one kernel, which skips blocks of keys that no query attends to; see `PackedAttention`.
+    """Packed attention in one kernel that skips blocks of keys that no query attends to; see `PackedAttention`.
 
     Args:
-        compiled: compile the kernel, which needs a compiler; without it, all products are computed.
+        compiled: compile the kernel, which needs a compiler; uncompiled, it computes all products.
     """
 
     def __init__(self, compiled: bool) -> None:
-        # Dynamic shapes, because the number of selected tokens differs in every micro-step.
+        # Dynamic shapes, because every micro-step selects another number of tokens.
         self._attend = torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
     def __call__(
@@ -282,27 +281,28 @@ class FlexAttention:
     ) -> Tensor:
         grouped = query.shape[1] != len(key)
         mask = queries.mask(window)
+        # For the kernel, the keys of all sequences are one sequence; the mask keeps them apart.
         return self._attend(query, key[None], value[None], block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 def block_mask(queries: PackedQueries, window: int | None) -> BlockMask:
-    """Return which blocks of keys each block of queries attends to, in part or whole.
+    """Return the mask with the blocks of keys that each block of queries attends to, in part or as a whole.
 
-    `create_block_mask` would evaluate a mask of R x N for it.
+    `create_block_mask` would evaluate all R x N entries of the mask.
     """
     first_R, index_R = queries.first_R(window), queries.index_R
 
     def attends(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
         return (key >= first_R[row]) & (key <= index_R[row])
 
-    # Rows beyond the last repeat it, so that every block of queries is full.
+    # Repeat the last query until every block of queries is full.
     num_blocks = -(-len(index_R) // BLOCK)
     rows = torch.arange(num_blocks * BLOCK, device=index_R.device).clamp(max=len(index_R) - 1)
     first_QR, last_QR = first_R[rows].view(-1, BLOCK), index_R[rows].view(-1, BLOCK)
     start_K = torch.arange(0, queries.num_keys, BLOCK, device=index_R.device)
     end_K = (start_K + BLOCK).clamp(max=queries.num_keys) - 1
-    # A block of keys is attended to if it reaches from the earliest first key to the latest last key of the queries,
-    # and it is whole if every query attends to all of it. A short block at the end is never whole.
+    # A block of keys is listed if it overlaps the range from the earliest first key to the latest last key of the
+    # queries. It is whole, and needs no mask, if every query attends to all of it. A short last block is never whole.
     some_QK = (end_K >= first_QR.amin(1, keepdim=True)) & (start_K <= last_QR.amax(1, keepdim=True))
     all_QK = (start_K >= first_QR.amax(1, keepdim=True)) & (end_K <= last_QR.amin(1, keepdim=True))
     whole_QK = all_QK & (end_K - start_K == BLOCK - 1)
@@ -320,10 +320,10 @@ def block_mask(queries: PackedQueries, window: int | None) -> BlockMask:
 
 
 def _listed(chosen_QK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many blocks of keys are chosen for each block of queries, and all blocks, the chosen ones first.
+    """Return the number of chosen blocks of keys for each block of queries, and all blocks, the chosen ones first.
 
-    Both are int32: `[1, 1, Q]` and `[1, 1, Q, K]`, the form of `BlockMask`.
+    Both are int32: `[1, 1, Q]` and `[1, 1, Q, K]`, as `BlockMask` stores them.
     """
-    # Stable, so that blocks are visited in the order of their keys.
+    # Stable, so that the kernel visits the blocks in the order of their keys.
     order_QK = chosen_QK.int().argsort(dim=-1, descending=True, stable=True)
     return chosen_QK.sum(-1).int()[None, None], order_QK.int()[None, None]

@@ -1,6 +1,6 @@
 """Checks of a model before its backward leaves rows out.
 
-Information may pass between positions in its attention alone, and this attention must be one that is supported.
+Information may pass between positions only in its attention, and this attention must be one that is supported.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from megatron_slm.models.sparse_backward.rows import Rows, attend_rows
 from megatron_slm.types import Batch
 
 TOLERANCE = 0.2
-"""Difference of losses, relative to their spread, that round-off can cause: in bf16 it may choose other experts.
+"""Difference of losses, relative to their spread, that round-off can cause: in bf16 it may route to other experts.
 
-The losses themselves would be no measure: those of a fresh model are nearly equal whatever its attention computes.
+It is not relative to the losses: those of a fresh model are nearly equal, whatever its attention computes.
 """
 
 
@@ -40,7 +40,7 @@ class AttentionComparison:
         packed: the packed attention.
 
     Attributes:
-        same: the two were equal up to round-off in every layer so far.
+        same: True if the two were equal up to round-off in every layer so far.
     """
 
     def __init__(self, rows: Rows, packed: PackedAttention) -> None:
@@ -49,9 +49,9 @@ class AttentionComparison:
         self.same = True
 
     def attend(self, call: AttentionCall) -> Attended:
-        """Return the layer's own attention, after the comparison."""
+        """Return the layer's own attention, after comparing it."""
         attended, weights = call.run()
-        # Each layer is compared with its own inputs, so that round-off does not add up over layers.
+        # Both run on the layer's own inputs, so that round-off does not add up over layers.
         expected_RI = self._rows.gather(attended.flatten(2))
         packed_RHD = attend_rows(self._rows, self._packed, call.query, call.key, call.value, call.scale, call.window)
         difference_RI = packed_RHD.flatten(1) - expected_RI
@@ -59,32 +59,29 @@ class AttentionComparison:
         return attended, weights
 
 
-def sequence_losses(module: nn.Module, model: PreTrainedModel, length: int, brought: dict[str, Any]) -> Tensor:
-    """Return the losses, float32 `[1, T]`, of one sequence as long as the run's.
+def sequence_losses(module: nn.Module, model: PreTrainedModel, length: int, layer_options: dict[str, Any]) -> Tensor:
+    """Return the losses, float32 `[1, T]`, of one sequence as long as those of the run; every rank calls it.
 
     Windows, chunks and sparse attention have an effect only beyond some length.
 
     Args:
-        module: the `CausalLM`, or its engine; every rank calls it.
+        module: the `CausalLM`, or its engine.
         model: the model inside.
         length: T.
-        brought: see `CausalLM.forward`.
+        layer_options: see `CausalLM.forward`.
     """
     text_BS = some_tokens(model, 1, length + 1)
     with torch.no_grad(), evaluating(model):
-        loss_BT: Tensor = module(text_BS[:, :-1], text_BS[:, 1:], straight(text_BS[:, :-1]), (), brought)["loss"]
+        loss_BT: Tensor = module(text_BS[:, :-1], text_BS[:, 1:], straight(text_BS[:, :-1]), (), layer_options)["loss"]
         return loss_BT
 
 
 def check_opening(model: PreTrainedModel, before_BT: Tensor, after_BT: Tensor) -> None:
-    """Raise an error if opening its attention changed a model's losses, because its code reads the kernel's name.
+    """Raise a UserError if `open_attention` changed the losses of a model, because its code reads the kernel's name.
 
     Args:
         model: the model.
-        before_BT, after_BT: its `sequence_losses`.
-
-    Raises:
-        UserError: they differ by more than round-off.
+        before_BT, after_BT: its `sequence_losses` before and after `open_attention`.
     """
     # Written with `not`, so that NaN is refused too.
     if not (after_BT - before_BT).norm() <= TOLERANCE * (before_BT - before_BT.mean()).norm():
@@ -92,10 +89,10 @@ def check_opening(model: PreTrainedModel, before_BT: Tensor, after_BT: Tensor) -
 
 
 def packed_for_rows(module: nn.Module, model: PreTrainedModel, seq_length: int) -> PackedAttention | None:
-    """Return the packed attention by which the backward of rows runs selected queries; every rank calls it.
+    """Return the packed attention for the backward of rows, or None for the kernels' own; every rank calls it.
 
-    None if each layer's own kernel runs the backward, of all queries: for a model whose attention does more than
-    softmax of scaled products, and on accelerators, where running the queries again was never measured.
+    The kernels' own backward, of all queries, serves models whose attention does more than softmax of scaled products.
+    It also serves all models on accelerators, where running the selected queries again has not been measured.
     """
     if next(model.parameters()).device.type != "cpu":  # every rank has the same kind of device
         return None
@@ -103,16 +100,15 @@ def packed_for_rows(module: nn.Module, model: PreTrainedModel, seq_length: int) 
 
 
 def check_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> None:
-    """Raise an error if packed attention computes something else than a model's attention; every rank calls it.
+    """Raise a UserError if packed attention differs from a model's attention; every rank calls it.
+
+    It differs if there are soft caps, sinks, chunks, or windows that the kernel's arguments do not name.
 
     Args:
         module: the `CausalLM`, or its engine.
         model: the model inside, with open attention.
         packed: the packed attention of replay.
         seq_length: tokens per sample.
-
-    Raises:
-        UserError: it does, because of soft caps, sinks, chunks, or windows that the kernel's arguments do not name.
     """
     if not _packs(module, model, packed, seq_length):
         _refuse(model, "its attention does more than softmax of scaled products in a window that its arguments name")
@@ -121,33 +117,30 @@ def check_plain(module: nn.Module, model: PreTrainedModel, packed: PackedAttenti
 def _packs(module: nn.Module, model: PreTrainedModel, packed: PackedAttention, seq_length: int) -> bool:
     position_BT = torch.arange(seq_length, device=next(model.parameters()).device)[None]
     rows = Rows(position_BT, packed)
-    rows.select(position_BT % 3 != 1)  # gaps, as between selected tokens
+    rows.select(position_BT % 3 != 1)  # with gaps, as between selected tokens
     comparison = AttentionComparison(rows, packed)
     sequence_losses(module, model, seq_length, {"selective": comparison})
     return comparison.same
 
 
 def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
-    """Raise an error if information passes between positions outside of a model's attention: convolutions, recurrences.
+    """Raise a UserError if information passes between positions outside attention: in convolutions or recurrences.
 
-    If its attention returns zeros, another first token must not change the losses of the tokens after it.
+    With attention that returns zeros, another first token must not change the losses of the tokens after it.
 
     Args:
         module: the `CausalLM`, or its engine; every rank calls it.
         model: the model inside, with open attention.
-
-    Raises:
-        UserError: it changes them.
     """
     text_BS = some_tokens(model, 2, 10)
     tokens_BT, labels_BT = text_BS[:, :-1], text_BS[:, 1:]
     other_BT = tokens_BT.clone()
-    # Labels stay as they are, and the loss of the first position, which reads this token itself, is left out below.
+    # The labels stay, and the loss of the first position, which reads the changed token itself, is left out below.
     other_BT[:, 0] = (other_BT[:, 0] + 1) % model.config.vocab_size
 
-    def change(brought: dict[str, Any]) -> Tensor:
-        before_BT = module(tokens_BT, labels_BT, straight(tokens_BT), (), brought)["loss"]
-        after_BT = module(other_BT, labels_BT, straight(tokens_BT), (), brought)["loss"]
+    def change(layer_options: dict[str, Any]) -> Tensor:
+        before_BT = module(tokens_BT, labels_BT, straight(tokens_BT), (), layer_options)["loss"]
+        after_BT = module(other_BT, labels_BT, straight(tokens_BT), (), layer_options)["loss"]
         distance: Tensor = (after_BT - before_BT)[:, 1:].norm()
         return distance
 
@@ -160,12 +153,9 @@ def check_attention(module: nn.Module, model: PreTrainedModel) -> None:
 
 
 def check_replay(student: ReplayStudent, model: PreTrainedModel) -> None:
-    """Raise an error if a model's selected tokens have other losses when they are run again alone.
+    """Raise a UserError if replay changes the losses of selected tokens by more than round-off; every rank calls it.
 
-    Every rank calls it. The cause can be a model that counts positions itself, instead of reading `position_ids`.
-
-    Raises:
-        UserError: the losses differ by more than round-off.
+    It does if a model counts positions itself, instead of reading `position_ids`.
     """
     text_BS = some_tokens(model, 2, 10)
     tokens_BT = text_BS[:, :-1]
@@ -179,7 +169,7 @@ def check_replay(student: ReplayStudent, model: PreTrainedModel) -> None:
         again_1R = student.replay(tape, {"loss": chosen_BT})[0]["loss"]
     expected_R = signals["loss"][chosen_BT != 0]
     if not (again_1R[0] - expected_R).norm() <= TOLERANCE * (expected_R - expected_R.mean()).norm():
-        _refuse(model, "tokens that are run alone have other losses than among all, with the same position_ids")
+        _refuse(model, "selected tokens that run alone have other losses than in their batch, with equal position_ids")
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> None:

@@ -1,13 +1,13 @@
-"""Row backward: the backward of the decoder's linears and attention computes the rows of selected tokens alone.
+"""Row backward: the backward of the decoder's linears and attention computes only the rows of selected tokens.
 
-It treats the hidden states, keys and values of all other positions as constants. Their gradient is then zero in every
-layer, so that leaving out their rows changes nothing, and the products have k rows instead of all:
+The hidden states, keys and values of all other positions are treated as constants. Their gradients are then zero in
+every layer, so their rows can be left out, and the products have R rows instead of N:
 
     linear     y = x W'      grad_x = grad_y W,   grad_W = grad_y' x        over the selected rows of x and grad_y
-    attention  the selected queries are run again, over the keys and values of all positions
+    attention  runs the selected queries again, over the keys and values of all positions
 
-This approximates the gradient of the selected loss below the last layer (docs/efficiency.md measures it): the exact one
-also flows through keys and values of positions that were not selected.
+Below the last layer, this approximates the gradient of the selected loss (docs/efficiency.md measures the error): the
+exact gradient also flows through the keys and values of positions that were not selected.
 
 Suffixes: B sequences of T positions, N = B * T, R selected positions, I and O input and output size of a linear,
 H heads in G groups, D head size.
@@ -39,11 +39,11 @@ from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 
 class Rows:
-    """The selected positions of one batch: a slot that its forward keeps, and that is filled before its backward.
+    """The selected positions of one batch. The forward keeps this object; `select` fills it before the backward.
 
     Args:
         position_ids_BT: int64, of the batch.
-        packed: attention of selected queries alone, for the backward; None for the kernel's own backward, of all.
+        packed: runs the selected queries alone in the backward; None for the kernel's own backward, of all queries.
     """
 
     mask_BT: Tensor
@@ -64,30 +64,30 @@ class Rows:
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the selected rows `[R, D]` of `[B, T, D]`."""
         rows_ND = tensor.flatten(0, -2)
-        # No copy if every position is selected, as in a run that trains on all tokens.
+        # No copy if every position is selected.
         all_selected = len(self.index_R) == len(rows_ND)
         return rows_ND if all_selected else rows_ND.index_select(0, self.index_R)
 
     def scatter(self, rows_RD: Tensor) -> Tensor:
         """Return `[B, T, D]` with these rows at the selected positions, and zero elsewhere."""
-        if len(rows_RD) == self.shape.numel():  # every position is selected, and the rows are in order
+        if len(rows_RD) == self.shape.numel():  # every position is selected, in order
             return rows_RD.view(*self.shape, -1)
         whole_ND = rows_RD.new_zeros(self.shape.numel(), rows_RD.shape[-1])
         return whole_ND.index_copy_(0, self.index_R, rows_RD).view(*self.shape, -1)
 
     def attend(self, call: AttentionCall) -> Attended:
-        """Return the layer's own attention, in which keys and values that are not selected are constants."""
+        """Return the layer's own attention, with constant keys and values at positions that are not selected."""
         if self._packed is not None:
             return RowAttention.apply(call.query, call.key, call.value, call, self._packed, self), None
-        # The kernel's own backward computes the gradient of all queries, keys and values. That of unselected queries is
-        # zero already, because their output has no gradient; that of unselected keys and values is removed here.
+        # The kernel's own backward computes the gradient of all queries, keys and values. For unselected queries it is
+        # zero, because their output has no gradient. For unselected keys and values it is set to zero here.
         key = ConstantUnlessSelected.apply(call.key, self)
         value = ConstantUnlessSelected.apply(call.value, self)
         return call._replace(key=key, value=value).run()
 
 
 class ConstantUnlessSelected(torch.autograd.Function):
-    """The identity of `[B, G, T, D]`, whose backward passes on the gradient of selected positions alone."""
+    """The identity on `[B, G, T, D]`, whose backward keeps only the gradient of selected positions."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, rows: Rows) -> Tensor:
@@ -101,13 +101,13 @@ class ConstantUnlessSelected(torch.autograd.Function):
 
 
 class RowAttention(torch.autograd.Function):
-    """A layer's attention `[B, T, H, D]`, whose backward runs the selected queries again, and no others."""
+    """A layer's attention `[B, T, H, D]`, whose backward runs only the selected queries again."""
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, packed: PackedAttention, rows: Rows
     ) -> Tensor:
-        # The call itself is not kept: it holds tensors, and checkpointing manages only those that are saved here.
+        # Do not keep the call: it holds tensors, and activation checkpointing frees only those that are saved here.
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window, ctx.packed, ctx.rows = call.scale, call.window, packed, rows
         attended, _ = call.run()
@@ -118,15 +118,15 @@ class RowAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         rows = ctx.rows
         query, key, value = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        if len(rows.index_R) == 0:  # packed attention needs a query, and ZeRO-3 a gradient from every rank
+        if len(rows.index_R) == 0:  # packed attention needs a query, and ZeRO-3 needs a gradient from every rank
             return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), None, None, None
-        # The forward above recorded no graph, so the selected queries are run again with one. This costs their share of
-        # a forward, and their backward costs their share too.
+        # The forward above recorded no graph, so run the selected queries again with one. Forward and backward cost the
+        # selected share of a whole pass.
         with torch.enable_grad():
             attended_RHD = attend_rows(rows, ctx.packed, query, key, value, ctx.scale, ctx.window)
         grad_RHD = rows.gather(grad_BTHD.flatten(2)).view_as(attended_RHD)
         grad_query, grad_key, grad_value = torch.autograd.grad(attended_RHD, (query, key, value), grad_RHD)
-        # Keys and values of positions that are not selected are constants.
+        # Unselected keys and values are constants, although selected queries attend to them.
         mask_B1T1 = rows.mask_BT[:, None, :, None]
         return grad_query, grad_key.mul_(mask_B1T1), grad_value.mul_(mask_B1T1), None, None, None
 
@@ -150,11 +150,11 @@ def attend_rows(
 
 
 class RowLinear(torch.autograd.Function):
-    """A linear `[B, T, I] -> [B, T, O]` whose backward multiplies the selected rows alone."""
+    """A linear `[B, T, I] -> [B, T, O]` whose backward multiplies only the selected rows."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, rows: Rows) -> Tensor:
-        # The weight is saved as the parameter that it is: a detached copy would pin a ZeRO-3 parameter in memory.
+        # Save the parameter itself: a detached copy would keep a gathered ZeRO-3 parameter in memory.
         ctx.save_for_backward(input, weight)
         ctx.rows, ctx.transposed, ctx.has_bias = rows, transposed, bias is not None
         return nn.functional.linear(input, weight.T if transposed else weight, bias)
@@ -176,9 +176,9 @@ class RowLinear(torch.autograd.Function):
 
 @contextmanager
 def bound(linears: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
-    """Let these linears use `RowLinear` with `rows`, in a forward, and in a backward that may run it again."""
-    # An attribute of the instance hides the forward of its class, and leaves hooks and parameters as they are: ZeRO-3
-    # gathers a weight by the hooks of the linear that owns it.
+    """Make these linears use `RowLinear` with `rows` inside the context."""
+    # An attribute of the instance hides the forward of its class and leaves hooks and parameters in place. ZeRO-3 needs
+    # them: the hooks of a linear gather its weight.
     for linear in linears:
         linear.forward = partial(_forward, linear, rows)
     try:
@@ -189,7 +189,7 @@ def bound(linears: Sequence[nn.Module], rows: Rows) -> Iterator[None]:
 
 
 def _forward(linear: nn.Module, rows: Rows, input: Tensor) -> Tensor:
-    # An expert of a mixture gets some rows of the batch in an order of its own, which `rows` does not index.
+    # An expert of a mixture receives some rows of the batch in its own order, which `rows` does not index.
     if input.shape[:-1] != rows.shape:
         output: Tensor = type(linear).forward(linear, input)
     else:
@@ -199,7 +199,7 @@ def _forward(linear: nn.Module, rows: Rows, input: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class RowTape:
-    """The batch, the slot for its rows, and the output of its forward with the graph if that was kept."""
+    """The batch, its rows, and the output of its forward with the graph; None if it was not kept."""
 
     batch: Batch
     rows: Rows
@@ -207,11 +207,11 @@ class RowTape:
 
 
 class RowStudent:
-    """A student whose backward is that of selected rows; see `Student`.
+    """A student whose backward computes the selected rows only; see `Student`.
 
     Args:
         engine: the module (a `CausalLM` whose attention is open) with its optimizer.
-        decoder: the module whose linears compute the selected rows alone in their backward.
+        decoder: the module whose linears compute only the selected rows in their backward.
         packed: see `Rows`.
     """
 
@@ -230,12 +230,12 @@ class RowStudent:
     def backward(
         self, tape: RowTape, weights: TokenWeights, scale: float, *, last: bool, share: float = 1.0
     ) -> dict[str, Tensor]:
-        # Fills the slot that the graph of the forward refers to, before autograd reaches it.
+        # The graph of the forward refers to these rows: fill them before autograd runs.
         tape.rows.select(selected_tokens(weights))
         output = tape.output
         if output is None:
             output = self._run(tape.batch, tape.rows, weighed_columns(weights))
-        # Activation checkpointing runs forwards again inside of this backward, which must use the rows too.
+        # Activation checkpointing runs forwards again inside this backward, and they must use the rows too.
         with bound(self._linears, tape.rows):
             self._engine.backward(weighted_sum(output, weights) * scale, last=last)
         return {}
