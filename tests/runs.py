@@ -47,7 +47,7 @@ def make_corpora(folder: Path) -> None:
     with mock.patch("megatron_slm.prepare.prepare.encode_chunks", encode_here):
         web = str(write_text(folder / "web.jsonl", 300, 1))
         prepare_corpus([web], str(folder / "web"), train_size=300)
-        for seed, (name, documents) in enumerate((("books", 60), ("held_out", 20)), start=2):
+        for seed, (name, documents) in enumerate((("books", 60), ("held_out", 6)), start=2):
             text = str(write_text(folder / f"{name}.jsonl", documents, seed))
             prepare_corpus([text], str(folder / name), tokenizer=str(folder / "web.tokenizer"))
         prepare_corpus([web], str(folder / "other"), train_size=290)
