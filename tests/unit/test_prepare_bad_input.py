@@ -103,16 +103,16 @@ T = "--tokenizer MODEL --output out/web"
             for name, suffixes, reason in (
                 ("zero", ("gz", "zst"), "it is empty"),
                 ("tail", ("gz", "zst"), ""),
-                ("second", ("gz", "zst"), "it was cut"),
+                ("second", ("gz", "zst"), "it is truncated"),
                 ("sum", ("gz",), ""),
-                ("unsummed", ("gz",), "it was cut"),
+                ("unsummed", ("gz",), "it is truncated"),
             )
             for suffix in suffixes
         ),
-        (f"--input zero.parquet {T}", "--input is zero.parquet, but it is not a sound parquet file"),
+        (f"--input zero.parquet {T}", "--input is zero.parquet, but it is not a valid parquet file"),
         (f"--input good.jsonl --contamination zero.jsonl.gz {T}", "--contamination is zero.jsonl.gz, but it"),
-        (f"--input cut.parquet {T}", "--input is cut.parquet, but it is not a sound parquet file"),
-        (f"--input no.parquet {T}", "--input is no.parquet, but it is not a sound parquet file"),
+        (f"--input cut.parquet {T}", "--input is cut.parquet, but it is not a valid parquet file"),
+        (f"--input no.parquet {T}", "--input is no.parquet, but it is not a valid parquet file"),
         (f"--input broken.parquet {T}", "--input is broken.parquet"),
         (f"--input table.parquet --json-key body {T}", "--json-key is body, but table.parquet has no such column"),
         (f"--input table.parquet --by kind {T}", "--by is kind, but table.parquet has no such column"),
@@ -259,7 +259,7 @@ def foreign_tokenizer(prefix: Path) -> None:
     ("damage", "sentence"),
     [
         (cut_index, "old.idx has 60 bytes instead of"),
-        (cut_header, "old.idx is cut off"),
+        (cut_header, "old.idx is truncated"),
         (longer_tokens, "old.bin has"),
         (wrong_pointers, "old.idx does not point to documents that follow each other"),
         (foreign_tokenizer, "old.tokenizer already exists"),
