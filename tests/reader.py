@@ -1,10 +1,10 @@
-"""A reader of HTML pages."""
+"""A parser of HTML pages."""
 
 from html.parser import HTMLParser
 
 
 class Reader(HTMLParser):
-    """The text and the elements of a page, as a browser would show them."""
+    """The text of a page, and its elements with their attributes, in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

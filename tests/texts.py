@@ -1,4 +1,4 @@
-"""Small texts to prepare, and readers of the corpora that they become."""
+"""Small texts to prepare, and readers of the resulting corpora."""
 
 import gzip
 import json
@@ -26,14 +26,14 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def encode_here(chunks: Iterable[Any], encoding: Any, workers: int, total_bytes: int) -> Iterator[Any]:
-    """Yield the same as `encode_chunks` without starting processes, each of which takes a second."""
+    """Yield the results of `encode_chunks` without worker processes, each of which takes a second to start."""
     from megatron_slm.prepare.encoding import encode_documents
 
     return ((encode_documents(encoding, chunk.documents), chunk) for chunk in chunks)
 
 
 def open_tokens(corpus: Corpus) -> "IndexedDataset":
-    """Open a corpus with megatron-core's own reader; ``[i]`` is document i."""
+    """Open a corpus with megatron-core's own reader, whose item ``[i]`` is document i."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     return IndexedDataset(corpus.prefix, multimodal=False, mmap=True)

@@ -3,16 +3,17 @@
 PREFIX.bin PREFIX.idx   the tokens and the index of documents, in Megatron's format
 PREFIX.json             the description: counts, sources, licenses, checksums
 PREFIX.tokenizer/       the tokenizer
-PREFIX.mask             where only answers count toward the loss: a byte per token, 1 if it counts
+PREFIX.mask             a byte per token, 1 if it counts toward the loss; only if some tokens do not
 """
 
 import hashlib
 import json
+import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT_VERSION = 2
-"""Version 1 lacks tokenizer_probe and end_token, and its first files also sources, licenses and skipped."""
+"""Version 1 lacks tokenizer_probe and end_token; its earliest files also lack sources, licenses and skipped."""
 MASK = ".mask"
 MAX_LABELS = 1000
 AGAIN = "Prepare it again with megatron-slm prepare"
 
-_OTHER = "other"  # all labels after the first MAX_LABELS together
+_OTHER = "other"  # counts all labels after the first MAX_LABELS
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {4: "int32", 8: "uint16"}  # Megatron's codes
@@ -45,7 +46,7 @@ def counts(documents: int, tokens: int, num_bytes: int) -> Counts:
 
 
 def add_label(tally: Tally, label: str, more: Counts) -> None:
-    """Add to the counts of a label; if there are MAX_LABELS, count a new one under ``other``."""
+    """Add ``more`` to the counts of a label. After MAX_LABELS labels, ``other`` stands for every new one."""
     if label not in tally and len(tally) >= MAX_LABELS:
         label = _OTHER
     before = tally.get(label, counts(0, 0, 0))
@@ -75,16 +76,16 @@ def read_index(path: Path, setting: str, value: object, remedy: str = AGAIN) -> 
     """Read the header of an index.
 
     Args:
-        path: of the index.
-        setting, value, remedy: of the error.
+        path: path of the index.
+        setting, value, remedy: fields of a UserError.
 
     Raises:
-        UserError: the file is not an index of tokens, or is cut off inside its header.
+        UserError: the file is not an index of tokens, or its header is truncated.
     """
     with path.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if len(header) < _HEADER.size:
-        raise UserError(setting, value, f"{path} is cut off", remedy)
+        raise UserError(setting, value, f"{path} is truncated", remedy)
     magic, version, code, sequences, boundaries = _HEADER.unpack(header)
     if magic != _MAGIC or version != 1 or code not in _DTYPES:
         raise UserError(setting, value, f"{path} is not an index of tokens", remedy)
@@ -92,55 +93,45 @@ def read_index(path: Path, setting: str, value: object, remedy: str = AGAIN) -> 
 
 
 def index_size(index: Index) -> int:
-    """Return the bytes of the whole file."""
+    """Return the size of the index file, in bytes."""
     return _HEADER.size + (4 + 8) * index.sequences + 8 * index.boundaries
 
 
 def read_lengths(path: Path, index: Index) -> Iterator[np.ndarray]:
-    """Yield the tokens of each sequence, int32, a block at a time."""
+    """Yield the length of each sequence, int32 in tokens, a block at a time."""
     yield from _blocks(path, np.dtype(np.int32), _HEADER.size, index.sequences)
 
 
 def read_pointers(path: Path, index: Index) -> Iterator[np.ndarray]:
-    """Yield the place of each sequence in the .bin, int64 in bytes, a block at a time."""
+    """Yield the offset of each sequence in the .bin, int64 in bytes, a block at a time."""
     yield from _blocks(path, np.dtype(np.int64), _HEADER.size + 4 * index.sequences, index.sequences)
 
 
 def read_boundaries(path: Path, index: Index) -> Iterator[np.ndarray]:
-    """Yield the number of the first sequence of each document, int64, and one more, a block at a time."""
+    """Yield the first sequence of each document, and at last the number of sequences, int64, a block at a time."""
     yield from _blocks(path, np.dtype(np.int64), _HEADER.size + (4 + 8) * index.sequences, index.boundaries)
 
 
 def write_index(path: Path, dtype: str, lengths: Path) -> None:
-    """Write the index of documents that follow each other in a .bin.
+    """Write the index of a .bin whose documents are contiguous and have one sequence each.
 
     Args:
-        dtype: of the tokens, "uint16" or "int32".
-        lengths: a file of int32, the tokens of each document.
+        path: path of the index.
+        dtype: dtype of the tokens, "uint16" or "int32".
+        lengths: a file of int32, the number of tokens of each document.
     """
     documents = lengths.stat().st_size // 4
-    index = Index(dtype, documents, documents + 1)
     code = next(code for code, name in _DTYPES.items() if name == dtype)
-    with path.open("wb") as stream:
-        stream.write(_HEADER.pack(_MAGIC, 1, code, index.sequences, index.boundaries))
-        _write_blocks(stream, lengths, lambda block, first, place: block)
-        _write_blocks(stream, lengths, lambda block, first, place: (place + _starts(block)) * index.item_size)
-        _write_blocks(stream, lengths, lambda block, first, place: first + np.arange(len(block)))
-        stream.write(np.int64(documents).tobytes())
-
-
-def _write_blocks(stream: IO[bytes], lengths: Path, column: Callable[[np.ndarray, int, int], np.ndarray]) -> None:
-    """Write ``column(block, number of its first document, tokens before it)`` for every block of lengths."""
-    first = place = 0
-    for block in _blocks(lengths, np.dtype(np.int32), 0, lengths.stat().st_size // 4):
-        stream.write(column(block, first, place).tobytes())
-        first += len(block)
-        place += int(block.sum(dtype=np.int64))
-
-
-def _starts(block: np.ndarray) -> np.ndarray:
-    starts: np.ndarray = np.cumsum(block, dtype=np.int64) - block
-    return starts
+    with path.open("wb") as stream, lengths.open("rb") as column:
+        stream.write(_HEADER.pack(_MAGIC, 1, code, documents, documents + 1))
+        shutil.copyfileobj(column, stream)
+        start = 0
+        for length_D in _blocks(lengths, np.dtype(np.int32), 0, documents):
+            end_D = start + np.cumsum(length_D, dtype=np.int64)
+            stream.write(((end_D - length_D) * np.dtype(dtype).itemsize).tobytes())
+            start = int(end_D[-1])
+        for first in range(0, documents + 1, _BLOCK):
+            stream.write(np.arange(first, min(first + _BLOCK, documents + 1), dtype=np.int64).tobytes())
 
 
 def _blocks(path: Path, dtype: np.dtype, offset: int, count: int) -> Iterator[np.ndarray]:
@@ -152,21 +143,21 @@ def _blocks(path: Path, dtype: np.dtype, offset: int, count: int) -> Iterator[np
 
 @dataclass(frozen=True)
 class Corpus:
-    """The description of a corpus, PREFIX.json. ``num_bytes`` counts the UTF-8 bytes of the text that counts."""
+    """The description of a corpus, PREFIX.json."""
 
     prefix: str
     name: str  # the prefix's basename
     num_documents: int
     num_tokens: int  # end-of-document tokens included
-    num_bytes: int
+    num_bytes: int  # of the text that counts toward the loss, in UTF-8
     tokenizer_fingerprint: str
-    sha256: dict[str, str]  # ".bin", ".idx" and, where only answers count, ".mask" -> hex
+    sha256: dict[str, str]  # in hex, by suffix: ".bin", ".idx" and, if only some tokens count, ".mask"
     format_version: int = FORMAT_VERSION
-    sources: Tally = field(default_factory=dict)  # where its records name one
+    sources: Tally = field(default_factory=dict)  # of the records that name one
     licenses: Tally = field(default_factory=dict)
-    skipped: int = 0  # documents that could not be read, in the whole input
+    skipped: int = 0  # documents of the whole input that could not be read
     tokenizer_probe: str = ""  # hash of the ids of fixed texts; empty in version 1
-    end_token: str | None = None  # chosen with --end-token; None: the tokenizer's own
+    end_token: str | None = None  # chosen with --end-token; None for the tokenizer's own
 
     @property
     def tokenizer(self) -> TokenizerIdentity:
@@ -182,9 +173,9 @@ class Corpus:
 class Documents(NamedTuple):
     """The documents of a corpus, mapped from its index.
 
-    dtype      of the tokens
-    length_D   int32 `[D]`, tokens of each, its end token included
-    pointer_D  int64 `[D]`, place of each in the .bin, in bytes
+    dtype      dtype of the tokens
+    length_D   int32 `[D]`, number of tokens of each, including its end token
+    pointer_D  int64 `[D]`, offset of each in the .bin, in bytes
     """
 
     dtype: np.dtype
@@ -192,11 +183,11 @@ class Documents(NamedTuple):
     pointer_D: "NDArray[np.int64]"
 
     def starts(self, documents: slice = slice(None)) -> "NDArray[np.int64]":
-        """Return the offset of the first token of each document, int64."""
+        """Return the offset of the first token of each document, int64 in tokens."""
         return self.pointer_D[documents] // self.dtype.itemsize
 
     def between(self, first: int, last: int) -> slice:
-        """Return the documents with a token at an offset from `first` to before `last`."""
+        """Return a slice of the documents that have tokens at offsets `first` to `last - 1`."""
         low = int(np.searchsorted(self.pointer_D, first * self.dtype.itemsize, "right")) - 1
         return slice(low, int(np.searchsorted(self.pointer_D, last * self.dtype.itemsize, "left")))
 
@@ -205,11 +196,11 @@ def open_corpus(prefix: str, setting: str = "corpus") -> Corpus:
     """Read PREFIX.json and check the existence and the sizes of all files of the corpus.
 
     Args:
-        prefix: of the corpus.
+        prefix: PREFIX of the corpus.
         setting: the setting or option that names it, for errors.
 
     Raises:
-        UserError: a file is missing, of another version, of another size, or not an index.
+        UserError: the corpus is empty, or a file is missing or has an unsupported version or the wrong size.
     """
     corpus = _read_description(prefix, setting)
     for suffix in (".bin", ".idx", *([MASK] if corpus.masked else [])):
@@ -243,7 +234,7 @@ def verify_checksums(corpus: Corpus) -> None:
 
 
 def changed(corpus: Corpus, suffix: str) -> UserError:
-    """Return the error for a file whose checksum is not that of PREFIX.json."""
+    """Return the error for a file whose checksum differs from that in PREFIX.json."""
     reason = f"{corpus.prefix}{suffix} has changed since it was written (its SHA-256 differs)"
     return UserError("corpus", corpus.prefix, reason, AGAIN)
 
@@ -258,7 +249,7 @@ def open_documents(corpus: Corpus) -> Documents:
     """Map the index of the documents into memory.
 
     Raises:
-        UserError: the file is not an index of tokens.
+        UserError: PREFIX.idx is not an index of tokens.
     """
     path = Path(f"{corpus.prefix}.idx")
     index = read_index(path, "corpus", corpus.prefix)
@@ -273,19 +264,19 @@ def map_tokens(corpus: Corpus) -> "NDArray[np.integer]":
     """Map the tokens into memory, uint16 or int32 `[num_tokens]`.
 
     Raises:
-        UserError: the index is not one of tokens.
+        UserError: PREFIX.idx is not an index of tokens.
     """
     index = read_index(Path(f"{corpus.prefix}.idx"), "corpus", corpus.prefix)
     return np.memmap(f"{corpus.prefix}.bin", dtype=index.dtype, mode="r")
 
 
 def open_mask(corpus: Corpus) -> "NDArray[np.uint8] | None":
-    """Map the mask into memory, uint8 `[num_tokens]`, 1 where a token counts; return None if all tokens count."""
+    """Map the mask into memory, uint8 `[num_tokens]`, 1 for tokens that count toward the loss; None if all do."""
     return np.memmap(corpus.prefix + MASK, dtype=np.uint8, mode="r") if corpus.masked else None
 
 
 def count_tokens(corpus: Corpus, documents: "NDArray[np.bool_]") -> int:
-    """Return the tokens of the chosen documents, bool `[num_documents]`."""
+    """Return the number of tokens of the documents that a mask, bool `[num_documents]`, selects."""
     return int(open_documents(corpus).length_D[documents].sum(dtype=np.int64))
 
 
@@ -298,7 +289,7 @@ def load_corpus_tokenizer(corpus: Corpus) -> "PreTrainedTokenizerFast":
     """Load the corpus's tokenizer.
 
     Raises:
-        UserError: it is not the one that the corpus was prepared with.
+        UserError: PREFIX.tokenizer is not the tokenizer that the corpus was prepared with.
     """
     folder = corpus_tokenizer_path(corpus)
     tokenizer = load_tokenizer(str(folder))
@@ -320,7 +311,7 @@ def describe_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
 
 
 def unique_names(prefixes: list[str]) -> list[str]:
-    """Return the basenames of ``prefixes``; a repeated one gets the next free suffix -2, -3, ..."""
+    """Return the basenames of ``prefixes``, with the next free suffix -2, -3, ... for repeated ones."""
     names: list[str] = []
     for prefix in prefixes:
         name = base = Path(prefix).name
@@ -334,25 +325,24 @@ def unique_names(prefixes: list[str]) -> list[str]:
 
 def _read_description(prefix: str, setting: str) -> Corpus:
     path = Path(prefix + ".json")
-    known = range(1, FORMAT_VERSION + 1)
     try:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = fields["format_version"]
-        if version in known:
-            checksums = fields["sha256"].keys()
+        supported = version in range(1, FORMAT_VERSION + 1)
+        if supported:
             corpus = Corpus(prefix=prefix, name=Path(prefix).name, **fields)
+            if {".bin", ".idx"} <= corpus.sha256.keys():
+                return corpus
     except FileNotFoundError:
         reason = f"{path} is missing, so it is not a prepared corpus"
         remedy = "Check the path, or make the corpus with megatron-slm prepare"
         raise UserError(setting, prefix, reason, remedy) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(setting, prefix, f"{path} cannot be read ({error})", AGAIN) from error
-    if version not in known:
-        reason = f"{path} has format version {version}, and this program reads 1 to {FORMAT_VERSION}"
-        raise UserError(setting, prefix, reason, AGAIN)
-    if not {".bin", ".idx"} <= checksums:
+    if supported:
         raise UserError(setting, prefix, f"{path} lacks the SHA-256 of .bin or .idx", AGAIN)
-    return corpus
+    reason = f"{path} has format version {version}, and this program reads versions 1 to {FORMAT_VERSION}"
+    raise UserError(setting, prefix, reason, AGAIN)
 
 
 def _check_index(corpus: Corpus, setting: str) -> int:
@@ -360,7 +350,7 @@ def _check_index(corpus: Corpus, setting: str) -> int:
     path = Path(corpus.prefix + ".idx")
     index = read_index(path, setting, corpus.prefix)
     if (index.sequences, index.boundaries) != (corpus.num_documents, corpus.num_documents + 1):
-        reason = f"{path} has {index.sequences} documents, and {corpus.prefix}.json {corpus.num_documents}"
+        reason = f"{path} has {index.sequences} documents, and {corpus.prefix}.json records {corpus.num_documents}"
         raise UserError(setting, corpus.prefix, reason, AGAIN)
     _check_size(corpus, ".idx", index_size(index), setting)
     return index.item_size

@@ -1,12 +1,12 @@
-"""The documents that are trained on: those of the split, less those that a keep-list leaves out.
+"""The documents that a run trains on: the training part of the split, without those that a keep-list drops.
 
 A keep-list is one safetensors file with a bit per document of each corpus:
 
-Tensor NAME   uint8, bit d of the row (highest first within a byte) is 1 if document d of that corpus is kept
+Tensor NAME   uint8; bit d (the highest bit of a byte first) is 1 if document d of that corpus is kept
 Metadata      `keep_list`: JSON of the format version, the origin, and each corpus's name and SHA-256
 
-The split comes first: it divides all documents of a corpus, as in megatron-core, and the keep-list keeps some of its
-training part. So the held-out documents are the same with and without a keep-list.
+The split is applied first: it divides all documents of a corpus, as in megatron-core, and the keep-list keeps some of
+its training part. So the held-out documents are the same with and without a keep-list.
 """
 
 import json
@@ -31,7 +31,7 @@ class KeptDocuments(NamedTuple):
     """The documents of one corpus that are trained on.
 
     documents   bool `[num_documents]`, True for those of the split's training part that the keep-list keeps
-    num_tokens  tokens in them
+    num_tokens  number of their tokens
     """
 
     documents: "NDArray[np.bool_]"
@@ -42,30 +42,32 @@ def kept_documents(settings: DataSettings, corpora: Sequence[Corpus]) -> list[Ke
     """Return the documents of each corpus that are trained on; None if there is no keep-list.
 
     Raises:
-        UserError: the keep-list cannot be read, is of other corpora, or leaves no document of a corpus.
-        AgreedError: as `refuse_empty_split`.
+        UserError: the keep-list cannot be read, does not cover a corpus, or keeps no training document of it.
+        AgreedError: see `refuse_empty_split`.
     """
     if settings.keep is None:
         return None
+    from megatron_slm.data.megatron import num_training_documents
+
     refuse_empty_split(settings, corpora)
     keep_list = open_keep_list(settings.keep)
-    kept = [_kept(keep_list.documents(corpus), corpus, settings.split) for corpus in corpora]
-    for corpus, part in zip(corpora, kept, strict=True):
-        if part.num_tokens < 1:
+    kept = []
+    for corpus in corpora:
+        documents = keep_list.documents(corpus)
+        documents[num_training_documents(settings.split, corpus.num_documents) :] = False
+        kept.append(KeptDocuments(documents, count_tokens(corpus, documents)))
+        if kept[-1].num_tokens < 1:
             reason = f"it keeps no document of {corpus.prefix} in the part that data.split gives to training"
-            raise UserError(
-                "data.keep", settings.keep, reason, "Raise filter.keep, or leave this corpus out of data.train"
-            )
+            remedy = "Raise filter.keep, or leave this corpus out of data.train"
+            raise UserError("data.keep", settings.keep, reason, remedy)
     return kept
 
 
 def refuse_empty_split(settings: DataSettings, corpora: Sequence[Corpus]) -> None:
-    """Raise an error if the split gives no document of a corpus to training.
-
-    megatron-core would loop forever.
+    """Raise an error if the split gives no document of a corpus to training: megatron-core would loop forever.
 
     Raises:
-        AgreedError: data.split.
+        AgreedError: the training part of a corpus is empty.
     """
     from megatron_slm.data.megatron import num_training_documents
 
@@ -73,13 +75,6 @@ def refuse_empty_split(settings: DataSettings, corpora: Sequence[Corpus]) -> Non
         if num_training_documents(settings.split, corpus.num_documents) < 1:
             reason = f"it gives none of the {corpus.num_documents} documents of {corpus.prefix} to training"
             raise AgreedError("data.split", settings.split, reason, "Give the first part a larger share")
-
-
-def _kept(documents: "NDArray[np.bool_]", corpus: Corpus, split: str | None) -> KeptDocuments:
-    from megatron_slm.data.megatron import num_training_documents
-
-    documents[num_training_documents(split, corpus.num_documents) :] = False
-    return KeptDocuments(documents, count_tokens(corpus, documents))
 
 
 class Entry(NamedTuple):
@@ -94,8 +89,8 @@ class KeepList:
     """An opened keep-list.
 
     Args:
-        path: of the file.
-        entries: one per corpus.
+        path: path of the file.
+        entries: one entry per corpus.
     """
 
     def __init__(self, path: str, entries: Sequence[Entry]) -> None:
@@ -103,7 +98,7 @@ class KeepList:
         self._entries = entries
 
     def documents(self, corpus: Corpus) -> "NDArray[np.bool_]":
-        """Return which documents of a corpus are kept, bool `[num_documents]`.
+        """Return a mask of the kept documents of a corpus, bool `[num_documents]`.
 
         Raises:
             UserError: the list does not cover the corpus.
@@ -111,12 +106,9 @@ class KeepList:
         entry = next((entry for entry in self._entries if entry.sha256 == corpus.sha256), None)
         if entry is None:
             names = ", ".join(entry.name for entry in self._entries)
-            raise UserError(
-                "data.keep",
-                self._path,
-                f"it does not cover {corpus.prefix}, but {names} with other contents (their SHA-256 differ)",
-                "Run megatron-slm filter on the corpora of data.train",
-            )
+            reason = f"it does not cover {corpus.prefix}, only {names} (compared by SHA-256)"
+            remedy = "Run megatron-slm filter on the corpora of data.train"
+            raise UserError("data.keep", self._path, reason, remedy)
         from safetensors import safe_open
 
         with safe_open(self._path, framework="numpy") as file:
@@ -130,10 +122,10 @@ def write_keep_list(
     """Write a keep-list; equal lists give equal bytes.
 
     Args:
-        path: of the file.
-        corpora: those that it covers.
+        path: path of the file.
+        corpora: the corpora that it covers.
         kept: bool `[num_documents]` per corpus.
-        origin: how the documents were chosen, for the reader.
+        origin: JSON values that tell a reader of the file how the documents were chosen.
     """
     from safetensors.numpy import save
 
@@ -153,14 +145,14 @@ def open_keep_list(path: str) -> KeepList:
         UserError: the file is missing, not a keep-list, or of another version.
     """
     if not Path(path).is_file():
-        raise UserError("data.keep", path, "it is not a file", "Name the file that megatron-slm filter wrote")
+        raise UserError("data.keep", path, "it is not a file", "Give the file that megatron-slm filter wrote")
     described, shapes = _read(path)
     if described["format_version"] != FORMAT_VERSION:
         reason = f"its format version is {described['format_version']}, and this program reads {FORMAT_VERSION}"
         raise UserError("data.keep", path, reason, "Run megatron-slm filter again")
     entries = [Entry(**entry) for entry in described["corpora"]]
     if any(shapes.get(entry.name) != [-(-entry.documents // 8)] for entry in entries):
-        raise UserError("data.keep", path, "it lacks bits of the corpora that it names", "Copy it again")
+        raise UserError("data.keep", path, "it does not have one bit per document of its corpora", "Copy it again")
     return KeepList(path, entries)
 
 
@@ -173,5 +165,5 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
             described = json.loads((file.metadata() or {})[_METADATA])
             return described, {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        remedy = "Name the file that megatron-slm filter wrote, or copy it again"
+        remedy = "Give the file that megatron-slm filter wrote, or copy it again"
         raise UserError("data.keep", path, f"it is not a keep-list ({error})", remedy) from error

@@ -1,6 +1,7 @@
 """Batches: the micro-batches of an optimizer step for each rank, and the windows of an evaluation set.
 
-The order of samples does not depend on the number of ranks: a rank's share is cut from the step's samples at the end.
+The samples of a step are chosen before they are divided among the ranks, so their order does not depend on the number
+of ranks.
 """
 
 import math
@@ -23,7 +24,7 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
     """Return the micro-steps per optimizer step.
 
     Raises:
-        UserError: training.global_batch_size cannot be dealt evenly.
+        UserError: training.global_batch_size does not divide evenly among the ranks.
     """
     micro_step_samples = micro_batch_size * world_size
     if global_batch_size % micro_step_samples:
@@ -37,36 +38,42 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 
 
 def runs_beside(skip: Sequence[tuple[int, int]], first: int, count: int) -> list[range]:
-    """Return, as ranges, the next `count` ordinals from `first` on that no half-open range of `skip` contains."""
+    """Return the next `count` ordinals from `first` on as ranges, without those in the half-open ranges of `skip`."""
     runs = []
     for start, stop in sorted(skip):
+        # A slice of a range takes at most `count` ordinals; it is empty if `first` is past `start`.
         run = range(first, start)[:count]
         if run:
             runs.append(run)
             count -= len(run)
+        # Ranges may overlap, so an earlier one may end later.
         first = max(first, stop)
     return [*runs, range(first, first + count)] if count else runs
 
 
 def position_after(skip: Sequence[tuple[int, int]], position: int, count: int) -> int:
-    """Return the position after the next `count` samples from `position` on, not counting those to skip."""
+    """Return the position after the next `count` samples from `position` on, without those in `skip`."""
     runs = runs_beside(skip, position, count)
     return runs[-1].stop if runs else position
 
 
 class StepLoader:
-    """The micro-batches of one optimizer step for this rank; a thread reads the next step ahead.
+    """A loader of this rank's micro-batches, one optimizer step at a time; a thread reads the next step ahead.
 
-    From a position of the order on, not counting samples to skip, micro-step m gets the next b*W samples for
-    micro-batch size b and W data-parallel ranks, and rank r the r-th run of b of these. The position is the only state.
+    With micro-batch size b and W data-parallel ranks, each micro-step takes the next b * W samples of the order that
+    are not skipped, and rank r takes samples r * b to r * b + b - 1 of these. The position in the order is the only
+    state that a resume needs.
 
     Args:
-        samples: the run's order.
+        samples: the samples of the run, in its order.
         micro_batch_size: samples per rank per micro-step, b.
-        global_batch_size: samples per optimizer step.
+        global_batch_size: samples per optimizer step, over all ranks.
         reset_attention: restart positions at each document.
         world: the rank and world size of this process.
         skip: half-open ranges of the order to skip.
+
+    Raises:
+        UserError: see `accumulation_steps`.
     """
 
     def __init__(
@@ -84,7 +91,7 @@ class StepLoader:
         self._reset_attention = reset_attention
         self._world = world
         self._skip = skip
-        accumulation_steps(global_batch_size, micro_batch_size, world.data.size)
+        accumulation_steps(global_batch_size, micro_batch_size, world.data.size)  # raises an error for bad sizes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -95,8 +102,10 @@ class StepLoader:
     def load(self, position: int) -> list[Batch]:
         """Return this rank's micro-batches of the step that begins at `position`, on its device."""
         start, future = self._ahead or (-1, None)
+        # Nothing was read ahead for the first step, or if the caller jumps to another position.
         batches = future.result() if future and start == position else self.read(position)
         following = self.end(position)
+        # Only whole steps of cycles that are already built: building a cycle needs all ranks.
         if self.end(following) <= len(self._samples):
             self._ahead = following, self._thread.submit(self.read, following)
         return [batch.to(self._world.device) for batch in batches]
@@ -106,6 +115,7 @@ class StepLoader:
         ordinals = list(chain(*runs_beside(self._skip, position, self._global_batch_size)))
         data = self._world.data
         stride = self._micro_batch_size * data.size
+        # Each stride of ordinals is a micro-step, in which the ranks take consecutive micro-batches.
         mine = range(data.rank * self._micro_batch_size, len(ordinals), stride)
         return [self._batch(ordinals[first : first + self._micro_batch_size]) for first in mine]
 
@@ -114,9 +124,16 @@ class StepLoader:
 
 
 def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool) -> Batch:
-    """Return samples as a batch; a label is valid if its token counts toward the loss."""
+    """Return samples as a batch of B; a label is valid if its token counts toward the loss.
+
+    Args:
+        samples: samples of T + 1 tokens.
+        ordinals: the number of each sample in the run's order.
+        reset_attention: restart positions at each document.
+    """
     text_BS = _stack([sample.text for sample in samples])
     offset_BS = _stack([sample.offset for sample in samples])
+    valid_BS = _stack([np.ones(len(s.text), dtype=bool) if s.valid is None else s.valid for s in samples])
     if reset_attention:
         position_BT = _stack([sample.position for sample in samples])[:, :-1]
     else:
@@ -124,17 +141,13 @@ def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool
     return Batch(
         tokens_BT=text_BS[:, :-1],
         labels_BT=text_BS[:, 1:],
-        valid_BT=_stack([_valid(sample) for sample in samples])[:, 1:],
+        valid_BT=valid_BS[:, 1:],
         position_ids_BT=position_BT,
         sample_index_B=torch.tensor(ordinals),
         source_B=torch.tensor([sample.source for sample in samples]),
         label_offset_BT=offset_BS[:, 1:],
         continued_B=torch.tensor([sample.continued for sample in samples]),
     )
-
-
-def _valid(sample: Sample) -> np.ndarray:
-    return np.ones(len(sample.text), dtype=bool) if sample.valid is None else sample.valid
 
 
 def _stack(rows: list[np.ndarray]) -> Tensor:
@@ -145,12 +158,12 @@ class EvaluationStream:
     """Windows of `seq_length` tokens over a corpus in the order of its `.bin`; the last one is padded.
 
     Every token is a label once, except the stream's first. End-of-document tokens are not text, so they are not
-    scored, nor are tokens that the mask excludes. Windows do not overlap: a window's first label is predicted from one
-    token.
+    scored; nor are tokens that the mask excludes. Windows do not overlap, so the first label of a window is predicted
+    from one token.
 
     Args:
         corpus: an opened corpus.
-        seq_length: tokens per window, T.
+        seq_length: labels per window, T.
         eod: id of the end-of-document token.
         reset_attention: restart positions at each document.
     """
@@ -162,7 +175,7 @@ class EvaluationStream:
         self._reset_attention = reset_attention
         self._tokens = map_tokens(corpus)
         self._mask = open_mask(corpus)
-        # From the index, because in a chat the end token may also end turns.
+        # Read from the index, because in a chat the end-of-document token may also end turns.
         self._document_start = open_documents(corpus).starts()
 
     def __len__(self) -> int:
@@ -171,45 +184,40 @@ class EvaluationStream:
 
     def batch(self, windows: list[int]) -> Batch:
         """Return windows as a batch. One beyond the end is all padding, so that all ranks run equally many batches."""
-        text_BS, offset_BS = (
-            torch.from_numpy(np.stack(rows)) for rows in zip(*map(self._window, windows), strict=True)
-        )
-        labels_BT, offset_BT = text_BS[:, 1:], offset_BS[:, 1:]
+        start_B = np.array(windows) * self._seq_length
+        # Consecutive windows share a token: the last label of one is the first input of the next.
+        offset_BS = start_B[:, None] + np.arange(self._seq_length + 1)
+        is_real_BS = offset_BS < len(self._tokens)
+        offset_BS[~is_real_BS] = -1  # padding
+        text_BS = np.where(is_real_BS, self._tokens[offset_BS].astype(np.int64), self._eod)
+        counts_BS = is_real_BS & (text_BS != self._eod)
+        if self._mask is not None:
+            counts_BS &= self._mask[offset_BS] != 0
         return Batch(
-            tokens_BT=text_BS[:, :-1],
-            labels_BT=labels_BT,
-            valid_BT=self._counts(offset_BT) & (labels_BT != self._eod),
-            position_ids_BT=self._positions(np.array(windows)),
+            tokens_BT=torch.from_numpy(text_BS[:, :-1]),
+            labels_BT=torch.from_numpy(text_BS[:, 1:]),
+            valid_BT=torch.from_numpy(counts_BS[:, 1:]),
+            position_ids_BT=self._positions(start_B),
             sample_index_B=torch.tensor(windows),
             source_B=torch.zeros(len(windows), dtype=torch.long),
-            label_offset_BT=offset_BT,
-            continued_B=self._continued(np.array(windows)),
+            label_offset_BT=torch.from_numpy(offset_BS[:, 1:]),
+            continued_B=self._continued(start_B),
         )
 
-    def _window(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        start = window * self._seq_length
-        text = np.asarray(self._tokens[start : start + self._seq_length + 1], dtype=np.int64)
-        missing = self._seq_length + 1 - len(text)
-        offset = np.concatenate([start + np.arange(len(text)), np.full(missing, -1)])
-        return np.concatenate([text, np.full(missing, self._eod)]), offset
-
-    def _counts(self, offset_BT: torch.Tensor) -> torch.Tensor:
-        """Return False for padding and for tokens that the mask excludes."""
-        real_BT = offset_BT >= 0
-        return real_BT if self._mask is None else real_BT & torch.from_numpy(self._mask[offset_BT.numpy()]).bool()
-
-    def _continued(self, window_B: np.ndarray) -> torch.Tensor:
-        """Return for each window the tokens at its beginning that continue a document from before it, int64 `[B]`."""
-        start_B = window_B * self._seq_length
+    def _continued(self, start_B: np.ndarray) -> Tensor:
+        """Return how many tokens at the start of each window continue an earlier document, int64 `[B]`."""
         document_B = np.searchsorted(self._document_start, start_B, side="right") - 1
         end_B = np.append(self._document_start, len(self._tokens))[document_B + 1]
+        # A window beyond the end of the stream begins after the last document.
         continued_B = (end_B - start_B).clip(0, self._seq_length + 1)
         return torch.from_numpy(np.where(self._document_start[document_B] < start_B, continued_B, 0))
 
-    def _positions(self, window_B: np.ndarray) -> torch.Tensor:
-        start_B1 = window_B[:, None] * self._seq_length
-        place_BT = start_B1 + np.arange(self._seq_length)
-        if not self._reset_attention:
-            return torch.from_numpy(place_BT - start_B1)
-        document_BT = np.searchsorted(self._document_start, place_BT, side="right") - 1
-        return torch.from_numpy(place_BT - np.maximum(self._document_start[document_BT], start_B1))
+    def _positions(self, start_B: np.ndarray) -> Tensor:
+        """Return the position of each token in its window or, if attention is reset, in its part of a document."""
+        place_BT = start_B[:, None] + np.arange(self._seq_length)
+        origin_BT = start_B[:, None]
+        if self._reset_attention:
+            document_BT = np.searchsorted(self._document_start, place_BT, side="right") - 1
+            # A document that began in an earlier window counts from the beginning of this one.
+            origin_BT = np.maximum(self._document_start[document_BT], origin_BT)
+        return torch.from_numpy(place_BT - origin_BT)

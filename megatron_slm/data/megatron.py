@@ -1,8 +1,8 @@
-"""The adapter to megatron-core: its packing, blending and shuffling, with the address of every token.
+"""The adapter to megatron-core: its packing, blending and shuffling, with the offset of every token.
 
 Checked against megatron-core 0.16. The attributes `shuffle_index`, `sample_index`, `document_index`, `dataset` and
 `dataset_id` of its data sets, the reader behind `dataset.index`, and `split_matrix` of its configuration are not
-documented. tests/unit/test_megatron.py fails if one of them moves.
+documented. tests/unit/test_megatron.py fails if one of them changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,14 +25,14 @@ _WHOLE = "1,0,0"  # the split that gives all documents to training
 class OrderConfig(GPTDatasetConfig):  # type: ignore[misc]  # megatron-core has no types
     """megatron-core's configuration, with the documents that a keep-list keeps.
 
-    kept  bool `[num_documents]` by PREFIX; a corpus that is not named keeps all documents
+    kept  bool `[num_documents]` by PREFIX, True for documents to keep; a corpus without an entry keeps all documents
     """
 
     kept: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
 class PackedDocuments(GPTDataset):  # type: ignore[misc]
-    """megatron-core's packed samples of the kept documents, with the address of every token."""
+    """megatron-core's packed samples of the kept documents, with the offset of every token in the `.bin`."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class PackedDocuments(GPTDataset):  # type: ignore[misc]
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a sample: `text`, `offset`, `position` and `continued` of data/samples.py's `Sample`."""
+        """Return the fields `text`, `offset`, `position` and `continued` of a `Sample`, see data/samples.py."""
         place = int(self.shuffle_index[index])
         first, begin = (int(value) for value in self.sample_index[place])
         last, end = (int(value) for value in self.sample_index[place + 1])
@@ -56,6 +56,7 @@ class PackedDocuments(GPTDataset):  # type: ignore[misc]
         for entry in range(first, last + 1):
             document = int(self.document_index[entry])
             start = begin if entry == first else 0
+            # The last token of a sample is also the first of the next one.
             stop = end + 1 if entry == last else int(self.dataset.sequence_lengths[document])
             texts.append(self.dataset.get(document, offset=start, length=stop - start))
             offsets.append(self._document_offset(document) + np.arange(start, stop))
@@ -82,19 +83,19 @@ def build_packed_documents(
     seed: int,
     cache: Path,
 ) -> PackedDocuments:
-    """Return one order of samples; the first rank builds its indices in the cache, the others read them.
+    """Return the samples of one cycle; rank 0 builds their indices in the cache, and the other ranks read them.
 
-    A blend of several corpora is another class of megatron-core, whose items also have `dataset_id`, the entry of the
-    blend.
+    For several corpora, the result is a blend, another class of megatron-core, whose items also have `dataset_id`, the
+    index of the corpus.
 
     Args:
-        prefixes: of the corpora.
-        weights: of the blend.
+        prefixes: PREFIX of each corpus.
+        weights: weight of each corpus in the blend.
         split: as in the settings; None gives all documents to training.
-        kept: documents to keep, by prefix.
-        seq_length: tokens per sample, less one.
-        num_samples: samples in the order.
-        seed: of the order.
+        kept: documents to keep, by PREFIX; see `OrderConfig`.
+        seq_length: T; a sample has T + 1 tokens.
+        num_samples: samples in the cycle.
+        seed: seed of the order.
         cache: folder for the indices.
     """
     config = OrderConfig(
@@ -118,12 +119,12 @@ def build_packed_documents(
 
 
 def num_training_documents(split: str | None, num_documents: int) -> int:
-    """Return the number of documents, from the first on, that a split gives to training, as megatron-core rounds it."""
+    """Return the number of leading documents that a split gives to training, rounded as megatron-core rounds it."""
     return round(float(parse_and_normalize_split(split or _WHOLE)[0]) * num_documents)
 
 
 class _NoTokenizer:
-    """A stand-in for the tokenizer that megatron-core requires, and does not use for tokens that exist."""
+    """A stand-in for the tokenizer that megatron-core requires but does not use for prepared tokens."""
 
     vocab_size = None
     eod = None

@@ -1,4 +1,4 @@
-"""Sentencepiece models: trained, and read as fast tokenizers that give the ids of sentencepiece itself.
+"""Training of sentencepiece models, and their conversion to fast tokenizers that give the same ids.
 
 Both forms must give the same ids for fixed texts and, in prepare, for a sample of the documents. They can break ties
 between segmentations of equal score differently, because sentencepiece adds scores in float32 and tokenizers in
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_MAX_LINE = 4000  # characters; sentencepiece skips sentences above 4,192 bytes unless told otherwise
+_MAX_LINE = 4000  # characters; by default, sentencepiece skips sentences above 4,192 bytes
 _SPACE = "\u2581"  # how sentencepiece writes a space
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 _UNIGRAM, _BPE, _WORD, _CHAR = range(1, 5)  # TrainerSpec.ModelType
@@ -36,15 +36,15 @@ def train_tokenizer(
 ) -> None:
     """Train a sentencepiece BPE model on ``texts`` and write it to ``output_model``.
 
-    Decoding restores the text exactly, spaces and newlines included; characters without a piece are spelled in bytes.
+    Decoding restores the text exactly, spaces and newlines included; characters without a piece become byte pieces.
     The same texts give the same model.
 
     Args:
-        texts: to train on.
-        vocab_size: pieces.
+        texts: texts to train on.
+        vocab_size: number of pieces.
         output_model: file to write.
-        max_lines: lines to hold in memory, drawn from all of them.
-        seed: of the draw.
+        max_lines: number of lines to train on, drawn from all lines and held in memory.
+        seed: seed of the draw.
 
     Raises:
         UserError: the text has too few pieces for ``vocab_size``, or too many characters.
@@ -79,7 +79,7 @@ _TRAINER_OPTIONS: dict[str, Any] = {
     "eos_id": 1,
     "bos_id": -1,
     "pad_id": -1,
-    "num_threads": 4,  # part of the model file, so never the machine's own number
+    "num_threads": 4,  # fixed, because it is part of the model file
     "minloglevel": 2,
 }
 
@@ -91,7 +91,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sample(lines: Iterable[str], count: int, seed: int) -> list[str]:
-    """Draw ``count`` lines with equal chances; sentencepiece's own draw differs from process to process."""
+    """Draw ``count`` lines uniformly. Sentencepiece's own draw differs between processes."""
     generator = random.Random(seed)
     kept: list[str] = []
     for number, line in enumerate(lines):
@@ -103,7 +103,7 @@ def _sample(lines: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def _reason_and_remedy(message: str) -> tuple[str, str]:
-    """Return the reason and the remedy of an error from an error message of sentencepiece."""
+    """Translate an error message of sentencepiece into a reason and a remedy."""
     if "too high" in message:
         most = message.rstrip(". ").rsplit(" ", 1)[-1]
         return f"the text gives at most {most} pieces", f"Use {most} or less, or give more text"
@@ -126,11 +126,11 @@ def read_sentencepiece(path: Path, texts: Iterable[str]) -> "PreTrainedTokenizer
     """Build the fast tokenizer that gives the ids of a sentencepiece model.
 
     Args:
-        path: of the model file.
-        texts: on which both must agree.
+        path: path of the model file.
+        texts: texts for which both must give the same ids, besides a fixed one.
 
     Raises:
-        UserError: the file is not a sentencepiece model, or the fast tokenizer gives other ids.
+        UserError: the file is not a sentencepiece model, or its fast form would give other ids.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from transformers import PreTrainedTokenizerFast
@@ -139,7 +139,7 @@ def read_sentencepiece(path: Path, texts: Iterable[str]) -> "PreTrainedTokenizer
     proto = ModelProto.FromString(processor.serialized_model_proto())
     trainer = proto.trainer_spec
     if trainer.model_type == _WORD:
-        raise UserError("tokenizer", path, "it is of the type word, which has no fast form", _INSTEAD)
+        raise UserError("tokenizer", path, "its model type is word, which has no fast form", _INSTEAD)
     ids = {"unk_token": trainer.unk_id, "bos_token": trainer.bos_id, "eos_token": trainer.eos_id}
     named = {name: proto.pieces[index].piece for name, index in ids.items() if index >= 0}
     tokenizer = PreTrainedTokenizerFast(
@@ -158,7 +158,7 @@ def compare_with_sentencepiece(
     """Compare the ids of a sentencepiece model with those of its fast form.
 
     Args:
-        path: of the model file.
+        path: path of the model file.
         tokenizer: its fast form, from ``read_sentencepiece``.
         texts: pairs of a place, for messages, and a text.
 
@@ -170,12 +170,11 @@ def compare_with_sentencepiece(
     for place, text in texts:
         begin = first_difference(processor, tokenizer, text)
         if begin is not None:
-            excerpt = text[begin : begin + 40]
-            reason = (
-                f"its fast form gives other ids than sentencepiece in {place}, from character {begin} ({excerpt!r})"
-            )
+            where = f"{place}, from character {begin} ({text[begin : begin + 40]!r})"
+            reason = f"its fast form gives other ids than sentencepiece in {where}"
             raise UserError("tokenizer", path, reason, _INSTEAD)
-        documents, characters = documents + 1, characters + len(text)
+        documents += 1
+        characters += len(text)
     return Compared(documents, characters)
 
 
@@ -211,10 +210,12 @@ def _fast_tokenizer(proto: Any, path: Path) -> "Tokenizer":
     if not bpe:
         tokenizer.pre_tokenizer = _apart(proto, path)
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * spec.add_dummy_prefix)
+    if spec.add_dummy_prefix:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
     special = [p.piece for p in proto.pieces if p.type in (_UNKNOWN, _CONTROL)]
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
-    if bpe:  # among the pieces of Unigram, symbols compete by their score, as in sentencepiece
+    if bpe:  # in Unigram, symbols are pieces that compete by score, as in sentencepiece
         symbols = [p.piece for p in proto.pieces if p.type == _USER_DEFINED]
         tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in symbols])
     return tokenizer
@@ -225,10 +226,10 @@ def _bpe(proto: Any) -> Any:
     from tokenizers.models import BPE
 
     ids = {p.piece: index for index, p in enumerate(proto.pieces)}
-    ranked = sorted((p for p in proto.pieces if p.type == _NORMAL), key=lambda p: -p.score)
-    known = {p.piece: ids[p.piece] for p in ranked}
+    best_first = sorted((p for p in proto.pieces if p.type == _NORMAL), key=lambda p: -p.score)
+    known = {p.piece: ids[p.piece] for p in best_first}
     merges: list[tuple[str, str]] = []
-    for piece in (p.piece for p in ranked):
+    for piece in known:
         halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
         possible = [(left, right) for left, right in halves if left in known and right in known]
         merges += sorted(possible, key=lambda pair: (known[pair[0]], known[pair[1]]))
@@ -242,7 +243,7 @@ def _unigram(proto: Any) -> Any:
 
     best = max((p.score for p in proto.pieces if p.type == _NORMAL), default=0.0)
     scores = [
-        # For user-defined symbols, the score that sentencepiece gives them (unigram_model.cc, version 0.2).
+        # Sentencepiece scores user-defined symbols in this way (unigram_model.cc, version 0.2).
         (p.piece, len(p.piece.encode()) * best - 0.1 if p.type == _USER_DEFINED else p.score)
         for p in proto.pieces
     ]
@@ -250,14 +251,14 @@ def _unigram(proto: Any) -> Any:
 
 
 def _apart(proto: Any, path: Path) -> Any:
-    """Return the pre-tokenizer that keeps Unigram from matching special pieces where a text spells them out.
+    """Return the pre-tokenizer that keeps Unigram from matching special pieces that a text spells out.
 
-    Unigram matches every piece, also ``</s>`` and ``<0x0A>``; sentencepiece matches only ordinary ones. So a text is
-    split inside such a spelling, between two characters that are adjacent in no ordinary piece. No other segmentation
-    changes.
+    Unigram matches every piece, including ``</s>`` and ``<0x0A>``; sentencepiece matches only ordinary pieces. So the
+    pre-tokenizer splits such a spelling between two characters that are adjacent in no ordinary piece. No other
+    segmentation changes.
 
     Raises:
-        UserError: a spelling has no such place.
+        UserError: a special piece has no such place.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -269,9 +270,8 @@ def _apart(proto: Any, path: Path) -> Any:
     for kind, piece in ((p.type, p.piece) for p in proto.pieces if p.piece not in ordinary):
         cut = next((place for place in range(1, len(piece)) if piece[place - 1 : place + 1] not in together), None)
         if cut is None:
-            raise UserError(
-                "tokenizer", path, f"it cannot be converted with the same ids (because of {piece})", _INSTEAD
-            )
+            reason = f"it cannot be converted with the same ids (because of {piece})"
+            raise UserError("tokenizer", path, reason, _INSTEAD)
         # One pattern for all byte pieces, because every pattern is tried at every character of the corpus.
         rest = "0x[0-9A-F]{2}>" if kind == _BYTE and cut == 1 else re.escape(piece[cut:])
         patterns.add(f"{re.escape(piece[cut - 1])}(?<={re.escape(piece[:cut])})(?={rest})")

@@ -11,7 +11,7 @@ from megatron_slm.settings import STRICT, Group, PathText, Positive, Switch, Who
 
 
 def _expand_paths(train: Any) -> Any:
-    """Return `data.train` with its paths expanded; a number among them stays a number, and `80B` stays a path."""
+    """Return `data.train` with its paths expanded; weights stay numbers, and a PREFIX such as `80B` stays text."""
     if isinstance(train, list):
         return [_expand_paths(entry) for entry in train]
     return expand_path(train) if isinstance(train, str) else train
@@ -62,12 +62,11 @@ def train_share(split: str | None) -> float:
     Raises:
         UserError: the split is not one to three numbers, or the first is 0.
     """
-    # megatron-core finds digits and dots in whatever it is given: it would read 1e-1 as two parts.
-    parts = [1.0]
-    if split and re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(,\s*(\d+\.?\d*|\.\d+)\s*){0,2}", split):
-        parts = [float(part) for part in split.split(",")]
-    elif split:
-        parts = [0.0]
+    if not split:
+        return 1.0
+    # Stricter than megatron-core, which extracts digits and dots from any text and reads 1e-1 as two parts.
+    number = r"\s*(\d+\.?\d*|\.\d+)\s*"
+    parts = [float(part) for part in split.split(",")] if re.fullmatch(f"{number}(,{number}){{0,2}}", split) else [0.0]
     if not parts[0] > 0:
         reason = 'it must be parts for training, validation and test, such as "98,2,0", the first above 0'
         raise UserError("split", split, reason, "Correct it, or remove it to train on all documents")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHOSEN_END = "ends_documents"  # in tokenizer_config.json; its name may not end in _token, which transformers reads
+_CHOSEN_END = "ends_documents"  # in tokenizer_config.json; not ..._token, because transformers reads such keys
 _DOCUMENT_ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -31,7 +31,7 @@ _DOCUMENT_ENDS = (
     "</s>",
 )
 PROBE_VERSION = 1
-"""Raised with every change of the texts: hashes of different versions are not compared."""
+"""Increment it when the texts change: hashes of different versions are not compared."""
 
 PROBE_TEXTS = (
     "The quick brown fox doesn't jump; they'll say it's the dog's, I'M SURE WE'VE SEEN 'em.",
@@ -47,15 +47,18 @@ PROBE_TEXTS = (
     "experimentalists rediscover hydrodynamics, photosynthesis, jurisprudence, thermodynamic equilibrium and "
     "counterrevolutionary antidisestablishmentarianism whenever knowledgeable neighbours quietly exchange views.",
 )
-"""Fixed texts in which tokenizers of the same pieces differ. No long runs of a piece, which rounding splits."""
+"""Fixed texts that tokenizers with the same pieces may split differently.
+
+They repeat no piece many times: rounding of scores would decide how to split such a run.
+"""
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
     """The properties that two tokenizers share if their ids mean the same text.
 
-    fingerprint  of the pieces with their ids, and of the ids of bos, eos and unk
-    probe        of the ids of PROBE_TEXTS; empty if an earlier version did not record it
+    fingerprint  hash of the pieces with their ids, and of the ids of bos, eos and unk
+    probe        hash of the ids of PROBE_TEXTS; empty if an earlier version did not record it
     """
 
     fingerprint: str
@@ -78,7 +81,7 @@ def load_tokenizer(path: str, end_token: str | None = None) -> "PreTrainedTokeni
     are those that transformers reads.
 
     Args:
-        path: folder, name or file.
+        path: the folder, name or file.
         end_token: the piece that ends documents; None for the tokenizer's eos_token.
 
     Raises:
@@ -92,7 +95,7 @@ def load_tokenizer(path: str, end_token: str | None = None) -> "PreTrainedTokeni
         _choose_end(tokenizer, end_token, path)
     if tokenizer.eos_token_id is None:
         remedy = "Set eos_token in its configuration, or name one of its pieces with --end-token"
-        raise UserError("tokenizer", path, "it has no end token, which ends documents", remedy)
+        raise UserError("tokenizer", path, "it has no end token for documents", remedy)
     return tokenizer
 
 
@@ -116,7 +119,7 @@ def likelier_end_token(tokenizer: "PreTrainedTokenizerFast") -> str | None:
 
 
 def tokenizer_identity(tokenizer: "PreTrainedTokenizerFast") -> TokenizerIdentity:
-    """Return the properties that tell the tokenizer from others."""
+    """Return the properties that identify the tokenizer."""
     return TokenizerIdentity(tokenizer_fingerprint(tokenizer), tokenizer_probe(tokenizer))
 
 
@@ -137,10 +140,10 @@ def tokenizer_probe(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Save a tokenizer to a folder from which AutoTokenizer gives the same ids.
+    """Save a tokenizer to a folder from which AutoTokenizer loads the same tokenizer.
 
     Raises:
-        UserError: the tokenizer that is loaded from the folder is another.
+        UserError: the tokenizer that is loaded from the folder differs.
     """
     from transformers import AutoTokenizer
 
@@ -156,7 +159,7 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
 
 
 def auto_tokenizer_agrees(folder: Path) -> bool:
-    """Return True if AutoTokenizer, with which others load the folder, gives the ids of its tokenizer.json.
+    """Return True if AutoTokenizer, with which other programs load the folder, gives the ids of its tokenizer.json.
 
     Next to a config.json of some model types, such as qwen2, AutoTokenizer ignores `tokenizer_class`.
     """
@@ -172,7 +175,7 @@ def largest_id(tokenizer: "PreTrainedTokenizerFast") -> int:
 
 
 def vocabulary_size(tokenizer: "PreTrainedTokenizerFast") -> int:
-    """Return the rows that an embedding needs, which exceed the number of pieces if some ids are unused."""
+    """Return the number of rows that an embedding needs: more than there are pieces if some ids are unused."""
     return largest_id(tokenizer) + 1
 
 
@@ -181,13 +184,14 @@ def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     from transformers.utils import has_file
 
     refuse_missing_folder("tokenizer", path)
+    theirs: Any = None
     failure: Exception | None = None
     try:
         theirs = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # for example, a class that needs other files, or that comes with code
         failure = error
     # Only this class uses tokenizer.json unchanged (transformers 5.17 and 5.24).
-    if failure is None and type(theirs) is PreTrainedTokenizerFast:
+    if type(theirs) is PreTrainedTokenizerFast:
         return theirs
     if not _read(path, lambda: has_file(path, "tokenizer.json")):
         if failure is not None:
@@ -197,14 +201,13 @@ def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     if failure is not None:
         logger.info(
             "tokenizer %s: AutoTokenizer cannot load it (%s), so its tokenizer.json is used directly",
-            path,
-            _first_line(failure),
-        )
+            path, _first_line(failure),
+        )  # fmt: skip
         return tokenizer
     _copy_special_tokens(tokenizer, theirs)
     if theirs.is_fast and _splits(theirs) != _splits(tokenizer):
         logger.info(
-            "tokenizer %s: the %s of transformers gives other ids than its tokenizer.json, so that file is used",
+            "tokenizer %s: the %s of transformers gives other ids than its tokenizer.json, which is used instead",
             path, type(theirs).__name__,
         )  # fmt: skip
     return tokenizer
@@ -231,7 +234,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _copy_special_tokens(tokenizer: "PreTrainedTokenizerFast", theirs: "PreTrainedTokenizerFast") -> None:
-    """Copy the special tokens that no file names, but a class of transformers defines, if they are pieces."""
+    """Copy the special tokens that only a class of transformers defines, if the tokenizer has pieces for them."""
     pieces = tokenizer.get_vocab()
     for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
         token = getattr(theirs, name)
@@ -251,5 +254,5 @@ def _text_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int] | No
     """Return the ids of a text in which special tokens count as text; None if it cannot be encoded."""
     try:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
-    except Exception:  # from Rust, for example for an unknown piece without an unknown token
+    except Exception:  # raised in Rust, for example if unknown text has no unknown token
         return None

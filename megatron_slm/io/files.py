@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, locks, and checks of paths before anything is written.
 
-Everything that outlives a kill is written the same way: under another name in the same folder, flushed, and then
-renamed by `publish`. A rename itself is durable once the folder that holds the name is flushed.
+Everything that must survive a kill is written in the same way: under another name in the same folder, flushed, then
+renamed by `publish`. The rename itself is durable once the folder is flushed.
 """
 
 import fcntl
@@ -36,8 +36,8 @@ def sync_tree(path: Path) -> None:
 def publish(staged: Path, target: Path, *, replace: bool = False, flush: bool = True) -> None:
     """Give a finished file or folder its final name, durably.
 
-    A file that is replaced is the old or the new one at every instant. A folder that is replaced is missing for an
-    instant, because no system call exchanges two folders portably.
+    A file is replaced atomically. A folder that is replaced is missing for an instant, because no portable system call
+    exchanges two folders.
 
     Args:
         staged: the finished file or folder, on the same file system as `target`.
@@ -59,10 +59,10 @@ def publish(staged: Path, target: Path, *, replace: bool = False, flush: bool = 
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a text file and flush it; an older one is replaced at once, or not at all.
+    """Write a text file and flush it; an existing file is replaced atomically.
 
     Raises:
-        OSError: the file cannot be written; an older one is unchanged.
+        OSError: the file cannot be written; an existing one is unchanged.
     """
     staged = path.with_name(path.name + ".new")
     staged.write_text(text, encoding="utf-8")
@@ -73,12 +73,12 @@ def write_durably(path: Path, text: str) -> None:
 def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
     """Yield an empty folder to write to, which becomes `folder` when the block ends.
 
-    If the block raises, nothing changes. After a kill, `folder` is whole, unchanged, or (where it was to be replaced)
-    missing.
+    If the block raises an error, `folder` does not change. After a kill, it is complete, unchanged, or, if it was to be
+    replaced, missing.
 
     Args:
         folder: the folder to make.
-        replace: replace an older one.
+        replace: replace an existing folder.
 
     Raises:
         OSError: the folder cannot be written, or exists and may not be replaced.
@@ -96,9 +96,9 @@ def whole_folder(folder: Path, *, replace: bool) -> Iterator[Path]:
 
 @contextmanager
 def hold(path: Path, busy: UserError | None = None) -> Iterator[None]:
-    """Hold an exclusive lock, which ends with the block or with this process.
+    """Hold an exclusive lock, which is released at the end of the block or of this process.
 
-    Where the file system has no locks, this logs a warning and holds nothing.
+    On a file system without locks, log a warning and hold none.
 
     Args:
         path: an existing folder, or a file, which is created if it does not exist.
@@ -128,7 +128,7 @@ def dangling_link(path: Path) -> str | None:
 
 
 def refuse_taken(setting: str, path: Path) -> None:
-    """Raise an error if a file, a folder or a dangling link exists where a command is to create something.
+    """Raise an error if a path that a command is to create is a file, a folder or a dangling link.
 
     Raises:
         UserError: the path is taken.

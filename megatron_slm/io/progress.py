@@ -1,27 +1,25 @@
-"""Progress of long work: a bar on a terminal, a line from time to time in a log."""
+"""Progress of long work: a bar on a terminal, or periodic lines in a log."""
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TypeVar
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 30.0
-_FIRST_LOG_SECONDS = 5.0  # so that a wrong estimate of the duration shows soon
-_PRIOR_SECONDS = 30.0  # after so long, the pace so far weighs as much as the expected durations
-T = TypeVar("T")
+_FIRST_LOG_SECONDS = 5.0  # early, so that the user soon sees an unexpected duration
+_PRIOR_SECONDS = 30.0  # after this time, the measured pace weighs as much as the expected durations
 
 
 class Meter:
-    """A context that shows how many of `total` units are done.
+    """A context manager that shows how many of `total` units are done.
 
     Args:
-        total: 0 if unknown.
-        unit: of the count, in the plural.
+        total: number of units; 0 if unknown.
+        unit: name of the units, in the plural.
         shown: False on ranks that show nothing.
     """
 
@@ -40,7 +38,7 @@ class Meter:
         self._bar.close()
 
     def after(self, before: int) -> Callable[[int], None]:
-        """Return a function like `reach` for one part of the work, with `before` units done when the part begins."""
+        """Return a function like `reach` for a part of the work that begins after `before` units."""
         return lambda done: self.reach(before + done)
 
     def reach(self, done: int) -> None:
@@ -90,7 +88,7 @@ class StageMeter:
         self._bar.close()
 
     def _done(self, share: float) -> float:
-        """Return the expected seconds of what is done."""
+        """Return the expected duration of the finished work, in seconds."""
         return sum(self._expected[: self._number]) + min(share, 1.0) * self._expected[self._number]
 
     def _left(self, share: float) -> str:
@@ -103,17 +101,3 @@ class StageMeter:
         if self._bar.disable:  # no terminal
             place = f"stage {self._number + 1} of {len(self._expected)}"
             logger.info("%s, %s: %.0f %%, about %s left", place, self._title, 100 * share, self._left(share))
-
-
-def show_progress(results: Iterable[tuple[T, int]], total: int, unit: str) -> Iterator[T]:
-    """Yield results while a meter shows the progress.
-
-    Args:
-        results: each with the number of units that are done with it.
-        total: all units; 0 if unknown.
-        unit: in the plural.
-    """
-    with Meter(total, unit) as meter:
-        for result, done in results:
-            meter.reach(done)
-            yield result

@@ -1,7 +1,7 @@
-"""Output in the making: a locked folder beside it, with a journal of unfinished work.
+"""Unfinished output: a locked staging folder beside the output, with a journal of the work that is done.
 
-.NAME.DOING/progress.json    the journal; the folder survives a failure or a kill only with one
-            ready/           what is published: each entry beside the output, or the folder as the output
+.NAME.DOING/progress.json    the journal; after a failure, a folder without one is removed
+            ready/           the files to publish: each entry beside the output, or the whole folder as the output
 """
 
 import contextlib
@@ -22,7 +22,7 @@ JOURNAL = "progress.json"
 
 
 class Staging:
-    """The staging folder of one output; making this object touches no file.
+    """The staging folder of one output. Nothing is written before `open`.
 
     Args:
         output: the file, folder or prefix to make.
@@ -31,7 +31,7 @@ class Staging:
 
     Attributes:
         folder: the staging folder, beside the output.
-        ready: the folder of what is published.
+        ready: the folder of the files to publish.
         journal: the path of the journal.
     """
 
@@ -44,14 +44,14 @@ class Staging:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Create and lock the folder. At the end remove it, unless the block failed and a restart can resume from it.
+        """Create and lock the folder. Remove it at the end, unless the block fails and a restart can resume from it.
 
         Raises:
             UserError: another process makes the same output, or it cannot be written.
         """
         if not self.output.name:
-            raise UserError(self.setting, self.output, "it has no last part to name files by", "Append a name")
-        busy = UserError(self.setting, self.output, "another process is writing it", "Wait until it has ended")
+            raise UserError(self.setting, self.output, "it does not end in a name", "Append one")
+        busy = UserError(self.setting, self.output, "another process is writing it", "Wait until that process ends")
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with hold(self.folder, busy), self._removed_if_useless():
@@ -59,14 +59,14 @@ class Staging:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn an error of the operating system into one that names the output.
+        """Turn an OSError into an error that names the output.
 
         Raises:
             UserError: in place of an OSError.
         """
         try:
             yield
-        except OSError as error:  # readers turn their own into a UserError
+        except OSError as error:  # from a write: readers raise a UserError instead
             reason = f"it cannot be written ({error})"
             remedy = "Free disk space or choose another path, then run the command again"
             raise UserError(self.setting, self.output, reason, remedy) from error
@@ -81,13 +81,13 @@ class Staging:
         self.ready.mkdir()
 
     def publish_beside(self, last: str) -> None:
-        """Move every entry of `ready` to its place beside the output; after a kill, continue with those that are left.
+        """Move every entry of `ready` to its place beside the output; after a kill, a new call moves the rest.
 
         Args:
-            last: suffix of the entries that are moved last, because their presence promises all others.
+            last: suffix of the entries to move last, because their presence means that all others are in place.
 
         Raises:
-            UserError: something exists in the place of an entry; nothing is moved.
+            UserError: the place of an entry is taken; nothing is moved.
         """
         entries = sorted(self.ready.iterdir(), key=lambda path: (path.suffix == last, path.name))
         for entry in entries:
@@ -104,10 +104,10 @@ class Staging:
         except BaseException as error:
             if not self.journal.exists():
                 shutil.rmtree(self.folder)
-            elif not isinstance(error, UserError):  # which has its own remedy
+            elif not isinstance(error, UserError):  # a UserError has its own remedy
                 logger.info("Finished work is kept in %s. The same command resumes from there.", self.folder)
             raise
-        self.journal.unlink(missing_ok=True)  # first: a journal must never describe what is gone
+        self.journal.unlink(missing_ok=True)  # first: a journal must never describe files that are gone
         shutil.rmtree(self.folder, ignore_errors=True)  # NFS keeps the names of files that are still mapped
 
 
@@ -116,12 +116,12 @@ class Journal:
 
     Args:
         staging: the open staging folder.
-        settings: JSON values that decide the bytes of the result, by the setting or option that sets each.
+        settings: the JSON values that decide the bytes of the result, by setting or option.
     """
 
     def __init__(self, staging: Staging, settings: Mapping[str, Any]) -> None:
         self._staging = staging
-        self._settings: dict[str, Any] = json.loads(json.dumps(settings))  # as they are after a round trip
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))  # tuples become lists, as in `read`
 
     def read(self) -> dict[str, Any] | None:
         """Return the progress that was last written; None if there is none.
@@ -129,12 +129,12 @@ class Journal:
         Progress with other settings counts as none if nothing is finished, that is, if all its values are empty.
 
         Raises:
-            UserError: the journal cannot be read, or holds finished work of other settings.
+            UserError: the journal cannot be read, or records finished work with other settings.
         """
         staging = self._staging
         try:
             progress = json.loads(staging.journal.read_text(encoding="utf-8"))
-            # Journals of megatron-slm score called them the identity once.
+            # Older journals of megatron-slm score have the key `identity`.
             settings = progress.pop("settings" if "settings" in progress else "identity")
         except FileNotFoundError:
             return None
@@ -155,11 +155,11 @@ class Journal:
         return None if differences else progress
 
     def write(self, progress: Mapping[str, Any]) -> None:
-        """Replace the journal, durably."""
+        """Replace the journal durably."""
         write_durably(self._staging.journal, json.dumps({"settings": self._settings, **progress}))
 
     def remove(self) -> None:
-        """Remove the journal, so that nothing is resumed."""
+        """Remove the journal, so that a restart begins again."""
         self._staging.journal.unlink(missing_ok=True)
 
     def unusable(self, reason: str) -> UserError:
@@ -169,7 +169,7 @@ class Journal:
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """Describe how a setting differs; of two lists show only the entries that one of them lacks, if there are any."""
+    """Describe how a setting differs; of two lists, show only the entries that the other lacks, if there are any."""
     if isinstance(before, list) and isinstance(now, list):
         gone = [entry for entry in before if entry not in now]
         new = [entry for entry in now if entry not in before]
@@ -179,6 +179,6 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 def _shortened(value: Any) -> str:
-    """Return a value as JSON; of a long one the beginning, and the end, where paths differ."""
+    """Return a value as JSON; of long text, only the beginning and the end, where paths differ."""
     text = json.dumps(value)
     return text if len(text) <= 160 else f"{text[:40]} ... {text[-110:]}"

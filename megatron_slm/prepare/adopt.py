@@ -1,9 +1,9 @@
-"""Adoption: an existing Megatron .bin/.idx becomes a prepared corpus in place, with a description and its tokenizer."""
+"""Adoption of an existing Megatron .bin/.idx pair as a corpus, in place: it gets a description and its tokenizer."""
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from megatron_slm.data.corpus import (
 )
 from megatron_slm.data.tokenizer import largest_id, load_tokenizer, save_tokenizer, tokenizer_identity
 from megatron_slm.errors import UserError
-from megatron_slm.io.progress import show_progress
+from megatron_slm.io.progress import Meter
 from megatron_slm.io.staging import Staging
 from megatron_slm.prepare.staged import make_at_once, refuse_existing, write_description
 
@@ -35,31 +35,12 @@ _REMEDY = "Give a .bin/.idx pair as Megatron's preprocess_data.py writes it"
 _BLOCK_TOKENS = 1 << 20
 
 
-class Scan:
-    """The counts of one pass over the tokens.
+class Scan(NamedTuple):
+    """The counts of one pass: tokens, UTF-8 bytes of their text, and documents that end with the end token."""
 
-    Args:
-        end_id: the token that should end documents.
-
-    Attributes:
-        smallest, largest: ids.
-        num_tokens, num_bytes: of tokens, and of their text.
-        ended: documents that end with `end_id`.
-    """
-
-    def __init__(self, end_id: int) -> None:
-        self._end_id = end_id
-        self.smallest, self.largest = 0, -1
-        self.num_tokens = self.num_bytes = self.ended = 0
-
-    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Count whole documents."""
-        if len(tokens):
-            self.smallest = min(self.smallest, int(tokens.min()))
-            self.largest = max(self.largest, int(tokens.max()))
-        ends = np.cumsum(lengths, dtype=np.int64)[lengths > 0] - 1
-        self.ended += int((tokens[ends] == self._end_id).sum())
-        self.num_tokens += len(tokens)
+    num_tokens: int
+    num_bytes: int
+    ended: int
 
 
 def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> Corpus:
@@ -68,12 +49,12 @@ def adopt_corpus(prefix: str, tokenizer: str, end_token: str | None = None) -> C
     ``num_bytes`` is counted by decoding every document.
 
     Args:
-        prefix: of the pair.
-        tokenizer, end_token: as for ``load_tokenizer``.
+        prefix: PREFIX of the pair.
+        tokenizer, end_token: see ``load_tokenizer``.
 
     Raises:
         UserError: the pair is missing or damaged, an id is not in the tokenizer, a document has several sequences, or
-            the corpus has a description already.
+            the pair is already a prepared corpus.
     """
     output = Path(prefix)
     index = _checked_index(output)
@@ -101,7 +82,7 @@ def _refuse_described(output: Path) -> None:
 
 
 def _checked_index(prefix: Path) -> Index:
-    """Return the header of PREFIX.idx, which must describe documents of one sequence each that fill PREFIX.bin."""
+    """Return the header of PREFIX.idx; its documents must have one sequence each and fill PREFIX.bin without gaps."""
     path, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for part in (path, tokens):
         if not part.is_file():
@@ -117,7 +98,7 @@ def _checked_index(prefix: Path) -> Index:
             raise _unsuitable(prefix, f"{path} does not point to documents that follow each other")
         place += int(lengths.sum(dtype=np.int64)) * index.item_size
     if tokens.stat().st_size != place or not place:
-        raise _unsuitable(prefix, f"{tokens} has {tokens.stat().st_size} bytes, and its index counts {place}")
+        raise _unsuitable(prefix, f"{tokens} has {tokens.stat().st_size} bytes, and {path} describes {place}")
     return index
 
 
@@ -159,20 +140,23 @@ def _stage(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast", rea
 
 
 def _scan(prefix: Path, index: Index, tokenizer: "PreTrainedTokenizerFast") -> Scan:
-    limit = largest_id(tokenizer)
-    end_id = tokenizer.eos_token_id
-    scan = Scan(end_id)
+    limit, end_id = largest_id(tokenizer), tokenizer.eos_token_id
     total = Path(f"{prefix}.bin").stat().st_size // index.item_size
     logger.info("counting the bytes of text by decoding %d tokens", total)
-    blocks = ((block, scan.num_tokens + len(block[0])) for block in _documents(prefix, index))
-    for tokens, lengths in show_progress(blocks, total, "tokens"):
-        scan.add(tokens, lengths)
-        if scan.largest > limit or scan.smallest < 0:
-            wrong = scan.largest if scan.largest > limit else scan.smallest
-            reason = f"it holds the id {wrong}, and --tokenizer {tokenizer.name_or_path} has the ids 0 to {limit}"
-            raise UserError("--adopt", prefix, reason, "Give the tokenizer that it was made with")
-        scan.num_bytes += _decoded_bytes(tokenizer, tokens, lengths)
-    return scan
+    num_tokens = num_bytes = ended = 0
+    with Meter(total, "tokens") as meter:
+        for tokens, lengths in _documents(prefix, index):
+            wrong = tokens[(tokens < 0) | (tokens > limit)]
+            if len(wrong):
+                has = f"--tokenizer {tokenizer.name_or_path} has the ids 0 to {limit}"
+                reason = f"it holds the id {wrong[0]}, and {has}"
+                raise UserError("--adopt", prefix, reason, "Give the tokenizer that it was made with")
+            ends = np.cumsum(lengths, dtype=np.int64)[lengths > 0] - 1
+            ended += int((tokens[ends] == end_id).sum())
+            num_tokens += len(tokens)
+            num_bytes += _decoded_bytes(tokenizer, tokens, lengths)
+            meter.reach(num_tokens)
+    return Scan(num_tokens, num_bytes, ended)
 
 
 def _documents(prefix: Path, index: Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Contamination: the runs of words that evaluation files share with the input, as 64-bit hashes of n-grams."""
+"""Contamination: the n-grams of words that evaluation files share with the input, as 64-bit hashes."""
 
 import functools
 import hashlib
@@ -28,7 +28,7 @@ _WORST = 20
 
 
 def word_ngrams(text: str, n: int = NGRAM_WORDS) -> set[int]:
-    """Return the distinct n-grams of ``text`` as 64-bit hashes; none if it has fewer than ``n`` words.
+    """Return the distinct n-grams of ``text`` as 64-bit hashes; an empty set if it has fewer than ``n`` words.
 
     Words are runs of letters and digits, lower-cased; punctuation and spacing do not matter. The same text gives the
     same numbers in every process and on every machine.
@@ -60,13 +60,13 @@ class EvaluationDocument(NamedTuple):
 
 
 class ContaminationReport:
-    """The n-grams of evaluation files, and which of them occur in the input. No other n-grams are held in memory.
+    """The n-grams of evaluation files, each with a mark if it occurs in the input. No other n-grams are held in memory.
 
     Args:
-        names: jsonl, text or parquet files or folders; every string of a record counts.
+        names: jsonl, text or parquet files, or folders; all strings of a record are searched.
 
     Raises:
-        UserError: a file cannot be read, or no string has ``NGRAM_WORDS`` words.
+        UserError: a file cannot be read, or no string has ``NGRAM_WORDS`` words or more.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -78,11 +78,11 @@ class ContaminationReport:
         self._found = np.zeros(len(self._ngrams), bool)
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the n-grams that are looked for."""
+        """Return the SHA-256 of the n-grams to look for."""
         return hashlib.sha256(self._ngrams.tobytes()).hexdigest()
 
     def begin(self, folder: Path) -> str:
-        """Resume from a staging folder, and return the file of n-grams for the workers."""
+        """Load the marks from a staging folder, if it has any, and write the file of n-grams that workers read."""
         self._marks = folder / "found.npy"
         if self._marks.exists():
             self._found = np.load(self._marks, allow_pickle=False)
@@ -90,14 +90,14 @@ class ContaminationReport:
         return str(folder / "evaluation.npy")
 
     def add(self, places: np.ndarray) -> None:
-        """Mark the n-grams at these places as found."""
+        """Mark the n-grams at these indices as found."""
         self._found[places] = True
 
     def save(self) -> None:
-        """Save the marks durably. They may be ahead of the journal: encoding a document again sets the same marks."""
+        """Save the marks durably. They may be ahead of the journal, because encoding a document again repeats them."""
         aside = self._marks.with_name("found.new.npy")
         np.save(aside, self._found)
-        publish(aside, self._marks, replace=True)  # what the journal counts as encoded is not read again
+        publish(aside, self._marks, replace=True)  # durable, because a resume does not read finished inputs again
 
     def write(self, path: Path) -> None:
         """Write the report."""

@@ -1,7 +1,7 @@
-"""Streams of .gz and .zst files, with all members or frames, and with an error if a file is truncated.
+"""Readers of .gz and .zst files that read all members or frames, and raise an error if a file is truncated.
 
-The readers of other libraries do not suffice: most read an empty file as empty content, zstandard's reads a truncated
-file as a complete one, and pyarrow's cannot decode frames with large windows.
+The readers of other libraries do not suffice: most accept an empty file, zstandard's accepts a truncated one, and
+pyarrow's cannot decode frames with large windows.
 """
 
 import io
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 SUFFIXES = {".gz": "gzip", ".zst": "zstd"}
-_INPUT_BYTES = 1 << 13  # decoded at once; zstd can expand them to at most 256 MB
+_INPUT_BYTES = 1 << 13  # decoded at a time; zstd can expand them to at most 256 MB
 _BUFFER_BYTES = 1 << 20
 _GZIP = 31  # zlib's wbits for a gzip member with header and checksum
 _LARGEST_WINDOW = 1 << 31  # bytes; the window of zstd --long=31, the largest that zstd reads
@@ -22,7 +22,7 @@ def decompressed(file: IO[bytes], compression: str) -> io.BufferedReader:
     Reading from it raises EOFError if the file is empty or ends inside a member or frame, and OSError if it is damaged.
 
     Args:
-        file: open, at its beginning; closed with the stream.
+        file: the open file, at its beginning; it is closed with the stream.
         compression: "gzip" or "zstd".
     """
     return io.BufferedReader(_Members(file, *_DECODERS[compression]()), _BUFFER_BYTES)
@@ -59,10 +59,10 @@ def _open_zstd(file: IO[bytes], mode: str = "rb", **_: Any) -> io.BufferedReader
 class _Members(io.RawIOBase):
     def __init__(self, file: IO[bytes], begin: Callable[[], Any], failure: type[Exception]) -> None:
         self._file, self._begin, self._failure = file, begin, failure
-        self._member: Any = None  # what decodes the current member; None between members
-        self._input = b""  # read, and not yet given to it
-        self._content = memoryview(b"")  # decoded, and not yet handed out
-        self._any = False
+        self._member: Any = None  # the decoder of the current member; None between members
+        self._input = b""  # read but not yet decoded
+        self._content = memoryview(b"")  # decoded but not yet returned
+        self._any = False  # True after the first complete member
 
     def readable(self) -> bool:
         return True
@@ -73,7 +73,7 @@ class _Members(io.RawIOBase):
             if not data:
                 if self._member is None and self._any:
                     return 0
-                raise EOFError("it was cut: it ends too early" if self._any or self._member else "it is empty")
+                raise EOFError("it is truncated" if self._any or self._member else "it is empty")
             self._content = memoryview(self._decode(data))
         target = memoryview(buffer).cast("B")
         size = min(len(target), len(self._content))

@@ -1,6 +1,6 @@
-"""Documents: the text of a record, and which of its characters count toward the loss.
+"""Documents: the text of a record, and the spans of its characters that count toward the loss.
 
-Of a prompt with a completion only the completion counts, and of a chat only the assistant's turns.
+Of a prompt with its completion, only the completion counts; of a chat, only the assistant's turns.
 """
 
 import json
@@ -19,18 +19,18 @@ Span = tuple[int, int]  # half-open, in characters
 Format = Literal["text", "prompt-completion", "messages"]
 
 _LICENSE_KEYS = ("license", "licence")
-_LABEL_CHARACTERS = 200  # of a source or a license: enough for a name, and memory stays bounded
+_LABEL_CHARACTERS = 200  # of a source or a license: enough for a name, and a bound on memory
 
 
 class Answered(NamedTuple):
-    """A text, and the spans of it that count, in order and disjoint."""
+    """A text, and its spans that count toward the loss, in order and disjoint."""
 
     text: str
     spans: tuple[Span, ...]
 
 
 def join_completion(prompt: str, separator: str, completion: str, place: str) -> Answered:
-    """Return prompt, separator and completion as one text, of which the completion counts.
+    """Return prompt, separator and completion as one text; only the completion counts.
 
     Raises:
         UserError: the completion is empty.
@@ -42,13 +42,13 @@ def join_completion(prompt: str, separator: str, completion: str, place: str) ->
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerFast", messages: Any, place: str) -> Answered:
-    """Return a chat as the tokenizer's template writes it, of which the assistant's turns count.
+    """Render a chat with the tokenizer's template; only the assistant's turns count.
 
-    A turn is what follows the earlier turns, rendered with ``add_generation_prompt``: the text that the model will have
-    to write, including the end of the turn.
+    A turn is the text after the earlier turns and the generation prompt (``add_generation_prompt``). It is the text
+    that the model has to write, including the end of the turn.
 
     Raises:
-        UserError: the messages are not a list of messages, an answer of the assistant is missing or empty, or the
+        UserError: ``messages`` is not a list of messages, an answer of the assistant is missing or empty, or the
             template fails or changes earlier turns.
     """
     turns = _check_messages(messages, place)
@@ -78,8 +78,8 @@ def bad_document(place: str, reason: str, remedy: str) -> UserError:
 
     Args:
         place: FILE:LINE, or FILE.
-        reason: why.
-        remedy: what to do, apart from --skip-bad.
+        reason: why it cannot be used.
+        remedy: what to do, other than --skip-bad.
     """
     return UserError("document", place, reason, remedy)
 
@@ -120,12 +120,12 @@ def _render(
 
 @dataclass(frozen=True)
 class Fields:
-    """The keys under which a record holds its parts; ``meta.source`` is ``source`` of the object under ``meta``."""
+    """The keys of a record's parts; ``meta.source`` is the key ``source`` of the object under ``meta``."""
 
     text: str = "text"
-    by: str | None = None  # one corpus for each of its values
+    by: str | None = None  # one corpus is made for each of its values
     source: str = "source"  # counted in PREFIX.json; also looked for under ``meta``
-    format: Format = "text"  # which of these keys are read
+    format: Format = "text"  # decides which of these keys are read
     prompt: str = "prompt"
     completion: str = "completion"
     separator: str = ""  # written between prompt and completion
@@ -133,7 +133,7 @@ class Fields:
 
     @property
     def masked(self) -> bool:
-        """Return True if only answers count."""
+        """Return True if only answers count toward the loss."""
         return self.format != "text"
 
     def needed(self) -> dict[str, str]:
@@ -155,9 +155,9 @@ class RawDocument(NamedTuple):
     """One document as it was read, and its place."""
 
     file: str
-    line: int  # line or row, from 1; 0: the whole file is the document
+    line: int  # line or row, from 1; 0 if the whole file is the document
     content: bytes | dict[str, Any] | UserError
-    """Plain text (line 0) or a line of JSON; a row of a table; or the error in place of the rest of a damaged file."""
+    """Plain text (line 0), a line of JSON, a row of a table, or an error for the rest of a damaged file."""
 
     @property
     def place(self) -> str:
@@ -169,19 +169,19 @@ class Document(NamedTuple):
     """The parts of a record that are used."""
 
     text: str
-    group: str = ""  # its value of the field ``by``
+    group: str = ""  # the value of its field ``by``
     source: str | None = None
     license: str | None = None
-    spans: tuple[Span, ...] | None = None  # characters that count; None: all of them
+    spans: tuple[Span, ...] | None = None  # characters that count; None if all do
 
 
 def decode_document(raw: RawDocument, fields: Fields, tokenizer: "PreTrainedTokenizerFast | None" = None) -> Document:
     """Return the parts of a document; a blank line has an empty text.
 
     Args:
-        raw: as it was read.
+        raw: the document as it was read.
         fields: the keys of the record.
-        tokenizer: its chat template writes messages as text; None for other formats.
+        tokenizer: the tokenizer whose template renders chats; None for other formats.
 
     Raises:
         UserError: the document is not UTF-8 or not a JSON object, or lacks a text, an answer or a value for --by.
@@ -199,7 +199,7 @@ def decode_document(raw: RawDocument, fields: Fields, tokenizer: "PreTrainedToke
 
 
 def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
-    """Return the document as a record, None for a blank line; a text file becomes one with ``text_key``.
+    """Return a document as a record, or None for a blank line; the text of a text file gets the key ``text_key``.
 
     Raises:
         UserError: the document is not UTF-8, its line is not a JSON object, or its file is damaged.
@@ -218,7 +218,7 @@ def decode_record(raw: RawDocument, text_key: str) -> dict[str, Any] | None:
 
 
 def lookup(record: dict[str, Any], path: str) -> Any:
-    """Return the value at a key or a dotted path such as ``meta.source``; None if there is none."""
+    """Return the value at a key or a dotted path such as ``meta.source``; None if the path does not exist."""
     if path in record:
         return record[path]
     head, _, rest = path.partition(".")
@@ -262,7 +262,7 @@ class _Lack(NamedTuple):
     """The cause of a missing value at a path of a record."""
 
     cause: str
-    keys: list[str]  # the paths that it has instead
+    keys: list[str]  # paths that exist instead
 
 
 def _lack(record: dict[str, Any], path: str, above: str = "") -> _Lack | None:

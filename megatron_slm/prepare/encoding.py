@@ -1,4 +1,4 @@
-"""Encoding: documents become tokens, in worker processes whose results come back in order."""
+"""Encoding of documents as tokens, in worker processes whose results are returned in order."""
 
 import functools
 import multiprocessing
@@ -20,7 +20,7 @@ import numpy as np
 from megatron_slm.data.corpus import Tally, add_label, counts
 from megatron_slm.data.tokenizer import load_tokenizer
 from megatron_slm.errors import UserError
-from megatron_slm.io.progress import show_progress
+from megatron_slm.io.progress import Meter
 from megatron_slm.prepare.contamination import hash_ngrams
 from megatron_slm.prepare.documents import Document, Fields, RawDocument, decode_document, token_mask
 from megatron_slm.prepare.inputs import Chunk
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_WINDOW, _OVERLAP = 65_536, 4_096  # characters; longer documents are encoded window by window
+_WINDOW, _OVERLAP = 65_536, 4_096  # characters; documents longer than a window are encoded window by window
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Group:
     """The documents of one corpus in a chunk, as tokens with end tokens."""
 
     pieces: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)  # uint8, of the same tokens; empty if all of them count
+    masks: list[np.ndarray] = field(default_factory=list)  # uint8, for the same tokens; empty if all of them count
     lengths: list[int] = field(default_factory=list)
     num_bytes: int = 0  # of the text that counts, in UTF-8
     sources: Tally = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Group:
 
 
 class Tokens(NamedTuple):
-    """A document's tokens with its end token; no pieces if its text has no tokens."""
+    """The tokens of a document and its end token; no pieces if its text has no tokens."""
 
     pieces: list[np.ndarray]
     masks: list[np.ndarray]
@@ -75,15 +75,15 @@ class Tokens(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A chunk, encoded."""
+    """The result of encoding a chunk."""
 
     groups: dict[str, Group]  # by the value of the field ``by``; "" without one
     bad: list[UserError]  # one for each document that cannot be used
-    found: np.ndarray | None  # places in ``evaluation_file`` of the n-grams that occur
+    found: np.ndarray | None  # indices in ``evaluation_file`` of the n-grams that occur in the chunk
 
 
 def encode_documents(settings: EncoderSettings, raw: list[RawDocument]) -> Encoded:
-    """Encode documents; those without text or tokens are dropped."""
+    """Encode documents, and drop those without text or tokens."""
     bad: list[UserError] = []
     documents = list(_decode(raw, settings, bad))
     groups: dict[str, Group] = {}
@@ -102,16 +102,16 @@ def load_encoder(tokenizer_file: str, special_tokens: bool = False) -> "Tokenize
     """Load a tokenizer.json to encode whole texts, without truncation, padding or added tokens.
 
     Args:
-        tokenizer_file: its path.
-        special_tokens: recognise special tokens that are spelled out, as chat templates write them; else they are text.
+        tokenizer_file: path of the tokenizer.json.
+        special_tokens: treat a spelled-out special token as that token, as chat templates intend, and not as text.
     """
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(tokenizer_file)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.post_processor = None  # some of them exclude a token's leading space from its offsets
-    tokenizer.encode_special_tokens = not special_tokens  # an end token that is spelled out does not end a document
+    tokenizer.post_processor = None  # some exclude a token's leading space from its offsets
+    tokenizer.encode_special_tokens = not special_tokens  # a spelled-out end token does not end a document
     return tokenizer
 
 
@@ -142,7 +142,7 @@ def _encode(settings: EncoderSettings, documents: list[Document]) -> Iterator[To
 
 
 def _encode_answers(settings: EncoderSettings, documents: list[Document]) -> Iterator[Tokens]:
-    """Encode each text in one pass, so that its tokens do not depend on where the answer begins."""
+    """Encode prompt and answer in one pass, so that the tokens do not depend on where the answer begins."""
     encoder = load_encoder(settings.tokenizer_file, special_tokens=settings.fields.format == "messages")
     encoded = encoder.encode_batch([document.text for document in documents], add_special_tokens=False)
     for document, one in zip(documents, encoded, strict=True):
@@ -150,7 +150,7 @@ def _encode_answers(settings: EncoderSettings, documents: list[Document]) -> Ite
 
 
 def _mask(settings: EncoderSettings, document: Document, encoded: "Encoding") -> Tokens:
-    """Return the tokens and their mask. The end token counts after an answer, but never as bytes of text."""
+    """Return the tokens and their mask. After an answer, the end token counts, but its bytes do not."""
     assert document.spans is not None
     ids, text = encoded.ids, document.text
     mask = token_mask([begin for begin, _ in encoded.offsets], document.spans)
@@ -163,13 +163,12 @@ def _mask(settings: EncoderSettings, document: Document, encoded: "Encoding") ->
 
 
 def _encode_long(tokenizer: "Tokenizer", text: str) -> list["array[int]"]:
-    """Encode a long text in overlapping windows, which gives the ids of one pass with less memory.
+    """Encode a long text in overlapping windows, with the ids of one pass but less memory.
 
-    If two windows disagree on the tokens just after their seam, the text has no place to cut, and it is encoded in one
-    pass.
+    If two windows disagree on the tokens just after their seam, encode the text in one pass.
     """
     parts: list[array[int]] = []
-    expected: list[tuple[int, int]] | None = None  # (first character, id) after the seam, as the last window saw it
+    expected: list[tuple[int, int]] | None = None  # (first character, id) after the seam, in the last window
     for start in range(0, len(text), _WINDOW):
         low = max(0, start - _OVERLAP)
         encoded = tokenizer.encode(text[low : start + _WINDOW + _OVERLAP], add_special_tokens=False)
@@ -206,10 +205,10 @@ def encode_chunks(
     """Yield the encoded chunks in order; only a few per worker are in memory at a time.
 
     Args:
-        chunks: of documents.
-        settings: of the encoder.
-        workers: processes.
-        total_bytes: of all chunks, for the progress; 0 if unknown.
+        chunks: the chunks of documents.
+        settings: the settings of the encoder.
+        workers: number of processes.
+        total_bytes: bytes of all inputs, for the progress; 0 if unknown.
 
     Raises:
         UserError: a worker was killed.
@@ -218,23 +217,18 @@ def encode_chunks(
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     encode = functools.partial(encode_documents, settings)
     try:
-        pending = ((executor.submit(encode, chunk.documents), _without_documents(chunk)) for chunk in chunks)
-        results = _in_order(pending, 2 * workers + 2)
-        yield from show_progress(((result, result[1].position) for result in results), total_bytes, "bytes")
+        # Keep no documents here: the executor drops its own reference once they are sent to a worker.
+        pending = ((executor.submit(encode, chunk.documents), chunk._replace(documents=[])) for chunk in chunks)
+        with Meter(total_bytes, "bytes") as meter:
+            for encoded, chunk in _in_order(pending, 2 * workers + 2):
+                meter.reach(chunk.position)
+                yield encoded, chunk
     except BrokenProcessPool as error:
-        raise UserError(
-            "--workers",
-            workers,
-            "a worker was killed",
-            "Use fewer if memory ran out. A script must prepare under `if __name__ == '__main__':`, because workers "
-            "import it",
-        ) from error
+        main = "In a script, call this under `if __name__ == '__main__':`, because workers import the script"
+        remedy = f"Use fewer workers if memory ran out. {main}"
+        raise UserError("--workers", workers, "a worker was killed", remedy) from error
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _without_documents(chunk: Chunk) -> Chunk:
-    return chunk._replace(documents=[])  # the executor drops its own reference once they are sent
 
 
 def _start_worker() -> None:

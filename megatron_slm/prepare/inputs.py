@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,13 +26,13 @@ _TABLES = {".parquet"}
 _BUFFER_BYTES = 1 << 20
 _CHUNK_BYTES, _CHUNK_DOCUMENTS = 1_000_000, 256  # a chunk ends at either
 
-# Characters that fsspec reads as a pattern or as a chain of URLs (datasets 5.2), and others that sort alike.
+# Characters that fsspec reads as a pattern or as a chain of URLs (datasets 5.2), and replacements that sort alike.
 _PLAIN = {"*": "+", "?": ">", "[": "^", "\\": "_", "]": "`", "::": ":;"}
 _SPECIAL = re.compile("|".join(map(re.escape, _PLAIN)))
 
 
 class DamagedError(UserError):
-    """An error about an input with damaged content, for example a truncated file."""
+    """An error for an input with damaged content, for example a truncated file."""
 
 
 class Input(Protocol):
@@ -42,10 +43,10 @@ class Input(Protocol):
         """Return the name in errors and in the journal."""
 
     def stamp(self) -> list[int]:
-        """Return numbers that change with the content: size in bytes and time of change, if they are known."""
+        """Return the size in bytes and the time of the last change; an empty list if they are unknown."""
 
     def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
-        """Yield the documents, each with the bytes read so far; only the columns that ``fields`` needs may be read."""
+        """Yield the documents, each with the bytes read so far; columns that ``fields`` does not need are skipped."""
 
 
 class Chunk(NamedTuple):
@@ -53,12 +54,12 @@ class Chunk(NamedTuple):
 
     documents: list[RawDocument]
     position: int  # bytes of all inputs up to the end of the last document
-    finished: int | None  # inputs that are read completely, if the last document ends one; else None
+    finished: int | None  # number of completely read inputs; None if the chunk ends inside one
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file; its suffix gives its kind. ``option`` is the option that names it."""
+    """A file, whose suffix decides its kind. ``option`` is the option that names it."""
 
     path: Path
     option: str = "--input"
@@ -69,7 +70,7 @@ class InputFile:
         return str(self.path)
 
     def stamp(self) -> list[int]:
-        """Return the bytes, and the time of the last change in nanoseconds.
+        """Return the size in bytes, and the time of the last change in nanoseconds.
 
         Raises:
             UserError: the file does not exist, for example because it is a dangling link.
@@ -84,12 +85,12 @@ class InputFile:
         """Yield the documents, each with the bytes of the file read so far.
 
         Raises:
-            DamagedError: the file is truncated, or not of the kind that its suffix gives.
-            UserError: it cannot be read.
+            DamagedError: the file is truncated, or not of the kind that its suffix names.
+            UserError: the file cannot be read.
         """
         kind, compression = _kind(self.path)
         try:
-            with self.path.open("rb") as file, _decompressed(file, compression) as stream:
+            with self.path.open("rb") as file, decompressed(file, compression) if compression else file as stream:
                 if kind in _TABLES:
                     yield from self._rows(stream, fields)
                 elif kind in _JSON_LINES:
@@ -98,7 +99,7 @@ class InputFile:
                 else:
                     yield RawDocument(self.name, 0, stream.read()), file.tell()
         except (OSError, EOFError) as error:
-            raise self._unreadable(error) from error  # only an OSError without errno is about the content
+            raise self._unreadable(error) from error
 
     def _rows(self, stream: IO[bytes], fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
         """Yield the rows of a parquet file, decoding a few at a time."""
@@ -114,10 +115,11 @@ class InputFile:
                         number += 1
                         yield RawDocument(self.name, number, row), size * number // rows
         except (ArrowException, UnicodeError) as error:
-            reason = f"it is not a sound parquet file ({_first_line(error)})"
+            reason = f"it is not a valid parquet file ({_first_line(error)})"
             raise DamagedError(self.option, self.name, reason, "Fetch or write it again") from error
 
     def _unreadable(self, error: Exception) -> UserError:
+        # An OSError with errno comes from the operating system, any other error from the content.
         kind = UserError if isinstance(error, OSError) and error.errno is not None else DamagedError
         return kind(self.option, self.name, f"it cannot be read ({error})", "Fetch or write it again")
 
@@ -131,7 +133,7 @@ class DatasetShard:
     index: int
     shards: int
     links: "tempfile.TemporaryDirectory[str] | None" = None
-    """Links to the files of the data set under plain names; they must live as long as this object."""
+    """Links to the files of the data set under plain names; they must exist as long as this object."""
 
     @property
     def name(self) -> str:
@@ -139,7 +141,7 @@ class DatasetShard:
         return f"{self.title} shard {self.index + 1} of {self.shards}"
 
     def stamp(self) -> list[int]:
-        """Return an empty stamp: nothing is known before the shard is read."""
+        """Return an empty list: nothing is known before the shard is read."""
         return []
 
     def read(self, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
@@ -197,7 +199,7 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
 
 
 def read_documents(source: Input, fields: Fields | None) -> Iterator[tuple[RawDocument, int]]:
-    """Yield the documents of an input; a ``DamagedError`` becomes a last document in place of the rest."""
+    """Yield the documents of an input; a ``DamagedError`` becomes a last document that stands for the rest."""
     position = 0
     try:
         for document, position in source.read(fields):
@@ -212,9 +214,9 @@ def read_chunks(inputs: Iterable[Input], fields: Fields, finished: int = 0) -> I
     Unless an input is small, its end also ends a chunk, so that the input can be recorded as finished.
 
     Args:
-        inputs: to read.
+        inputs: the inputs to read.
         fields: the keys of the records.
-        finished: inputs before these.
+        finished: number of inputs before these.
     """
     documents: list[RawDocument] = []
     size = done = 0
@@ -277,22 +279,12 @@ def _kind(path: Path) -> tuple[str, str | None]:
 
 
 @contextlib.contextmanager
-def _decompressed(file: IO[bytes], compression: str | None) -> Iterator[IO[bytes]]:
-    if compression is None:
-        yield file
-        return
-    with decompressed(file, compression) as stream:
-        yield stream
-
-
-@contextlib.contextmanager
 def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
     if stream.seekable():
         yield stream
         return
     with tempfile.TemporaryFile() as unpacked:  # a parquet file is read from its end
-        while block := stream.read(_BUFFER_BYTES):
-            unpacked.write(block)
+        shutil.copyfileobj(stream, unpacked, _BUFFER_BYTES)
         yield unpacked
 
 
@@ -319,8 +311,8 @@ def _first_line(error: BaseException) -> str:
 def link_plain_names(folder: Path) -> "tempfile.TemporaryDirectory[str] | None":
     """Return a new folder of links to all files below ``folder`` under plain names; None if all names are plain.
 
-    `datasets` reads special names as patterns or URLs. The files keep their order. The links are removed with the
-    object that is returned.
+    `datasets` reads special names as patterns or URLs. The links keep the order of the files, and are removed with the
+    returned object.
     """
     found = [Path(root, name) for root, below, names in os.walk(folder) for name in (*names, *_links(root, below))]
     if not any(_SPECIAL.search(str(path)) for path in (folder.resolve(), *found)):
@@ -338,7 +330,7 @@ def _links(root: str, folders: list[str]) -> list[str]:
 
 
 def _free(path: Path) -> Path:
-    """Return the path, or a free one with a number in front; a number at the end would change the suffix."""
+    """Return the path or, if it is taken, a free one with a number in front, which keeps the suffix."""
     number, free = 1, path
     while free.is_symlink():
         number += 1

@@ -1,4 +1,4 @@
-"""Merging: corpora that were prepared apart become one, and their checksums are verified on the way."""
+"""Merging of corpora that were prepared separately; their checksums are verified as they are read."""
 
 import hashlib
 import logging
@@ -34,11 +34,11 @@ _BLOCK = 1 << 23  # tokens
 def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     """Write the documents of several corpora, in the order given, as the corpus ``output``.
 
-    The result is the corpus that all their inputs together would give.
+    The result equals the corpus of all their inputs together.
 
     Raises:
-        UserError: a corpus is missing, has changed, is given twice, has another tokenizer than the others, or is the
-            only one with a mask; or something exists at ``output``.
+        UserError: a corpus is missing, has changed or is given twice; corpora differ in their tokenizer, or only some
+            have a mask; or something exists at ``output``.
     """
     corpora = [open_corpus(str(Path(prefix)), "--merge") for prefix in prefixes]
     indices = [read_index(Path(f"{corpus.prefix}.idx"), "--merge", corpus.prefix) for corpus in corpora]
@@ -84,10 +84,10 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
             raise UserError("--merge", corpus.prefix, "it is given twice", "Give it once")
         seen.add(path)
         if corpus.masked != corpora[0].masked:
-            reason = f"of it and {corpora[0].prefix}, only one has a mask (answers that count)"
+            reason = f"it has {'a' if corpus.masked else 'no'} mask of answers, unlike {corpora[0].prefix}"
             raise UserError("--merge", corpus.prefix, reason, "Blend them with data.train instead")
         if index.dtype != indices[0].dtype:
-            reason = f"its tokens are {index.dtype}, and those of {corpora[0].prefix} {indices[0].dtype}"
+            reason = f"its tokens are {index.dtype}, and those of {corpora[0].prefix} are {indices[0].dtype}"
             raise UserError("--merge", corpus.prefix, reason, AGAIN)
 
 
@@ -109,12 +109,11 @@ def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:
             sha256.update(tokens.data)
             staged.append(tokens, nothing, 0, None if mask is None else mask[place : place + len(tokens)])
             place += len(tokens)
-    path = Path(f"{corpus.prefix}.idx")
     for suffix, expected in corpus.sha256.items():
         actual = sha256.hexdigest() if suffix == ".bin" else file_sha256(Path(corpus.prefix + suffix))
         if actual != expected:
             raise changed(corpus, suffix)
-    for lengths in read_lengths(path, index):
+    for lengths in read_lengths(Path(f"{corpus.prefix}.idx"), index):
         staged.append(nothing, lengths, 0)
     staged.counts["bytes"] += corpus.num_bytes
     staged.add_labels(corpus.sources, corpus.licenses)

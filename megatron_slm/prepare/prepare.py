@@ -1,6 +1,6 @@
-"""Preparation: from input files to corpora in place, as `megatron-slm prepare` does it.
+"""Preparation of corpora from input files, as `megatron-slm prepare` runs it.
 
-Several processes encode, and one reads and writes. Everything is made in a staging folder beside the corpora and
+Several processes encode, and one reads and writes. All files are written to a staging folder beside the corpora and
 published at the end. After a kill, finished inputs are not encoded again.
 """
 
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_slm.data.corpus import Corpus, describe_tokenizer, load_corpus_tokenizer, open_corpus, verify_checksums
 from megatron_slm.data.sentencepiece_model import compare_with_sentencepiece, train_tokenizer
 from megatron_slm.data.tokenizer import (
-    largest_id,
     likelier_end_token,
     load_tokenizer,
     save_tokenizer,
     tokenizer_fingerprint,
     tokenizer_probe,
+    vocabulary_size,
 )
 from megatron_slm.errors import UserError
 from megatron_slm.io.staging import Journal, Staging
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS, _SAMPLE_MOST = 16, 2_000, 10_000
-"""The sample for the comparison with sentencepiece: documents per input, characters per document, documents in all."""
-_TOKENIZER = "tokenizer"  # in the staging folder: the tokenizer that the corpora will carry
-_UINT16_VOCABULARY = 65_500  # Megatron stores larger vocabularies as int32
+"""The sample to compare with sentencepiece: documents per input, characters per document, documents of all inputs."""
+_TOKENIZER = "tokenizer"  # in the staging folder: the tokenizer that is copied to each corpus
+_UINT16_VOCABULARY = 65_500  # Megatron stores the tokens of larger vocabularies as int32
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of a preparation.
 
-    tokenizer    folder, name or file, as for ``load_tokenizer``; None to train one
+    tokenizer    folder, name or file, see ``load_tokenizer``; None to train one
     train_size   vocabulary size of the tokenizer to train on the inputs; None to load one
     fields       keys of the records
     skip_bad     documents that may be skipped because they cannot be read
     evaluation   evaluation files whose 13-grams are looked for in the input
-    workers      processes that encode; the result does not depend on them
+    workers      number of processes that encode; the result does not depend on it
     end_token    piece that ends documents; None for the tokenizer's own
     """
 
@@ -116,12 +116,11 @@ def _open(prefix: str) -> Corpus:
 
 
 def _counts(corpus: Corpus) -> tuple[int, int, int, str]:
-    what = "answers" if corpus.masked else "text"
-    return corpus.num_documents, corpus.num_tokens, corpus.num_bytes, what
+    return corpus.num_documents, corpus.num_tokens, corpus.num_bytes, "answers" if corpus.masked else "text"
 
 
 def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
-    """Make what is to be published, resuming from the journal."""
+    """Make the files to publish, resuming from the journal."""
     if not staging.journal.exists():
         _refuse_existing(staging.output, options)
     report = ContaminationReport(list(options.evaluation)) if options.evaluation else None
@@ -129,8 +128,7 @@ def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
     _refuse_missing_template(given, options)
     _warn_of_turns(given, options)
     stamps = [[source.name, *source.stamp()] for source in inputs]
-    settings = _settings(options, stamps, given, report)
-    journal = Journal(staging, settings)
+    journal = Journal(staging, _settings(options, stamps, given, report))
     progress = read_progress(journal) or _begin(inputs, staging, journal, options, given)
     folder = staging.folder / _TOKENIZER
     tokenizer = load_tokenizer(str(folder))
@@ -139,22 +137,22 @@ def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
         return progress
     _refuse_existing(staging.output, options)
     _refuse_changed_inputs(staging, progress, stamps)
-    dtype = "uint16" if largest_id(tokenizer) + 1 < _UINT16_VOCABULARY else "int32"
+    dtype = "uint16" if vocabulary_size(tokenizer) < _UINT16_VOCABULARY else "int32"
     ngrams = report.begin(staging.folder) if report else None
     tokenizer_file = str(folder / "tokenizer.json")
     encoder = EncoderSettings(tokenizer_file, tokenizer.eos_token_id, dtype, options.fields, ngrams)
     corpora = StagedCorpora(staging, journal, progress, dtype, options.fields, options.skip_bad, report)
     _encode(inputs, stamps, encoder, corpora, options.workers)
-    if not corpora.corpora:
+    if not corpora.by_value:
         journal.remove()
         names = " ".join(source.name for source in inputs[:3])
-        raise UserError("--input", names, "it holds no text", "Name files with text")
+        raise UserError("--input", names, "it holds no text", "Give files with text")
     corpora.finish(folder, describe_tokenizer(tokenizer))
     return progress
 
 
 def _refuse_changed_inputs(staging: Staging, progress: Progress, stamps: list[list[Any]]) -> None:
-    """Raise an error if an input changed after it was encoded; a stamp is an input's name, size and time of change."""
+    """Raise an error if an input has changed since it was encoded; a stamp is its name, size and time of change."""
     for before, now in zip(progress.finished, stamps, strict=False):
         if before != now:
             reason = f"{before[0]} has changed since it was encoded"
@@ -167,7 +165,7 @@ def _refuse_changed_tokenizer(
     given: "PreTrainedTokenizerFast | None",
     begun: "PreTrainedTokenizerFast",
 ) -> None:
-    """Raise an error if the tokenizer has the same pieces as that of the unfinished work, but gives other ids."""
+    """Raise an error if the tokenizer has the pieces of that of the unfinished work, but gives other ids."""
     if given is not None and tokenizer_probe(given) != tokenizer_probe(begun):
         reason = f"it splits text differently than the tokenizer of the unfinished work in {folder}"
         remedy = "Give that tokenizer, or remove that folder to start again"
@@ -185,17 +183,15 @@ def _warn_of_turns(tokenizer: "PreTrainedTokenizerFast | None", options: Options
     likelier = likelier_end_token(tokenizer) if tokenizer and options.fields.format != "messages" else None
     if tokenizer and likelier:
         logger.warning(
-            "--tokenizer %s is of a chat model. Its end token %s ends turns, and will end every document. To end "
+            "--tokenizer %s belongs to a chat model. Its end token %s ends turns, and will end every document. To end "
             "documents as in pretraining, use --end-token '%s'.", options.tokenizer, tokenizer.eos_token, likelier,
         )  # fmt: skip
 
 
 def _refuse_existing(output: Path, options: Options) -> None:
+    corpus = (DESCRIPTION, *PARTS) if options.fields.by is None else ()
     report = (REPORT_SUFFIX,) if options.evaluation else ()
-    if options.fields.by is None:
-        refuse_existing(output, (DESCRIPTION, *PARTS, *report))
-    else:
-        refuse_existing(output, report)
+    refuse_existing(output, corpus + report)
 
 
 def _settings(
@@ -206,7 +202,7 @@ def _settings(
 ) -> dict[str, Any]:
     """Return the settings that decide the bytes of the result, by option."""
     return {
-        # A tokenizer is trained on all inputs; otherwise inputs that are not yet encoded may change.
+        # A trained tokenizer depends on all inputs; otherwise, inputs may change until they are encoded.
         "--input": [stamp if options.train_size else stamp[0] for stamp in stamps],
         "--tokenizer": tokenizer and tokenizer_fingerprint(tokenizer),
         "chat template": tokenizer.chat_template if tokenizer and options.fields.format == "messages" else None,
@@ -233,7 +229,7 @@ def _begin(
     progress = Progress()
     trained = tokenizer or _train(inputs, staging.folder / "trained.model", options)
     save_tokenizer(trained, staging.folder / _TOKENIZER)
-    if tokenizer is None:  # training takes long enough to be kept
+    if tokenizer is None:  # training takes so long that its result is kept
         journal.write(asdict(progress))
     return progress
 
@@ -251,7 +247,7 @@ def _compare_sample(inputs: list[Input], options: Options, tokenizer: "PreTraine
 def _first_texts(source: Input, options: Options) -> Iterator[tuple[str, str]]:
     for raw, _ in islice(read_documents(source, options.fields), _SAMPLE_DOCUMENTS):
         text = ""
-        with contextlib.suppress(UserError):  # raised again when it is encoded
+        with contextlib.suppress(UserError):  # raised again when the document is encoded
             text = decode_document(raw, options.fields).text[:_SAMPLE_CHARACTERS]
         yield raw.place, text
 
@@ -270,7 +266,7 @@ def _texts(inputs: list[Input], options: Options) -> Iterator[str]:
             try:
                 yield decode_document(raw, options.fields).text
             except UserError:
-                bad += 1  # raised or skipped again when it is encoded
+                bad += 1  # raised or skipped again when the document is encoded
                 if bad > options.skip_bad:
                     raise
 
@@ -281,11 +277,11 @@ def _encode(
     done = len(corpora.progress.finished)
     if done:
         logger.info("resuming after %d of %d inputs", done, len(inputs))
-    total = sum(size for _, *stamp in stamps[done:] for size in stamp[:1])
+    total = sum(stamp[1] for stamp in stamps[done:] if len(stamp) > 1)
     chunks = read_chunks(inputs[done:], encoder.fields, done)
     for encoded, chunk in encode_chunks(chunks, encoder, workers, total):
         corpora.add(encoded)
         if chunk.finished is not None:
             corpora.commit(stamps[: chunk.finished])
-    if corpora.corpora:
+    if corpora.by_value:
         corpora.commit_now(stamps)

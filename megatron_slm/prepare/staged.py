@@ -1,4 +1,4 @@
-"""Corpora in the making: tokens and lengths appended to files, so that memory does not grow with them."""
+"""Unfinished corpora: tokens and lengths are appended to files, so that memory does not grow with a corpus."""
 
 import logging
 import os
@@ -23,9 +23,9 @@ from megatron_slm.prepare.encoding import Encoded
 logger = logging.getLogger(__name__)
 
 PARTS = (".bin", ".idx", MASK, ".tokenizer")
-DESCRIPTION = ".json"  # published last: it makes the other parts a corpus
+DESCRIPTION = ".json"  # published last, when all other parts are in place
 MAX_GROUPS = 1000
-_COMMIT_SHARE = 0.05  # of the time
+_COMMIT_SHARE = 0.05  # of the time may be spent on commits
 _NAME_CHARACTERS = 50  # of a value in a file name, whose limit is 255 bytes
 
 
@@ -33,12 +33,12 @@ def refuse_existing(output: Path, parts: tuple[str, ...] = (DESCRIPTION, *PARTS)
     """Raise an error if a file of the corpus to make exists.
 
     Args:
-        output: prefix of the corpus.
+        output: PREFIX of the corpus.
         parts: suffixes to look for.
-        setting: the option that names the prefix.
+        setting: the option that names the corpus.
 
     Raises:
-        UserError: a corpus, or a file with one of its names, exists.
+        UserError: a file with one of these suffixes exists.
     """
     for part in (f"{output}{suffix}" for suffix in parts):
         if os.path.lexists(part):
@@ -53,16 +53,16 @@ def write_description(corpus: Corpus) -> None:
 def make_at_once(
     staging: Staging, settings: dict[str, Any], refuse: Callable[[], None], make: Callable[[Path], None]
 ) -> None:
-    """Make and publish corpora whose unfinished work is not worth keeping; after a kill only the publishing is resumed.
+    """Make and publish corpora whose unfinished work is not kept; after a kill, only the publishing is resumed.
 
     Args:
-        staging: not open yet.
-        settings: those that decide the result, by option.
-        refuse: raises an error if something exists in the place of the output.
-        make: writes what is to be published to the folder that it receives.
+        staging: the staging folder, not yet open.
+        settings: the settings that decide the result, by option.
+        refuse: a function that raises an error if the place of the output is taken.
+        make: a function that writes the files to publish to a folder.
 
     Raises:
-        UserError: something is in the way, or cannot be written.
+        UserError: the place of the output is taken, or a file cannot be written.
     """
     with staging.open():
         if not staging.journal.exists():
@@ -78,14 +78,14 @@ def make_at_once(
 
 
 class StagedCorpus:
-    """One corpus in the making: NAME.bin, a file of lengths, and NAME.mask if only answers count.
+    """An unfinished corpus: NAME.bin, a file of lengths, and NAME.mask if only answers count.
 
     Args:
-        ready: the folder of the files to publish; the lengths are beside it.
-        name: the basename of the prefix.
-        dtype: of the tokens, "uint16" or "int32".
+        ready: the folder of the files to publish; the file of lengths is beside it.
+        name: the basename of the corpus.
+        dtype: dtype of the tokens, "uint16" or "int32".
         masked: True if only some tokens count.
-        counts: the counts that an earlier attempt committed; what it wrote after that is cut off.
+        counts: the counts that an earlier attempt committed; the files are truncated to them.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class StagedCorpus:
             self._cut(self._mask, self.counts["tokens"])
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray, num_bytes: int, mask: np.ndarray | None = None) -> None:
-        """Append documents; tokens (with their mask) and lengths may also come in separate calls."""
+        """Append documents; separate calls may append their tokens (with the mask) and their lengths."""
         blocks = [(self._bin, tokens.astype(self.dtype)), (self._lengths, lengths.astype(np.int32))]
         if self._mask:
             values = np.zeros(0, np.uint8) if mask is None else mask.astype(np.uint8)
@@ -128,10 +128,10 @@ class StagedCorpus:
             sync(path)
 
     def finish(self, tokenizer: Path, described: dict[str, Any], skipped: int) -> Corpus:
-        """Write the index and copy the tokenizer; return the description.
+        """Write the index, copy the tokenizer, and return the description.
 
         Args:
-            tokenizer: its folder.
+            tokenizer: the folder of the tokenizer.
             described: its description, from ``describe_tokenizer``.
             skipped: documents that could not be read.
         """
@@ -161,12 +161,12 @@ class StagedCorpus:
 
 @dataclass
 class Progress:
-    """The progress of a preparation. The staged files may be longer; they are cut back to it.
+    """The progress of a preparation. Staged files that are longer are truncated to it.
 
-    finished  of each input that is encoded: its name, then its stamp
-    corpora   by value of --by: name and counts
+    finished  for each encoded input: its name, then its stamp
+    corpora   name and counts of each corpus, by value of --by
     skipped   documents that could not be read
-    complete  everything is made, and some of it may already be published
+    complete  all files are made, and some may already be published
     """
 
     finished: list[list[Any]] = field(default_factory=list)
@@ -179,7 +179,7 @@ def read_progress(journal: Journal) -> Progress | None:
     """Return the progress in a journal; None if there is none.
 
     Raises:
-        UserError: the journal cannot be read, or holds finished work of other settings.
+        UserError: the journal cannot be read, or records finished work with other settings.
     """
     found = journal.read()
     try:
@@ -189,16 +189,19 @@ def read_progress(journal: Journal) -> Progress | None:
 
 
 class StagedCorpora:
-    """The corpora of one preparation, one for each value of --by.
+    """The unfinished corpora of one preparation, one for each value of --by.
 
     Args:
-        staging: open.
-        journal: in it.
-        progress: of an earlier attempt.
-        dtype: of the tokens.
-        fields: of the records.
-        skip_bad: documents that may be left out.
-        report: collects the evaluation n-grams that occur; None if there are none to look for.
+        staging: the open staging folder.
+        journal: the journal in it.
+        progress: the progress of an earlier attempt.
+        dtype: dtype of the tokens.
+        fields: the keys of the records.
+        skip_bad: number of documents that may be skipped.
+        report: the report that collects evaluation n-grams; None if there are no evaluation files.
+
+    Attributes:
+        by_value: the corpora by value of --by, in the order of their first documents.
     """
 
     def __init__(
@@ -214,7 +217,7 @@ class StagedCorpora:
         self.progress = progress
         self._staging, self._journal, self._dtype, self._report = staging, journal, dtype, report
         self._fields, self._skip_bad = fields, skip_bad
-        self._corpora: dict[str, StagedCorpus] = {}
+        self.by_value: dict[str, StagedCorpus] = {}
         for group, state in progress.corpora.items():
             self._open(group, state["name"], state["counts"])
         self._remove_unknown()
@@ -230,7 +233,7 @@ class StagedCorpora:
         for error in encoded.bad:
             self._skip(error)
         for value, group in encoded.groups.items():
-            corpus = self._corpora.get(value) or self._open(value, self._new_name(value))
+            corpus = self.by_value.get(value) or self._open(value, self._new_name(value))
             mask = group.masks[0] if group.masks else None
             corpus.append(group.pieces[0], np.array(group.lengths), group.num_bytes, mask)
             corpus.add_labels(group.sources, group.licenses)
@@ -239,7 +242,7 @@ class StagedCorpora:
             self._report.add(encoded.found)
 
     def commit(self, finished: list[list[Any]]) -> None:
-        """Record in the journal that the inputs ``finished`` are encoded, but only as often as costs little time."""
+        """Call ``commit_now``, unless the last call was so recent that commits would take much of the time."""
         begin = time.monotonic()
         if begin < self._next_commit:
             return
@@ -250,21 +253,21 @@ class StagedCorpora:
     def commit_now(self, finished: list[list[Any]]) -> None:
         """Record in the journal that the inputs ``finished`` are encoded."""
         for value in self._dirty:
-            self._corpora[value].sync()
+            self.by_value[value].sync()
         sync(self._staging.ready)  # the names of new files too
         self._dirty.clear()
         if self._report:
             self._report.save()
         self.progress.finished = finished
         self.progress.corpora = {
-            value: {"name": corpus.prefix.name, "counts": corpus.counts} for value, corpus in self._corpora.items()
+            value: {"name": corpus.prefix.name, "counts": corpus.counts} for value, corpus in self.by_value.items()
         }
         self._journal.write(asdict(self.progress))
 
     def finish(self, tokenizer: Path, described: dict[str, Any]) -> None:
-        """Complete the files to publish, and record that in the journal; for arguments see ``StagedCorpus.finish``."""
+        """Complete the files to publish, and record it in the journal; see ``StagedCorpus.finish``."""
         ready = self._staging.ready
-        for staged in self._corpora.values():
+        for staged in self.by_value.values():
             write_description(staged.finish(tokenizer, described, self.progress.skipped))
         if self._report:
             self._report.write(ready / f"{self._staging.output.name}{REPORT_SUFFIX}")
@@ -272,23 +275,18 @@ class StagedCorpora:
         self.progress.complete = True
         self._journal.write(asdict(self.progress))
 
-    @property
-    def corpora(self) -> list[StagedCorpus]:
-        """Return the corpora in the order of their first documents."""
-        return list(self._corpora.values())
-
     def _open(self, value: str, name: str, counts: dict[str, Any] | None = None) -> StagedCorpus:
         refuse_existing(self._staging.output.with_name(name))
-        self._corpora[value] = StagedCorpus(self._staging.ready, name, self._dtype, self._fields.masked, counts)
-        return self._corpora[value]
+        self.by_value[value] = StagedCorpus(self._staging.ready, name, self._dtype, self._fields.masked, counts)
+        return self.by_value[value]
 
     def _new_name(self, value: str) -> str:
         if self._fields.by is None:
             return self._staging.output.name
-        if len(self._corpora) == MAX_GROUPS:
+        if len(self.by_value) == MAX_GROUPS:
             reason = f"it has more than {MAX_GROUPS:,} values"
             raise UserError("--by", self._fields.by, reason, "Choose a field with fewer values")
-        return safe_name(self._staging.output.name, value, [c.prefix.name for c in self._corpora.values()])
+        return safe_name(self._staging.output.name, value, [c.prefix.name for c in self.by_value.values()])
 
     def _skip(self, error: UserError) -> None:
         if self.progress.skipped == self._skip_bad:
@@ -298,8 +296,8 @@ class StagedCorpora:
         logger.warning("skipped: %s", error)
 
     def _remove_unknown(self) -> None:
-        """Remove the files that an earlier attempt began after it last wrote its journal."""
-        known = {corpus.prefix.name for corpus in self._corpora.values()}
+        """Remove the files that an earlier attempt created after it last wrote its journal."""
+        known = {corpus.prefix.name for corpus in self.by_value.values()}
         for path in self._staging.ready.iterdir():
             if path.suffix in (".bin", MASK) and path.stem not in known:
                 path.unlink()

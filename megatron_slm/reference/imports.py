@@ -1,4 +1,4 @@
-"""Log-probabilities that were computed elsewhere, read from files as the values of a store."""
+"""Import of log-probabilities that were computed elsewhere, as the values of a store."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ OPTION = "--import"
 
 
 def open_import(path: Path, corpus: Corpus, shard_tokens: int) -> Source:
-    """Open the log-probabilities of one corpus; the file's suffix decides how they are read.
+    """Open the log-probabilities of one corpus; the suffix of the file decides its format.
 
     Args:
         path: a .npy, .jsonl or .jsonl.gz file.
@@ -26,11 +26,10 @@ def open_import(path: Path, corpus: Corpus, shard_tokens: int) -> Source:
         shard_tokens: rows per shard.
 
     Raises:
-        UserError: the file does not exist, has another suffix, or is not an array with a value for each token.
+        UserError: the file does not exist, its suffix is unknown, or its array does not have one value per token.
     """
     if not path.is_file():
-        remedy = "Give a .npy or .jsonl file for each corpus of data.train"
-        raise UserError(OPTION, path, "it is not a file", remedy)
+        raise UserError(OPTION, path, "it is not a file", "Give a .npy or .jsonl file for each corpus of data.train")
     if path.suffix == ".npy":
         return ArraySource(path, corpus, shard_tokens)
     if path.suffix == ".jsonl" or path.suffixes[-2:] == [".jsonl", ".gz"]:
@@ -39,7 +38,7 @@ def open_import(path: Path, corpus: Corpus, shard_tokens: int) -> Source:
 
 
 class ArraySource:
-    """Log-probabilities in a .npy file, in nats, one for each token of the corpus's `.bin`; see `open_import`."""
+    """Log-probabilities in a .npy file, one per token of the corpus's `.bin`, in nats."""
 
     def __init__(self, path: Path, corpus: Corpus, shard_tokens: int) -> None:
         try:
@@ -48,11 +47,9 @@ class ArraySource:
             reason = f"it cannot be read as a NumPy array ({error})"
             raise UserError(OPTION, path, reason, "Save it with numpy.save") from error
         if self._array.shape != (corpus.num_tokens,) or not np.issubdtype(self._array.dtype, np.floating):
-            reason = (
-                f"it holds {self._array.dtype} values of shape {list(self._array.shape)}, and {corpus.prefix} has "
-                f"{corpus.num_tokens} tokens"
-            )
-            remedy = f"Give one floating-point log-probability for each token of {corpus.prefix}.bin"
+            found = f"{self._array.dtype} values of shape {list(self._array.shape)}"
+            reason = f"it holds {found}, and {corpus.prefix} has {corpus.num_tokens} tokens"
+            remedy = f"Give one floating-point log-probability per token of {corpus.prefix}.bin"
             raise UserError(OPTION, path, reason, remedy)
         self.rows = corpus.num_tokens
         self.num_shards = -(-self.rows // shard_tokens)
@@ -66,9 +63,9 @@ class ArraySource:
 
 
 class LinesSource:
-    """Log-probabilities in a .jsonl file: a line `{"logprobs": [...]}` for each document, in the corpus's order.
+    """Log-probabilities in a .jsonl file: a line `{"logprobs": [...]}` per document, in the corpus's order.
 
-    Shards must be read in order, but may begin with any.
+    Shards must be read in order, beginning with any of them.
     """
 
     def __init__(self, path: Path, corpus: Corpus, shard_tokens: int) -> None:
@@ -78,7 +75,7 @@ class LinesSource:
         self._corpus = corpus
         self._shard_tokens = shard_tokens
         self._documents = self._read()
-        self._rest = np.empty(0, dtype=np.float32)  # of the last document read: the part behind the last shard
+        self._rest = np.empty(0, dtype=np.float32)  # the end of the last document, which belongs to the next shard
         self._position = 0
 
     def values(self, number: int, report: Callable[[int], None]) -> Values:
@@ -90,7 +87,7 @@ class LinesSource:
             if have >= stop:
                 break
         if stop == self.rows:
-            next(self._documents, None)  # compares the number of lines with the number of documents
+            next(self._documents, None)  # makes `_read` compare the number of lines with that of documents
         logprob_N = np.concatenate(pieces)
         self._rest, self._position = logprob_N[stop - start :], stop
         return Values(start, _losses(logprob_N[: stop - start], self._path, start))
@@ -102,8 +99,8 @@ class LinesSource:
             if number <= len(lengths):
                 yield self._document(line, number, int(lengths[number - 1]))
         if number != len(lengths):
-            reason = f"its number of lines is {number}, and {self._corpus.prefix} has {len(lengths)} documents"
-            raise UserError(OPTION, self._path, reason, "Give one line for each document, in the corpus's order")
+            reason = f"it has {number} lines, and {self._corpus.prefix} has {len(lengths)} documents"
+            raise UserError(OPTION, self._path, reason, "Give one line per document, in the corpus's order")
 
     def _lines(self) -> Iterator[str]:
         try:
@@ -120,19 +117,17 @@ class LinesSource:
             remedy = "Correct the line. Score the first token of a document after an end-of-document token"
             raise UserError(OPTION, self._path, reason, remedy) from error
         if logprob_N.shape != (length,):
-            reason = (
-                f"line {number} holds {logprob_N.size} log-probabilities, and document {number} of "
-                f"{self._corpus.prefix} has {length} tokens, its end-of-document token included"
-            )
-            raise UserError(OPTION, self._path, reason, "Give one log-probability for each token")
+            has = f"document {number} of {self._corpus.prefix} has {length} tokens, including its end-of-document token"
+            reason = f"line {number} holds {logprob_N.size} log-probabilities, and {has}"
+            raise UserError(OPTION, self._path, reason, "Give one log-probability per token")
         return logprob_N
 
 
 def _losses(logprob_N: NDArray[np.float32], path: Path, start: int) -> NDArray[np.float32]:
-    """Return the losses `[N, 1]` of log-probabilities whose first belongs to token `start`.
+    """Return the losses, float32 `[N, 1]`, of log-probabilities `[N]` that begin with token `start`.
 
     Raises:
-        UserError: a value is not finite, or is above 0 by more than round-off.
+        UserError: a value is not finite, or exceeds 0 by more than round-off.
     """
     wrong = np.flatnonzero(~np.isfinite(logprob_N) | (logprob_N > 1e-3))
     if len(wrong):

@@ -18,11 +18,11 @@ class Reference(Protocol):
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         """Return the reference's columns for this rank's micro-batches of the step.
 
-        Every rank calls it, with as many sequences, because a sharded model needs all ranks in each forward.
+        Every rank calls it with the same number of sequences, because a sharded model needs all ranks in each forward.
 
         Args:
             batches: micro-batches of this rank.
-            want: columns beside `loss`, such as `entropy`.
+            want: columns in addition to `loss`, such as `entropy`.
 
         Returns:
             For each micro-batch, float32 `[B, T]` columns by name, in nats; 0 where `valid_BT` is False.
@@ -30,7 +30,7 @@ class Reference(Protocol):
 
 
 class NoReference:
-    """The reference of a run that needs none: plain training, or a score of the student alone."""
+    """The reference of a run that needs none: plain training, or a score that only the student computes."""
 
     def signals(self, batches: list[Batch], want: tuple[str, ...]) -> list[TokenSignals]:
         return [{} for _ in batches]
@@ -65,15 +65,15 @@ Mix = Literal["mean", "minimum", "log_mixture"]
 
 
 class MixedReference:
-    """Several references, mixed to one column per signal.
+    """Several references, mixed into one column per signal.
 
-    mean          weighted mean of the losses, or of another column; of losses, the geometric mean of the probabilities
-    minimum       the lowest loss, that is, the highest probability that any reference gives the token
+    mean          weighted mean of a column; for losses, this takes the geometric mean of the probabilities
+    minimum       lowest loss, that is, the highest probability that any reference gives the token
     log_mixture   -log of the weighted mean of the probabilities
 
     Args:
         parts: the references.
-        weights: one for each, above 0; only their proportions matter.
+        weights: one weight above 0 per reference; only their proportions matter.
         mix: the formula.
     """
 
@@ -95,6 +95,7 @@ class MixedReference:
         if self._mix == "minimum":
             return column_PBT.amin(0)
         if self._mix == "log_mixture":
+            # -log sum_p w_p exp(-loss_p), without underflow of the probabilities.
             return -(weight_P11.log() - column_PBT).logsumexp(0)
         return (weight_P11 * column_PBT).sum(0)
 
@@ -103,9 +104,9 @@ class StoredReference:
     """A reference that reads its columns from a store.
 
     Args:
-        files: of a `document` store one for each entry of the blend; of a `packed` store the file of the order.
+        files: one file per corpus of the blend for a `document` store; the only file of a `packed` store.
         columns: the store's columns, in their order in a row.
-        packed: rows are numbered by sample and position, not by offset in the corpus.
+        packed: number rows by sample and position, not by offset in the corpus.
     """
 
     def __init__(self, files: list[ScoreFile], columns: list[str], packed: bool) -> None:

@@ -1,7 +1,7 @@
-"""Scoring with a model: the batches that score a file of a store, shard by shard, and the model's values for them.
+"""Scoring with a model: the batches that score a file of a store, shard by shard, and the values that it computes.
 
-A shard is a stretch of rows that are computed, written and flushed together. The batches of a shard depend on settings
-alone, not on the number of ranks, so any number of ranks writes the same bytes.
+A shard is a range of rows that are computed, written and flushed together. The batches of a shard depend only on
+settings, not on the number of ranks, so any number of ranks writes the same bytes.
 
 Suffixes: D documents, N windows, B sequences of a batch, T labels of a sequence, S its tokens (T + 1), R rows of a
 shard, C columns.
@@ -25,14 +25,14 @@ from megatron_slm.types import Batch
 
 
 class ScoringBatch(NamedTuple):
-    """A batch, and the row of the file to which each of its valid labels belongs: int64 `[B, T]`."""
+    """A batch, and the row of the file for each of its valid labels, int64 `[B, T]`."""
 
     batch: Batch
     row_BT: Tensor
 
 
 class Shard(NamedTuple):
-    """The rows `start` to `stop` of a file, and functions that make the batches that fill them."""
+    """The rows `start` to `stop - 1` of a file, and functions that make the batches that fill them."""
 
     start: int
     stop: int
@@ -42,15 +42,15 @@ class Shard(NamedTuple):
 class Work(Protocol):
     """The batches that score one file.
 
-    rows        rows of the file
-    num_shards  shards that they are divided into
+    rows        number of rows of the file
+    num_shards  number of shards of the file
     """
 
     rows: int
     num_shards: int
 
     def shard(self, number: int) -> Shard:
-        """Return a shard; together, the shards cover every row once, in order."""
+        """Return a shard; the shards together cover every row once, in order."""
 
 
 DOCUMENT_CONTEXT = (
@@ -66,7 +66,7 @@ class Windows(NamedTuple):
     begin     the first label
     scored    the first label that is scored; those before it are context
     end       the label after the last
-    is_first  bool `[N]`: the window begins with its document
+    is_first  bool `[N]`: True if the window begins with its document
     """
 
     begin: NDArray[np.int64]
@@ -89,8 +89,8 @@ class DocumentWork:
     def __init__(self, corpus: Corpus, eod: int, window: int, batch_tokens: int, shard_tokens: int) -> None:
         self._layout = open_documents(corpus)
         self.rows = corpus.num_tokens
-        self.num_shards = -(-self.rows // max(shard_tokens, window))
         self._shard_tokens = max(shard_tokens, window)
+        self.num_shards = -(-self.rows // self._shard_tokens)
         self._tokens = map_tokens(corpus)
         self._eod = eod
         self._window = window
@@ -105,7 +105,7 @@ class DocumentWork:
         return Shard(int(windows.scored[0]), int(windows.end[-1]), batches)
 
     def _windows(self, first: int, last: int) -> Windows:
-        """Return the windows whose first scored label lies in `first` to `last`, in the order of these labels."""
+        """Return the windows whose first scored label is at offset `first` to `last - 1`, in order."""
         start_D, length_D = self._documents(first, last)
         window, stride = self._window, max(1, self._window // 2)
         count_D = 1 + np.maximum(0, -(-(length_D - window) // stride))
@@ -119,7 +119,7 @@ class DocumentWork:
         return Windows((start_N + turn_N * stride)[here_N], scored_N[here_N], end_N[here_N], turn_N[here_N] == 0)
 
     def _documents(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the start and length in tokens of the documents that overlap a stretch of the `.bin`."""
+        """Return the start and length, in tokens, of the documents that overlap offsets `first` to `last - 1`."""
         here = self._layout.between(first, last)
         return self._layout.starts(here), self._layout.length_D[here].astype(np.int64)
 
@@ -139,7 +139,7 @@ class DocumentWork:
         row_BT = begin_B1 + torch.arange(int((end_B1 - begin_B1).max()))
         picked = zip(windows.begin[picked_B], windows.end[picked_B], windows.is_first[picked_B], strict=True)
         text = [self._text(*window) for window in picked]
-        # Padding follows the text, and causal attention keeps it from changing anything before it.
+        # Padding comes after the text, so causal attention keeps it from affecting the text.
         text_BS = torch.nn.utils.rnn.pad_sequence(text, batch_first=True, padding_value=self._eod)
         batch = Batch(
             tokens_BT=text_BS[:, :-1],
@@ -154,11 +154,11 @@ class DocumentWork:
         return ScoringBatch(batch, row_BT)
 
     def _text(self, begin: np.int64, end: np.int64, is_first: np.bool_) -> Tensor:
-        """Return the token before the window's labels, and the labels, int64."""
+        """Return the token before the window's labels, then the labels, int64 `[S]`."""
         text = self._tokens[begin - 1 : end] if begin else np.append(self._eod, self._tokens[begin:end])
         text = text.astype(np.int64)
         if is_first:
-            # A corpus from elsewhere may not end its documents with this token.
+            # An adopted corpus may end its documents with another token, or with none.
             text[0] = self._eod
         return torch.from_numpy(text)
 
@@ -178,7 +178,7 @@ class PackedWork:
         seq_length: labels per sample, T.
         micro_batch_size: samples per batch.
         shard_tokens: rows per shard, rounded down to whole batches.
-        reset_attention: positions restart at each document.
+        reset_attention: restart positions at each document.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class PackedWork:
 
 
 class Values(NamedTuple):
-    """Values of consecutive rows, float32 `[rows, columns]`, in nats; `start` is the first row."""
+    """Values of consecutive rows from row `start` on, float32 `[rows, columns]`, in nats."""
 
     start: int
     values_NC: NDArray[np.float32]
@@ -222,19 +222,19 @@ class Values(NamedTuple):
 class Source(Protocol):
     """A source of the values of one file.
 
-    rows        rows of the file
-    num_shards  shards that they are divided into
+    rows        number of rows of the file
+    num_shards  number of shards of the file
     """
 
     rows: int
     num_shards: int
 
     def values(self, number: int, report: Callable[[int], None]) -> Values:
-        """Return the values of a shard, the same on every rank; every rank calls it, for shards in order.
+        """Return the values of a shard, the same on every rank. Every rank calls it, for the shards in order.
 
         Args:
-            number: the shard.
-            report: called with the number of the shard's rows that are done.
+            number: number of the shard.
+            report: called with the number of finished rows of the shard.
 
         Raises:
             UserError: the values cannot be read.
@@ -242,13 +242,13 @@ class Source(Protocol):
 
 
 class ModelSource:
-    """The values that a model computes. Batch i of a shard belongs to data-parallel rank i mod W.
+    """A model that computes the values. Of W data-parallel ranks, rank i mod W scores batch i of a shard.
 
     Args:
         module: a `CausalLM` as its engine runs it, replicated or sharded.
         work: the batches that score the file.
         columns: the columns of a row, `loss` first.
-        world: this rank among all.
+        world: the rank and world size of this process.
     """
 
     def __init__(self, module: nn.Module, work: Work, columns: list[str], world: World) -> None:
@@ -262,7 +262,7 @@ class ModelSource:
     def values(self, number: int, report: Callable[[int], None]) -> Values:
         shard = self._work.shard(number)
         size, data = shard.stop - shard.start, self._world.data
-        # An extra row receives the values that are not kept: dropping them by a mask would wait for the device.
+        # An extra row collects the values to drop: dropping them by a mask would synchronize with the device.
         value_RC = torch.zeros(size + 1, len(self._columns), device=self._world.device)
         for first in range(0, len(shard.batches), data.size):
             self._run(shard, first + data.rank, value_RC)
@@ -271,7 +271,7 @@ class ModelSource:
         return Values(shard.start, all_reduce_sum(value_RC[:size], data.group).cpu().numpy())
 
     def _run(self, shard: Shard, index: int, value_RC: Tensor) -> None:
-        """Score a batch of this rank. After the last batch, run it again: a sharded model needs all ranks."""
+        """Score a batch of this rank. Past the last batch, rerun the last: a sharded model needs all ranks."""
         batch, row_BT = shard.batches[min(index, len(shard.batches) - 1)]()
         batch, row_BT = batch.to(self._world.device), row_BT.to(self._world.device)
         signals = score_batch(self._module, batch, tuple(self._columns[1:]))

@@ -66,20 +66,20 @@ class ReferenceSettings:
     def __post_init__(self) -> None:
         single = "path" if self.path else "store" if self.store else None
         if self.of and single:
-            reason = "reference.of lists references, too"
+            reason = "reference.of also lists references"
             raise UserError(single, getattr(self, single), reason, "Remove it, or move it into reference.of")
         if not self.of and not single:
             remedy = "Set reference.path, reference.store (a store of losses), or reference.of (several references)"
             raise UserError("path", None, "there is no other reference", remedy)
 
     def in_words(self) -> str:
-        """Return the reference as reports and model cards name it."""
+        """Return the name of the reference for reports and model cards."""
         names = [part.path or f"the store {part.store}" for part in self.parts]
         return names[0] if not self.of else f"{self.mix} of {', '.join(names)}"
 
     @property
     def parts(self) -> list[PartSettings]:
-        """All references, as entries of `of`. If both a path and a store are set, the store is read."""
+        """Return all references as entries of `of`. If both a path and a store are set, only the store is used."""
         if self.of:
             return self.of
         path = None if self.store else self.path

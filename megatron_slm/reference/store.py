@@ -1,4 +1,4 @@
-"""The format of a store of scores: a manifest, and files with a row per token, followed by checksums of blocks."""
+"""The format of a store of scores: a manifest, and files with one row per token, then a checksum per block of rows."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ FORMAT_VERSION = 2
 """Version 1 lacks tokenizer_probe."""
 MANIFEST = "manifest.json"
 ORDER = "order"
-"""Name of the only file of a store of kind `packed`."""
+"""Name of the only file in a store of kind `packed`."""
 BLOCK_ROWS = 4096
 """Rows per checksum."""
 
@@ -44,17 +44,17 @@ class BlockChecksums:
         self._rest = data[whole:]
 
     def table(self) -> bytes:
-        """Return the checksums of all blocks, as they follow the rows; the last block may be short."""
+        """Return the checksums of all blocks, as written after the rows; the last block may be short."""
         last = [zlib.crc32(self._rest)] if self._rest else []
         return np.array([*self._finished, *last], dtype="<u4").tobytes()
 
 
 class ScoreFile:
-    """An opened file of a store. It reads rows by number, and checks each block once, before its first use.
+    """An opened file of a store. It reads rows by number, and checks each block before its first use.
 
     Args:
-        path: the file.
-        rows: its rows, one per token.
+        path: path of the file.
+        rows: number of rows, one per token.
         columns: values per row.
         encoding: a name in `ENCODINGS`.
 
@@ -74,7 +74,7 @@ class ScoreFile:
         self._checked = np.zeros(blocks, dtype=bool)
 
     def read(self, rows_N: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the values of some rows, float32 `[N, columns]`.
+        """Return the values of the rows `rows_N`, float32 `[N, columns]`.
 
         Raises:
             UserError: a block that holds one of these rows has changed since it was written.
@@ -83,7 +83,7 @@ class ScoreFile:
         return decode(self._codes[rows_N], self._encoding)
 
     def stretch(self, first: int, last: int) -> NDArray[np.float32]:
-        """Return the values of the rows `first` to `last`, float32 `[N, columns]`.
+        """Return the values of the rows `first` to `last - 1`, float32 `[N, columns]`.
 
         Raises:
             UserError: a block that holds one of these rows has changed since it was written.
@@ -92,7 +92,7 @@ class ScoreFile:
         return decode(self._codes[first:last], self._encoding)
 
     def check_all(self) -> Iterator[int]:
-        """Check every block; yield the number of rows that are checked.
+        """Check every block; yield the number of rows checked so far.
 
         Raises:
             UserError: a block has changed since it was written.
@@ -136,10 +136,10 @@ class FileEntry:
 
     name      name of the file, without its suffix
     rows      tokens of the corpus's `.bin`, or samples x seq_length of the order
-    corpus    PREFIX of the corpus when it was scored, for the reader
+    corpus    PREFIX of the corpus when it was scored, for messages
     sha256    digests of the corpus's files, by suffix; empty for an order
     checksum  CRC-32 of the file's checksums
-    clipped   number of values above what the encoding can hold
+    clipped   number of values above the largest of the encoding
     mean      mean of each column, in nats per token
     """
 
@@ -188,7 +188,7 @@ class Manifest:
 
     @property
     def scorer(self) -> str:
-        """The model that wrote the scores, for messages."""
+        """Return the path of the model that computed the scores, for messages."""
         return str(self.reference.get("path", "elsewhere"))
 
 
@@ -196,8 +196,8 @@ class Manifest:
 class Store:
     """An opened store.
 
-    path      its folder
-    manifest  its description
+    path      folder of the store
+    manifest  description of the store
     setting   the setting that names it, for errors
     """
 
@@ -206,10 +206,10 @@ class Store:
     setting: str = "reference.store"
 
     def file_of(self, name: str) -> ScoreFile:
-        """Open the file of this name; check its size and the checksum of its checksums.
+        """Open the file `name`; check its size and the checksum of its checksums.
 
         Raises:
-            UserError: the file is missing, cut short or changed.
+            UserError: the file is missing, truncated or changed.
         """
         manifest = self.manifest
         entry = next(entry for entry in manifest.files if entry.name == name)
@@ -219,10 +219,10 @@ class Store:
         return file
 
     def check_all(self) -> Iterator[int]:
-        """Check every block of every file; yield the number of tokens that are checked.
+        """Check every block of every file; yield the number of tokens checked so far.
 
         Raises:
-            UserError: a file is missing, cut short or changed.
+            UserError: a file is missing, truncated or changed.
         """
         before = 0
         for entry in self.manifest.files:
@@ -231,18 +231,18 @@ class Store:
             before += entry.rows
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of what the values are, independent of the store's path."""
+        """Return a SHA-256 that identifies the values, wherever the store is."""
         manifest = self.manifest
         values = [[entry.rows, entry.checksum] for entry in manifest.files]
         identity = [manifest.kind, manifest.columns, manifest.encoding, values]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def name_for(self, prefix: str, sha256: dict[str, str]) -> str:
-        """Return the name of the file with the scores of a corpus, wherever the corpus now is.
+        """Return the name of the file with the scores of a corpus, which may have moved since.
 
         Args:
             prefix: PREFIX of the corpus, for the error.
-            sha256: digests of its files, by suffix.
+            sha256: digests of the corpus's files, by suffix.
 
         Raises:
             UserError: the store holds the scores of other tokens, or of the same tokens in other documents.
@@ -268,7 +268,7 @@ def open_store(path: str, setting: str = "reference.store") -> Store:
         setting: the setting that names it, for errors.
 
     Raises:
-        UserError: the folder is not a complete store, or its manifest cannot be read or has another version.
+        UserError: the folder is not a complete store, or its manifest cannot be read or has an unsupported version.
     """
     try:
         fields: dict[str, Any] = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))

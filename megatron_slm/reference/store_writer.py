@@ -1,7 +1,7 @@
-"""Writing a store: files that grow by whole shards, so that a restart repeats one shard at most.
+"""A writer of stores, whose files grow by whole shards, so that a restart repeats at most one shard.
 
 The journal of the staging folder holds the checksum of every finished shard. When all shards are written, they are read
-back and compared, and the staging folder's `ready` becomes the store.
+back and compared, and the folder `ready` becomes the store.
 """
 
 import logging
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 class NewFile:
     """One file to write.
 
-    name    its name, without suffix
+    name    name of the file, without its suffix
     corpus  the corpus that it scores; None for the order of samples of a run
-    source  its values
+    source  the source of its values
     """
 
     name: str
@@ -45,7 +45,7 @@ class NewFile:
 
 
 def open_writer(manifest: Manifest, staging: Staging, journal: Journal, world: World) -> "StoreWriter | None":
-    """Return the writer of a store, with the shards that are already on the disk; None on ranks other than 0.
+    """Return the writer of a store, which resumes after the shards on the disk; None on ranks other than 0.
 
     Every rank calls it.
 
@@ -53,25 +53,25 @@ def open_writer(manifest: Manifest, staging: Staging, journal: Journal, world: W
         manifest: the description of the store, without its files.
         staging: the staging folder, open on rank 0.
         journal: the journal in it.
-        world: this rank among all.
+        world: the rank and world size of this process.
 
     Raises:
-        AgreedError: the journal cannot be read or is of other settings, or the disk is full.
+        AgreedError: the journal cannot be read or records other settings, or the disk is full.
     """
     return _agree_writing(staging, lambda: StoreWriter(manifest, staging, journal) if world.is_main else None)
 
 
 def write_store(files: list[NewFile], writer: "StoreWriter | None", staging: Staging, world: World) -> None:
-    """Compute and write the shards that are missing, check the store on the disk, and publish it; every rank calls it.
+    """Compute and write the missing shards, check the store on the disk, and publish it; every rank calls it.
 
     Args:
         files: the files of the store.
         writer: from `open_writer`.
         staging: the staging folder, open on rank 0.
-        world: this rank among all.
+        world: the rank and world size of this process.
 
     Raises:
-        AgreedError: a value is not finite, or the disk is full or returns other bytes than were written.
+        AgreedError: a value is not finite, or the disk is full or returns different bytes than were written.
     """
     _write_shards(files, writer, staging, world)
     _read_back(files, writer, staging)
@@ -79,13 +79,13 @@ def write_store(files: list[NewFile], writer: "StoreWriter | None", staging: Sta
 
 
 class StoreWriter:
-    """The files of an unfinished store, and how many shards of each are on the disk; see `open_writer`."""
+    """The files of an unfinished store, with their finished shards; see `open_writer`."""
 
     def __init__(self, manifest: Manifest, staging: Staging, journal: Journal) -> None:
         self._staging = staging
         self._journal = journal
         self._manifest = manifest
-        if not staging.ready.exists():  # a store was published, and the process killed before the journal was removed
+        if not staging.ready.exists():  # an earlier process was killed between publishing and removing its journal
             journal.remove()
             staging.ready.mkdir()
         self._row_bytes = np.dtype(ENCODINGS[manifest.encoding].dtype).itemsize * len(manifest.columns)
@@ -93,7 +93,7 @@ class StoreWriter:
         self._checksums: dict[str, int] = {}
 
     def finished(self, name: str) -> tuple[int, int]:
-        """Return how many shards of a file are on the disk, and how many rows they have."""
+        """Return the number of shards of a file on the disk, and the number of their rows."""
         shards = self._file(name).shards
         return len(shards), sum(rows for rows, _ in shards)
 
@@ -122,14 +122,14 @@ class StoreWriter:
         """Compare a file with what was written to it, one shard per step, then append the checksums of its blocks.
 
         Raises:
-            UserError: the disk returned other bytes.
+            UserError: the disk returned different bytes.
         """
         path, blocks = self._path(name), BlockChecksums(self._row_bytes)
         with path.open("r+b") as stream:
             for count, checksum in self._file(name).shards:
                 data = stream.read(count * self._row_bytes)
                 if zlib.crc32(data) != checksum:
-                    reason = f"the disk returned other bytes than were written to {path}"
+                    reason = f"the disk returned different bytes than were written to {path}"
                     remedy = f"Remove {self._staging.folder} and score again on another disk"
                     raise UserError(self._staging.setting, self._staging.output, reason, remedy)
                 blocks.feed(data)
@@ -141,7 +141,7 @@ class StoreWriter:
         yield
 
     def publish(self, files: list[NewFile]) -> None:
-        """Write the manifest, move the store to its place in one step, and log what it holds."""
+        """Write the manifest, publish the store, and log its contents."""
         manifest = replace(self._manifest, files=[self._entry(file) for file in files])
         (self._staging.ready / MANIFEST).write_text(manifest.text(), encoding="utf-8")
         publish(self._staging.ready, self._staging.output)
@@ -187,7 +187,7 @@ class FileProgress:
     """The finished part of one file.
 
     shards   rows and CRC-32 of each finished shard
-    clipped  number of values above what the encoding can hold
+    clipped  number of values above the largest of the encoding
     sums     sum of each column
     """
 
@@ -212,13 +212,13 @@ def _write_shards(files: list[NewFile], writer: StoreWriter | None, staging: Sta
         for file in files:
             for number in range(finished[file.name][0], file.source.num_shards):
                 values = file.source.values(number, meter.after(done))
-                _agree_writing(staging, partial(writer.write, file.name, values) if writer else _nothing)
+                _agree_writing(staging, partial(writer.write, file.name, values) if writer else lambda: None)
                 done += len(values.values_NC)
                 meter.reach(done)
 
 
 def _read_back(files: list[NewFile], writer: StoreWriter | None, staging: Staging) -> None:
-    """Check every file on the disk. The ranks meet at every shard, so that none of them times out."""
+    """Check every file on the disk. All ranks synchronize at every shard, so that none times out."""
     for file in files:
         steps = writer.read_back(file.name) if writer else repeat(None)
         for _ in range(file.source.num_shards + 1):
@@ -226,10 +226,10 @@ def _read_back(files: list[NewFile], writer: StoreWriter | None, staging: Stagin
 
 
 def _agree_writing(staging: Staging, work: Callable[[], T]) -> T:
-    """Return the result of `work`; if rank 0 cannot write, every rank raises its error.
+    """Return the result of `work`; if it fails on a rank, raise the error on every rank.
 
     Raises:
-        AgreedError: instead of a UserError or an OSError of any rank.
+        AgreedError: in place of a UserError or an OSError.
     """
 
     def write() -> T:
@@ -237,7 +237,3 @@ def _agree_writing(staging: Staging, work: Callable[[], T]) -> T:
             return work()
 
     return agree(write)
-
-
-def _nothing() -> None:
-    """Do nothing, on ranks that do not write."""

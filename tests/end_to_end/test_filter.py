@@ -207,7 +207,7 @@ TRAINING: dict[str, tuple[list[str], str]] = {
         ["data.keep=STORES/keep.yaml"],
         "keep.yaml, but it is not a keep-list",
     ),
-    "a list of other corpora": (["data.train=CORPORA/web"], "does not cover CORPORA/web, but books, held_out"),
+    "a list of other corpora": (["data.train=CORPORA/web"], "does not cover CORPORA/web, only books, held_out"),
     "a list of nothing in the split": (["data.split=5,95,0", "data.keep=LATE"], "it keeps no document of"),
 }
 

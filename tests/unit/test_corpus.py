@@ -122,7 +122,7 @@ def test_a_corrupted_index_header_is_found(prefix, position, value, reason):
 
 def test_an_index_truncated_inside_its_header_is_found(prefix):
     Path(prefix + ".idx").write_bytes(b"MMIDIDX\x00\x00\x01")
-    with refuses("corpus", prefix, r"math\.idx is cut off"):
+    with refuses("corpus", prefix, r"math\.idx is truncated"):
         open_corpus(prefix)
 
 

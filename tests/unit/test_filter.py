@@ -138,7 +138,7 @@ def test_a_list_reads_back_as_it_was_written_wherever_the_corpus_lies(
     found = open_keep_list(str(folder / "a"))
     moved = dataclasses.replace(corpora[1], prefix="elsewhere/moved")
     assert found.documents(corpora[0]).tolist() == web and found.documents(moved).tolist() == books
-    with refuses("data.keep", None, "does not cover data/code, but web, books"):
+    with refuses("data.keep", None, "does not cover data/code, only web, books"):
         found.documents(described("code", 5))
 
 
@@ -158,8 +158,8 @@ def with_fewer_bits(tensors: dict[str, Any], text: dict[str, Any]) -> None:
     ("change", "expected"),
     [
         (of_another_version, "format version is 2"),
-        (without_its_bits, "lacks bits of the corpora that it names"),
-        (with_fewer_bits, "lacks bits of the corpora that it names"),
+        (without_its_bits, "does not have one bit per document"),
+        (with_fewer_bits, "does not have one bit per document"),
     ],
 )
 def test_a_list_that_says_something_else_is_refused(tmp_path: Path, change: Callable[..., None], expected: str) -> None:

@@ -33,7 +33,7 @@ RUN = """if True:
 
 @pytest.fixture(scope="module")
 def word_level(tmp_path_factory) -> str:
-    """Return a tokenizer that is fast enough for tests of memory with long texts."""
+    """Return a tokenizer that is fast enough for memory tests with long texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,7 +99,7 @@ def test_a_long_document_without_seams_is_encoded_in_one_pass(monkeypatch):
 
     monkeypatch.setattr(encoding, "_WINDOW", 255)
     monkeypatch.setattr(encoding, "_OVERLAP", 64)
-    pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))  # where a pair begins depends on where the text does
+    pairs = Tokenizer(models.BPE({"a": 0, "aa": 1}, [("a", "a")]))  # pairs are counted from the beginning of the text
     text = "a" * 1000
     assert list(chain(*encoding._encode_long(pairs, text))) == [1] * 500
 
@@ -110,7 +110,7 @@ def peak_memory(inputs: list[str], output: Path, tokenizer: str) -> int:
     peak = 0
     while process.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            # A child that has not yet replaced its parent's program would count the parent twice.
+            # A forked child that still runs its parent's program would count the parent's memory twice.
             workers = [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]
             peak = max(peak, sum(p.memory_info().rss for p in (process, *workers)))
         time.sleep(0.05)
@@ -125,11 +125,11 @@ def test_memory_does_not_grow_with_the_corpus_or_its_lines(word_level, tmp_path)
     small, large = (
         peak_memory([str(tmp_path / f"{name}.jsonl")], tmp_path / name, word_level) for name in ("small", "large")
     )
-    assert large < small + 25_000_000  # for 70,000,000 more bytes
+    assert large < small + 25_000_000  # with 70,000,000 more bytes of input
 
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["with-its-workers", "alone"])
-def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, model, tmp_path, whole_group):
+def test_a_killed_preparation_publishes_nothing_and_the_next_one_works(word_level, model, tmp_path, whole_group):
     big = tmp_path / "big.jsonl"
     big.write_text((json.dumps({"text": "internationalization " * 500}) + "\n") * 5_000)
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(i) for i in range(50)])
@@ -149,7 +149,7 @@ def test_a_killed_attempt_publishes_nothing_and_the_next_one_works(word_level, m
     assert not staging.exists()
 
 
-def test_the_next_process_resumes_after_a_killed_one(model, tmp_path, caplog):
+def test_the_same_command_resumes_after_a_kill(model, tmp_path, caplog):
     web = tmp_path / "web"
     web.mkdir()
     for number in range(12):
@@ -178,7 +178,7 @@ def wait_until(condition) -> None:
 
 
 @pytest.mark.parametrize("renames", range(4))
-def test_the_next_process_completes_an_interrupted_publication(model, tmp_path, monkeypatch, renames):
+def test_the_same_command_completes_an_interrupted_publication(model, tmp_path, monkeypatch, renames):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     output = tmp_path / "web"
     done = iter(range(renames))
@@ -191,7 +191,7 @@ def test_the_next_process_completes_an_interrupted_publication(model, tmp_path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_until_killed)
-        patch.setattr("shutil.rmtree", lambda path: None)  # a killed process cleans nothing up
+        patch.setattr("shutil.rmtree", lambda path: None)  # a killed process does not clean up
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus([str(small)], str(output), tokenizer=model)
     assert not Path(f"{output}.json").exists()
@@ -219,7 +219,7 @@ def test_an_existing_corpus_is_an_error_and_stays_unchanged(model, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx", ".tokenizer"])
-def test_foreign_files_are_never_overwritten(model, tmp_path, suffix):
+def test_other_files_are_never_overwritten(model, tmp_path, suffix):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     foreign = tmp_path / f"web{suffix}"
     foreign.write_bytes(b"foreign")
@@ -282,7 +282,7 @@ def test_the_remedy_for_a_missing_nested_key_lists_the_existing_ones():
     assert caught.value.setting == "--json-key" and "['meta.main', 'meta.title']" in caught.value.remedy
 
 
-def test_a_bad_line_found_by_a_worker_ends_the_command_and_leaves_nothing(model, tmp_path):
+def test_a_bad_line_in_a_worker_ends_the_command_and_leaves_no_files(model, tmp_path):
     path = write_jsonl(tmp_path / "web.jsonl", [sentence(i) for i in range(600)])
     path.write_text(path.read_text() + "\n{broken\n")
     with refuses("document", f"{path}:602", "not valid JSON"):
@@ -327,7 +327,7 @@ def test_the_command_trains_a_tokenizer_prepares_and_verifies(tmp_path):
         command("--output", output, "--verify")
 
 
-def test_verify_finds_another_tokenizer(model, word_level, tmp_path):
+def test_verify_finds_a_different_tokenizer(model, word_level, tmp_path):
     small = write_jsonl(tmp_path / "small.jsonl", [sentence(1)])
     corpus = prepare_corpus([str(small)], str(tmp_path / "web"), tokenizer=model)
     load_tokenizer(word_level).save_pretrained(corpus_tokenizer_path(corpus))
@@ -351,6 +351,6 @@ def test_arguments_that_cannot_work_are_refused(arguments, setting, value):
         command(*arguments)
 
 
-def test_help_needs_no_heavy_import():
+def test_help_imports_no_heavy_library():
     program = "import sys, megatron_slm.commands.prepare; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "set()"

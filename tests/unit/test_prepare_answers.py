@@ -1,4 +1,4 @@
-"""The tokens that count in prompts with completions and in chats, compared with brute force on bytes."""
+"""The tokens of prompts with completions and of chats that count, compared with brute force on bytes."""
 
 import json
 import os
@@ -50,7 +50,7 @@ CHATS = [
 
 
 def byte_level(folder: Path, end: str = "\n", template: str = CHATML) -> str:
-    """Write a byte-level tokenizer like that of GPT-2, whose offsets exclude spaces, with a chat template."""
+    """Write a byte-level tokenizer like that of GPT-2, whose offsets exclude spaces, and a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,7 +140,7 @@ def test_the_tokens_that_begin_in_the_completion_count(model, chat_tokenizer, tm
         counts = [False] * len(prompt + separator) + [True] * len(completion)
         assert mask == [*brute_mask(tokenizer, ids[:-1], text, counts), 1]
         seams += ids[:-1] != encoded(tokenizer, prompt + separator) + encoded(tokenizer, completion)
-    assert seams or separator, "two encodes would give other tokens where a piece lies across the seam"
+    assert seams or separator, "no piece crosses the seam, so the test does not show that it is encoded in one pass"
     assert corpus.num_bytes == sum(len(completion.encode()) for _, completion in PAIRS)
     assert verify_corpus(str(tmp_path / "qa")).masked
 
@@ -151,7 +151,7 @@ def encoded(tokenizer, text: str, special: bool = False) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("end", ["\n", ""])
-def test_tokens_of_the_assistant_count(tmp_path, end, suffix):
+def test_the_tokens_of_the_assistant_count(tmp_path, end, suffix):
     name = byte_level(tmp_path / "tokenizer", end)
     corpus = prepared(write_chats(tmp_path / f"c.{suffix}", CHATS), tmp_path / "c", name, format="messages")
     tokenizer, size = load_tokenizer(name), 0
@@ -168,7 +168,7 @@ def test_tokens_of_the_assistant_count(tmp_path, end, suffix):
             expected, marks = [*expected, tokenizer.eos_token_id], [*marks, int(chat[-1][0] == "assistant")]
         assert (ids, mask) == (expected, marks)
         assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == len(chat)
-    assert corpus.num_bytes == size, "an end token is no text"
+    assert corpus.num_bytes == size, "the bytes of end tokens do not count"
 
 
 def test_any_number_of_workers_gives_the_same_bytes_and_so_does_merging(model, tmp_path, monkeypatch):
@@ -193,8 +193,8 @@ def test_workers_use_the_chat_template(chat_tokenizer, tmp_path, monkeypatch):
     assert contents(tmp_path / "here") == contents(tmp_path / "there")
 
 
-def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
-    """Workers cache their tokenizer, but special tokens count as such only if a template writes them."""
+def test_spelled_out_special_tokens_are_text_even_after_chats(chat_tokenizer, tmp_path):
+    """A worker caches its encoder, but the two formats need different ones."""
     raw = [("f", 1, {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
     file, end = str(Path(chat_tokenizer) / "tokenizer.json"), load_tokenizer(chat_tokenizer).eos_token_id
     for kind, expected in (("messages", 3), ("text", 1)):
@@ -207,7 +207,7 @@ def test_plain_text_after_chats_is_text_again(chat_tokenizer, tmp_path):
 
 @pytest.fixture
 def masked(model, tmp_path) -> Path:
-    """Return a folder with a corpus `qa` with a mask, and `plain` without one."""
+    """Return a folder with a corpus `qa` that has a mask, and `plain` that has none."""
     prepared(write_pairs(tmp_path / "qa.jsonl", PAIRS), tmp_path / "qa", model, **QUESTIONS)
     prepare_corpus([str(write_jsonl(tmp_path / "p.jsonl", [sentence(1)]))], str(tmp_path / "plain"), tokenizer=model)
     return tmp_path
@@ -232,7 +232,7 @@ def test_a_missing_truncated_or_changed_mask_is_found(masked):
 
 def test_corpora_with_and_without_a_mask_are_not_merged(masked):
     for names in (["qa", "plain"], ["plain", "qa"]):
-        with refuses("--merge", None, "only one has a mask"):
+        with refuses("--merge", None, "has (a|no) mask of answers, unlike"):
             merge_corpora([str(masked / name) for name in names], str(masked / "merged"))
 
 
@@ -311,7 +311,7 @@ def test_bad_input_is_an_error(model, chat_tokenizer, tmp_path, monkeypatch, cap
     ids=["before-the-answer", "after-the-answer"],
 )
 def test_a_template_that_changes_earlier_text_is_refused(tmp_path, capsys, template):
-    """Templates that drop the reasoning of all turns but the last do this."""
+    """For example, templates that drop the reasoning of all turns but the last."""
     tokenizer = byte_level(tmp_path / "tokenizer", template=template)
     (tmp_path / "out").mkdir()
     path = write_chats(tmp_path / "c.jsonl", CHATS)

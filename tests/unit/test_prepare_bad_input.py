@@ -1,4 +1,4 @@
-"""Bad input: it gives an error sentence and exit status 2, and existing files stay unchanged."""
+"""Bad input: the command prints an error, exits with status 2, and leaves existing files unchanged."""
 
 import gzip
 import json
@@ -103,16 +103,16 @@ T = "--tokenizer MODEL --output out/web"
             for name, suffixes, reason in (
                 ("zero", ("gz", "zst"), "it is empty"),
                 ("tail", ("gz", "zst"), ""),
-                ("second", ("gz", "zst"), "it was cut"),
+                ("second", ("gz", "zst"), "it is truncated"),
                 ("sum", ("gz",), ""),
-                ("unsummed", ("gz",), "it was cut"),
+                ("unsummed", ("gz",), "it is truncated"),
             )
             for suffix in suffixes
         ),
-        (f"--input zero.parquet {T}", "--input is zero.parquet, but it is not a sound parquet file"),
+        (f"--input zero.parquet {T}", "--input is zero.parquet, but it is not a valid parquet file"),
         (f"--input good.jsonl --contamination zero.jsonl.gz {T}", "--contamination is zero.jsonl.gz, but it"),
-        (f"--input cut.parquet {T}", "--input is cut.parquet, but it is not a sound parquet file"),
-        (f"--input no.parquet {T}", "--input is no.parquet, but it is not a sound parquet file"),
+        (f"--input cut.parquet {T}", "--input is cut.parquet, but it is not a valid parquet file"),
+        (f"--input no.parquet {T}", "--input is no.parquet, but it is not a valid parquet file"),
         (f"--input broken.parquet {T}", "--input is broken.parquet"),
         (f"--input table.parquet --json-key body {T}", "--json-key is body, but table.parquet has no such column"),
         (f"--input table.parquet --by kind {T}", "--by is kind, but table.parquet has no such column"),
@@ -173,7 +173,7 @@ def test_a_dangling_link_is_named(here, model, capsys):
     assert "--input is web/a.jsonl, but it cannot be read" in said
 
 
-def test_a_data_set_that_its_reader_cannot_read_is_named(here, model, capsys, monkeypatch):
+def test_a_data_set_that_cannot_be_opened_is_named(here, model, capsys, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(here / "cache"))
     for name, file, content in (("script", "script.py", b""), ("cut", "a.jsonl.gz", FILES["cut.jsonl.gz"])):
         (here / name).mkdir()
@@ -193,7 +193,7 @@ def test_a_truncated_shard_of_a_data_set_is_named(name, here, model, capsys, mon
     assert "--dataset is ./set:train shard 2 of 2, but it cannot be read" in said
 
 
-def test_a_tokenizer_of_another_form_is_named(here, model, capsys):
+def test_a_tokenizer_that_cannot_be_loaded_is_named(here, model, capsys):
     (here / "t").mkdir()
     (here / "t" / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
     (here / "t" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -213,7 +213,7 @@ def made(model, other, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def corpora(made, here) -> Path:
-    """Return a folder with the corpora a and b of one tokenizer, and c of another."""
+    """Return a folder with corpora `a` and `b` of one tokenizer, and `c` of another."""
     shutil.copytree(made, here, dirs_exist_ok=True)
     return here
 
@@ -228,7 +228,7 @@ def corpora(made, here) -> Path:
         ("--adopt a --tokenizer a.tokenizer", "--adopt is a, but it is already a prepared corpus"),
     ],
 )
-def test_corpora_are_never_mixed_up_or_overwritten(arguments, sentence, corpora, capsys):
+def test_corpora_are_never_mixed_or_overwritten(arguments, sentence, corpora, capsys):
     assert sentence in refused(corpora, capsys, *arguments.split())
 
 
@@ -259,7 +259,7 @@ def foreign_tokenizer(prefix: Path) -> None:
     ("damage", "sentence"),
     [
         (cut_index, "old.idx has 60 bytes instead of"),
-        (cut_header, "old.idx is cut off"),
+        (cut_header, "old.idx is truncated"),
         (longer_tokens, "old.bin has"),
         (wrong_pointers, "old.idx does not point to documents that follow each other"),
         (foreign_tokenizer, "old.tokenizer already exists"),
@@ -277,7 +277,7 @@ def test_a_tokenizer_that_is_too_small_is_not_adopted(here, model, other, capsys
     assert "it holds the id 320" in said
 
 
-def test_an_id_below_0_is_not_adopted(here, model, capsys):
+def test_a_negative_id_is_not_adopted(here, model, capsys):
     megatron_corpus(here / "old", [[[5, 1]], [[-6, 1]]], np.int32)
     said = refused(here, capsys, "--adopt", "old", "--tokenizer", model)
     assert "it holds the id -6" in said
@@ -288,7 +288,7 @@ def test_several_sequences_per_document_are_not_adopted(here, model, capsys):
     assert "old.idx holds 3 sequences in 2 documents" in refused(here, capsys, "--adopt", "old", "--tokenizer", model)
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(here, model, capsys):
+def test_a_full_disk_is_an_error_and_leaves_no_files(here, model, capsys):
     (here / "long.txt").write_text(sentence(3, 200_000))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))

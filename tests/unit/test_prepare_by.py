@@ -39,7 +39,7 @@ def test_two_workers_give_the_corpora_of_one(model, tmp_path, monkeypatch):
         assert contents(Path(one.prefix)) == contents(Path(other.prefix))
 
 
-def test_each_value_has_the_corpus_of_its_own_documents(model, tmp_path):
+def test_each_value_has_a_corpus_of_its_own_documents(model, tmp_path):
     path = write(tmp_path / "web.jsonl")
     corpora = prepared(path, tmp_path / "out" / "web", model)
     assert [corpus.name for corpus in corpora] == [
@@ -69,7 +69,7 @@ def test_the_same_command_completes_an_interrupted_publication(model, tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             prepared(path, tmp_path / "out" / "web", model)
     for described in (tmp_path / "out").glob("web*.json"):
-        open_corpus(str(described.with_suffix("")))  # what is described is complete
+        open_corpus(str(described.with_suffix("")))  # a corpus with a description is complete
     assert len(prepared(path, tmp_path / "out" / "web", model)) == len(VALUES)
     assert len(list((tmp_path / "out").iterdir())) == 4 * len(VALUES)
 

@@ -1,4 +1,4 @@
-"""Inputs: all forms of files give the same corpus, and sources and licenses are counted."""
+"""Inputs: all file formats give the same corpus, and sources and licenses are counted."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def lines(records: list[dict]) -> bytes:
 
 
 def write_records(path: Path, records: list[dict] = RECORDS) -> Path:
-    """Write records in the form that the suffixes of ``path`` give."""
+    """Write records in the format that the suffixes of ``path`` name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if ".parquet" in path.suffixes:
         sink = pa.BufferOutputStream()
@@ -56,18 +56,18 @@ def expected(model, tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", [".jsonl", ".ndjson", ".json", ".parquet"])
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-def test_every_form_of_file_gives_the_same_corpus(kind, compression, model, expected, tmp_path, monkeypatch):
+def test_every_file_format_gives_the_same_corpus(kind, compression, model, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = write_records(tmp_path / f"web{kind}{compression}")
     prepared([str(path)], tmp_path / "out", model)
     assert contents(tmp_path / "out") == expected
 
 
-SKIPPABLE = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"  # a frame of zstd that holds no content
+SKIPPABLE = b"\x50\x2a\x4d\x18\x05\x00\x00\x00hello"  # a zstd frame without content
 
 
 def in_blocks(content: bytes, window: int | None = None) -> bytes:
-    """Return a zstd frame without the length of its content, which may require a window of 2**window bytes."""
+    """Return a zstd frame that does not state its content size, and may require a window of 2**window bytes."""
     encoder = zstandard.ZstdCompressor().compressobj()
     blocks = [encoder.compress(content[start : start + 5000]) for start in range(0, len(content), 5000)]
     frame = bytearray(b"".join(blocks) + encoder.flush())
@@ -136,12 +136,12 @@ def test_a_local_data_set_is_streamed_shard_by_shard(form, model, expected, tmp_
 
 
 @pytest.mark.parametrize("folder", ["set", "set[v2]", "se*", "s?t", "a[1]/set", "a::b", "back\\slash"])
-def test_a_data_set_is_read_for_all_names_of_files(folder, model, expected, tmp_path, monkeypatch):
+def test_a_data_set_is_read_whatever_its_files_are_named(folder, model, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     names = ["a.jsonl", "b[1].jsonl.gz", "b]1*.jsonl", "c?.jsonl", "d::e.jsonl", "f\\g.jsonl.zst"]
     for name, part in zip(names, np.array_split(np.arange(400), len(names)), strict=True):
         write_records(tmp_path / folder / name, [RECORDS[i] for i in part])
-    for other in ("set[v2]", "set", "seat", "setv"):  # which a pattern would find, too
+    for other in ("set[v2]", "set", "seat", "setv"):  # a pattern would match these too
         write_records(tmp_path / other / "z.jsonl", RECORDS[:3]) if other != folder else None
     inputs = find_dataset(str(tmp_path / folder), None, "train")
     assert len(inputs) == len(names)
@@ -149,14 +149,14 @@ def test_a_data_set_is_read_for_all_names_of_files(folder, model, expected, tmp_
     assert contents(tmp_path / "out") == expected
 
 
-def test_files_whose_other_names_are_alike_are_all_read(tmp_path, monkeypatch):
+def test_files_whose_plain_names_collide_are_all_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     for name in ("a[1].jsonl", "a^1`.jsonl", "a[1`.jsonl"):
         write_records(tmp_path / "set" / name, RECORDS[:5])
     assert [len(list(shard.read(None))) for shard in find_dataset(str(tmp_path / "set"), None, "train")] == [5, 5, 5]
 
 
-def test_the_configurations_of_a_data_set_are_found_under_special_names_too(tmp_path, monkeypatch):
+def test_the_configurations_of_a_data_set_are_found_under_special_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "set[v2]"
     for name in ("one", "two"):
@@ -166,7 +166,7 @@ def test_the_configurations_of_a_data_set_are_found_under_special_names_too(tmp_
     assert [len(list(find_dataset(str(folder), name, "train")[0].read(None))) for name in ("one", "two")] == [6, 7]
 
 
-def test_the_index_is_the_one_that_megatron_writes(model, tmp_path):
+def test_the_index_equals_the_one_that_megatron_writes(model, tmp_path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -180,7 +180,7 @@ def test_the_index_is_the_one_that_megatron_writes(model, tmp_path):
         assert (tmp_path / f"theirs{suffix}").read_bytes() == (tmp_path / f"out{suffix}").read_bytes()
 
 
-def test_sources_and_licences_are_counted(model, tmp_path):
+def test_sources_and_licenses_are_counted(model, tmp_path):
     write_records(tmp_path / "web.jsonl")
     with open(tmp_path / "web.jsonl", "a") as stream:
         stream.write(json.dumps({"text": "of no known source", "meta": "none"}) + "\n")

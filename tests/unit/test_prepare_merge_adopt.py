@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("in_this_process")
 
 @pytest.fixture(scope="module")
 def shards(model, tmp_path_factory) -> Path:
-    """Return a folder with the corpora a, b and c of one jsonl file each, and `whole` of all three."""
+    """Return a folder with corpora `a`, `b` and `c` of one jsonl file each, and `whole` of all three."""
     folder = tmp_path_factory.mktemp("shards")
     for number, name in enumerate("abc"):
         records = [{"text": sentence(50 * number + i), "source": name if i % 2 else "all"} for i in range(40)]
@@ -61,8 +61,8 @@ def test_merged_shards_equal_one_preparation_of_all_files(shards, tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "place"), [(".bin", 0), (".idx", 34)])
-def test_a_shard_that_changed_is_found_and_nothing_is_merged(suffix, place, model, tmp_path):
-    """The change is in the tokens, or in the lengths after the header of 34 bytes."""
+def test_a_changed_shard_is_found_and_nothing_is_merged(suffix, place, model, tmp_path):
+    """Change the tokens, or the lengths after the header of 34 bytes."""
     for name in "ab":
         prepare_corpus([str(write_jsonl(tmp_path / "x.jsonl", [sentence(3)]))], str(tmp_path / name), tokenizer=model)
     with open(tmp_path / f"b{suffix}", "r+b") as stream:
@@ -91,7 +91,7 @@ def test_the_same_command_completes_an_interrupted_merge(shards, tmp_path, monke
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_a_corpus_of_megatron_is_described_and_not_changed(model, tmp_path, dtype, caplog):
+def test_a_megatron_corpus_is_described_and_not_changed(model, tmp_path, dtype, caplog):
     texts = [sentence(i) + " 日本 🙂" for i in range(30)]
     prefix = megatron_corpus(tmp_path / "old", encoded(model, texts), dtype)
     before = {suffix: Path(f"{prefix}{suffix}").stat() for suffix in (".bin", ".idx")}
@@ -111,14 +111,14 @@ def test_an_adopted_corpus_equals_the_prepared_one(model, tmp_path):
     assert contents(tmp_path / "old") == contents(tmp_path / "web")
 
 
-def test_the_share_of_documents_without_an_end_is_logged(model, tmp_path, caplog):
+def test_the_share_of_documents_with_an_end_token_is_logged(model, tmp_path, caplog):
     documents = encoded(model, [sentence(i) for i in range(3)]) + encoded(model, [sentence(9)], end=False)
     with caplog.at_level("WARNING", "megatron_slm"):
         adopt_corpus(str(megatron_corpus(tmp_path / "old", documents)), model)
     assert "only 75.0 % of the documents end with '</s>'" in caplog.text
 
 
-def test_many_documents_are_scanned_in_pieces(model, tmp_path, monkeypatch):
+def test_many_documents_are_scanned_block_by_block(model, tmp_path, monkeypatch):
     from megatron_slm.data import corpus as index
     from megatron_slm.prepare import adopt
 

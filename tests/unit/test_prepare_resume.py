@@ -1,4 +1,4 @@
-"""Preparations that are killed at any instant: they resume from the journal and give the same bytes."""
+"""Killed preparations: they resume from the journal and give the same bytes, whenever they are killed."""
 
 import functools
 import itertools
@@ -49,7 +49,7 @@ def evaluation(tmp_path) -> str:
 
 @pytest.fixture(autouse=True)
 def here_and_at_every_input(in_this_process, monkeypatch):
-    """Encode in this process, and write the journal after every input, so that tests can choose the instant."""
+    """Encode in this process, and write the journal after every input, so that kills are reproducible."""
     monkeypatch.setattr(staged, "_COMMIT_SHARE", float("inf"))
     monkeypatch.setattr(inputs, "_CHUNK_BYTES", 2000)
 
@@ -88,7 +88,7 @@ def killed_at(instant: int, monkeypatch, work) -> bool:
     return False
 
 
-def test_killed_at_any_instant_it_ends_in_the_same_bytes(web, evaluation, model, tmp_path, monkeypatch):
+def test_a_kill_at_any_instant_does_not_change_the_result(web, evaluation, model, tmp_path, monkeypatch):
     prepared(web, tmp_path / "whole" / "web", model, evaluation)
     whole = everything(tmp_path / "whole")
     assert json.loads(whole["web.contamination.json"])["num_contaminated"] == 2
@@ -98,7 +98,7 @@ def test_killed_at_any_instant_it_ends_in_the_same_bytes(web, evaluation, model,
         work = functools.partial(prepared, web, output, model, evaluation)
         if not killed_at(instant, monkeypatch, work):
             break
-        killed = killed_at(instant // 2, monkeypatch, work)  # again, at another place
+        killed = killed_at(instant // 2, monkeypatch, work)  # kill it again, at another instant
         if killed:
             work()
         assert everything(output.parent) == whole, f"instant {instant}"
@@ -177,7 +177,7 @@ def test_a_finished_file_that_changed_is_refused(left, web, evaluation, model):
     assert everything(left.parent) == before
 
 
-def test_a_corpus_without_documents_in_the_changed_rest_is_not_published(left, web, evaluation, model, tmp_path):
+def test_files_created_after_the_last_journal_are_not_published(left, web, evaluation, model, tmp_path):
     for name in ("ready/web-stray.bin", "web-stray.lengths"):
         (left.parent / ".web.preparing" / name).write_bytes(b"begun after the journal was written")
     prepared(web, left, model, evaluation)
@@ -185,7 +185,7 @@ def test_a_corpus_without_documents_in_the_changed_rest_is_not_published(left, w
     assert everything(left.parent) == everything(tmp_path / "whole")
 
 
-def test_a_kill_while_the_finished_work_is_cleared_away_harms_nothing(web, evaluation, model, tmp_path, monkeypatch):
+def test_a_kill_while_the_staging_folder_is_removed_does_no_harm(web, evaluation, model, tmp_path, monkeypatch):
     remove = shutil.rmtree
 
     def killed_half_way(path: Path, ignore_errors: bool = False) -> None:
@@ -216,7 +216,7 @@ def test_a_file_in_place_of_a_finished_corpus_is_not_overwritten(web, evaluation
     assert (tmp_path / "out" / "web-a.bin").read_text() == "of somebody else"
 
 
-def test_other_files_are_refused(left, web, evaluation, model):
+def test_renamed_inputs_are_refused(left, web, evaluation, model):
     (web / "0.jsonl").rename(web / "00.jsonl")
     with pytest.raises(UserError) as caught:
         prepared(web, left, model, evaluation)
@@ -229,7 +229,7 @@ def test_workers_and_skip_bad_may_change(left, web, evaluation, model, tmp_path)
     assert everything(left.parent) == everything(tmp_path / "whole")
 
 
-def test_a_trained_tokenizer_is_kept_too(web, evaluation, tmp_path, monkeypatch):
+def test_a_trained_tokenizer_is_kept(web, evaluation, tmp_path, monkeypatch):
     changes = {"tokenizer": None, "train_size": 330}
     with monkeypatch.context() as patch:
         patch.setattr(StagedCorpus, "append", lambda *arguments: (_ for _ in ()).throw(KilledError()))

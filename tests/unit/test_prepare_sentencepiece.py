@@ -1,4 +1,4 @@
-"""Corpora of sentencepiece models: they hold the ids of sentencepiece itself, or are not made."""
+"""Corpora of sentencepiece models: they hold the ids that sentencepiece gives, or are not made."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ from tests.unit.test_tokenizer import ODD, TEXTS, train_sentencepiece
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
-TIED = "z" * 7  # as z zz zz zz: sums of float32 scores depend on the order, sums of float64 do not
+TIED = "z" * 7  # as z zz zz zz: float32 sums of scores depend on their order, float64 sums do not
 
 
 @pytest.fixture
 def unigram(tmp_path) -> Path:
-    """Return a model in which segmentations of equal score occur."""
+    """Return a model in which some texts have several segmentations of equal score."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     path = train_sentencepiece(tmp_path / "unigram.model", model_type="unigram", vocab_size=300)

@@ -134,8 +134,8 @@ def assert_refused(path: Path, corpus: Corpus, reason: str) -> None:
         ("nonsense", "line 2 is not"),
         ('{"logprobs": [-1, 2, -3]}', "for token 4 is 2.0"),
         ('{"logprobs": [-1, -Infinity, -3]}', "for token 4 is -inf"),
-        ('{"logprobs": [-1, -2, -3]}\n{"logprobs": []}', "number of lines is 3, and .* has 2 documents"),
-        ("", "number of lines is 1, and .* has 2 documents"),
+        ('{"logprobs": [-1, -2, -3]}\n{"logprobs": []}', "it has 3 lines, and .* has 2 documents"),
+        ("", "it has 1 lines, and .* has 2 documents"),
         (f'{{"logprobs": [-1, -{"9" * 400}, -3]}}', "line 2 is not"),
     ],
 )

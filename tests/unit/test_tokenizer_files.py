@@ -1,4 +1,4 @@
-"""Tokenizer files: tokenizer.json decides the ids, and different tokenizers are told apart."""
+"""Tokenizer files: tokenizer.json decides the ids, and different tokenizers are distinguished."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def ids_in_file(tokenizer, text: str = TEXT) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", [*REBUILT, "T5Tokenizer"])
-def test_the_file_decides_and_not_the_class(kind, tmp_path, caplog):
+def test_tokenizer_json_decides_the_ids_and_not_the_class(kind, tmp_path, caplog):
     file = byte_level()
     with caplog.at_level("INFO", "megatron_slm"):
         loaded = load_tokenizer(str(write_tokenizer(tmp_path, file, tokenizer_class=kind, chat_template=CHAT)))
@@ -53,13 +53,13 @@ def test_the_file_decides_and_not_the_class(kind, tmp_path, caplog):
     assert [record.getMessage().count("its tokenizer.json") for record in caplog.records] == [1]
 
 
-def test_special_tokens_that_only_the_class_names_are_kept_where_they_are_pieces(tmp_path):
+def test_special_tokens_that_only_the_class_names_are_kept_if_they_are_pieces(tmp_path):
     folder = write_tokenizer(tmp_path, byte_level(special=["<|endoftext|>"]), tokenizer_class="GPT2Tokenizer")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     assert load_tokenizer(str(folder)).eos_token_id == 0
 
 
-def test_the_file_decides_for_a_hub_name_too(tmp_path):
+def test_tokenizer_json_also_decides_for_a_hub_name(tmp_path):
     commit = "0" * 40
     file = byte_level()
     write_tokenizer(tmp_path / "models--a--b" / "snapshots" / commit, file, tokenizer_class="Qwen2Tokenizer")
@@ -77,7 +77,7 @@ def test_the_file_decides_for_a_hub_name_too(tmp_path):
 
 
 @pytest.mark.parametrize("kind", REBUILT)
-def test_a_corpus_holds_the_ids_of_the_file_and_its_tokenizer_loads_to_them_elsewhere(kind, tmp_path):
+def test_a_corpus_holds_the_ids_of_tokenizer_json_and_auto_tokenizer_gives_the_same(kind, tmp_path):
     from transformers import AutoTokenizer
 
     file = byte_level()
@@ -93,7 +93,7 @@ def test_a_corpus_holds_the_ids_of_the_file_and_its_tokenizer_loads_to_them_else
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Return a folder with corpora `a`, `b` of one tokenizer, and `c` of one that splits digits."""
+    """Return a folder with corpora `a` and `b` of one tokenizer, and `c` of one that splits differently."""
     from tests.texts import encode_here
 
     folder = tmp_path_factory.mktemp("made")
@@ -118,7 +118,7 @@ def run_corpora(here: Path, train: str, valid: str) -> Corpora:
     return open_corpora(parse_config(tree).data)
 
 
-def test_the_pieces_of_two_tokenizers_that_split_differently_are_the_same(made):
+def test_two_tokenizers_with_the_same_pieces_can_split_differently(made):
     words, digits = (tokenizer_identity(load_tokenizer(str(made / name))) for name in ("words", "digits"))
     assert words.fingerprint == digits.fingerprint
     assert words.difference(digits) == "they have the same pieces and split text differently"
@@ -143,14 +143,14 @@ def test_corpora_that_split_differently_are_not_merged(here):
 
 
 def forget_probe(prefix: Path) -> None:
-    """Change a description to the first version."""
+    """Rewrite a description in format version 1."""
     corpus = open_corpus(str(prefix))
     fields = json.loads(describe(dataclasses.replace(corpus, format_version=1)))
     del fields["tokenizer_probe"], fields["end_token"]
     Path(f"{prefix}.json").write_text(json.dumps(fields))
 
 
-def test_corpora_of_the_first_version_are_identified_by_their_tokenizer(here):
+def test_corpora_of_format_version_1_are_identified_by_their_saved_tokenizer(here):
     for name in ("a", "b", "c"):
         forget_probe(here / name)
     verify_corpus(str(here / "a"))
@@ -169,7 +169,7 @@ def test_a_tokenizer_that_was_changed_in_its_corpus_is_found(here):
             work()
 
 
-def test_a_store_of_a_tokenizer_that_splits_differently_is_refused(here):
+def test_a_store_whose_tokenizer_splits_differently_is_refused(here):
     corpora = {name: run_corpora(here, name, name) for name in ("a", "c")}
     identity = corpora["a"].identity
     (here / "store").mkdir()
@@ -183,10 +183,10 @@ def test_a_store_of_a_tokenizer_that_splits_differently_is_refused(here):
             with pytest.raises(UserError, match=r"reference\.store is .*split text differently"):
                 open_matching_store(str(here / "store"), corpora["c"])
         else:
-            open_matching_store(str(here / "store"), corpora["c"])  # an earlier version knew no more
+            open_matching_store(str(here / "store"), corpora["c"])  # stores of version 1 have no probe to compare
 
 
-def test_an_attempt_is_not_resumed_with_a_tokenizer_that_splits_differently(here, monkeypatch):
+def test_a_preparation_is_not_resumed_with_a_tokenizer_that_splits_differently(here, monkeypatch):
     (here / "d.jsonl").write_text((here / "a.jsonl").read_text() + "{bad\n")
     inputs, output = [str(here / "a.jsonl"), str(here / "d.jsonl")], str(here / "out" / "web")
     monkeypatch.setattr(StagedCorpora, "commit", StagedCorpora.commit_now)
