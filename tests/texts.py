@@ -1,4 +1,4 @@
-"""Small texts to prepare, and readers of the corpora that they become."""
+"""Small texts to prepare, and readers of the prepared corpora."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def encode_here(chunks: Iterable[Any], encoding: Any, workers: int, total_bytes: int) -> Iterator[Any]:
-    """Yield the same as `encode_chunks` without starting processes, each of which takes a second."""
+    """Return the same as `encode_chunks` without starting processes, each of which takes a second."""
     from megatron_slm.prepare.encoding import encode_documents
 
     return ((encode_documents(encoding, chunk.documents), chunk) for chunk in chunks)
