@@ -1,4 +1,4 @@
-"""The command line: it runs the verb that a file in `commands/` defines."""
+"""The command line. Each verb is a file in `commands/`."""
 
 import argparse
 import ast
@@ -16,6 +16,8 @@ from megatron_slm import __version__
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import is_main_process, tell_launcher
 
+COMMANDS = Path(__file__).parent / "commands"
+
 MACHINE_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -26,17 +28,17 @@ MACHINE_ERRORS = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
-"""Errors that a person must correct, wherever they occur: disks full or read-only, permissions, impossible names."""
+"""Errors of the machine, which the user corrects: a full or read-only disk, permissions, impossible names."""
 
 SECONDS_FOR_RANK_0 = 5.0
-"""Time for which the other ranks wait until rank 0 has printed an error that all ranks raise."""
+"""How long the other ranks wait for rank 0 to print an error that all ranks raise."""
 
 
 def program() -> None:
     """Run one verb as a process of its own.
 
-    A command that has ended well exits at once: native threads of the libraries have been seen to abort a finished
-    rank during the shutdown of its interpreter, which a launcher reports as a failed run.
+    A command that succeeded skips the shutdown of the interpreter: native threads of the libraries can abort a finished
+    rank in it, and the launcher would report a failed run.
     """
     main()
     logging.shutdown()
@@ -46,9 +48,9 @@ def program() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one verb. A user error is printed on standard error, one line each, and exits with status 2."""
+    """Run one verb. User errors are printed to standard error, one per line, and the exit status is 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    verbs = {path.stem.replace("_", "-"): path for path in sorted(_commands().glob("[!_]*.py"))}
+    verbs = {path.stem.replace("_", "-"): path for path in sorted(COMMANDS.glob("[!_]*.py"))}
     width = max(map(len, verbs))
     parser = argparse.ArgumentParser(
         "megatron-slm",
@@ -65,15 +67,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(verb: str, arguments: list[str]) -> None:
     """Import and run one verb; the others are not imported, so that --help is fast."""
-    # megatron-core warns that kernels are missing which this package never calls.
+    # megatron-core warns about missing kernels, which this package never calls.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     command = import_module(f"megatron_slm.commands.{verb.replace('-', '_')}")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_slm").setLevel(logging.INFO)
-    parser = argparse.ArgumentParser(f"megatron-slm {verb}", description=command.__doc__)
+    parser = argparse.ArgumentParser(
+        f"megatron-slm {verb}",
+        description=command.__doc__,
+        epilog=command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_arguments(parser)
     try:
-        # Overrides may stand on both sides of an option.
+        # Overrides may come before and after options.
         command.run(parser.parse_intermixed_args(arguments))
     except UserError as error:
         # Rank 0 alone prints an error that all ranks raise; a rank prints an error that it alone raises.
@@ -98,10 +105,6 @@ def _refuse(verb: str, sentences: list[str], is_printed: bool = True) -> None:
         # A launcher stops all ranks once one has failed: rank 0 must have printed the error by then.
         time.sleep(SECONDS_FOR_RANK_0)
     sys.exit(2)
-
-
-def _commands() -> Path:
-    return Path(__file__).parent / "commands"
 
 
 def _first_line(path: Path) -> str:

@@ -69,6 +69,9 @@ PASSED_DEEPSPEED_KEYS = (
 )
 """DeepSpeed's settings that users may set. Its other kinds of parallelism and its data pipeline are not supported."""
 
+NOT_COMPARED = ("run_dir", "score", "filter")
+"""Settings that may differ on resume, because they name the run directory, or because other commands read them."""
+
 MAY_CHANGE_ON_RESUME = (
     "callbacks",
     "training.train_tokens",
@@ -199,7 +202,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         return TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
-        # An unknown setting comes first, because it may be the one that is missing, misspelt.
+        # Unknown settings come first, because one may be the misspelt name of a missing setting.
         found = sorted(error.errors(include_url=False), key=lambda details: details["type"] not in _UNKNOWN)
         first, *others = map(_user_error, found)
         raise UserError(*first.args, *others) from error
@@ -226,18 +229,15 @@ def setting_names() -> list[str]:
 
 
 def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
-    """Return the settings that differ from those of the run in a run directory and may not change, with both values."""
+    """Return a phrase with both values for each setting that differs and may not change on resume."""
     before, after = (_flatten(dataclasses.asdict(config)) for config in (stored, wanted))
     return [
         f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in MAY_CHANGE_ON_RESUME and not _is_not_the_runs(key)
+        if before.get(key) != after.get(key)
+        and key not in MAY_CHANGE_ON_RESUME
+        and key.partition(".")[0] not in NOT_COMPARED
     ]
-
-
-def _is_not_the_runs(key: str) -> bool:
-    """Return whether a setting is the place of the run, or belongs to another command."""
-    return key == "run_dir" or key.partition(".")[0] in ("score", "filter")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -271,11 +271,11 @@ _PROBLEMS = {
     "less_than": ("it must be below {lt:.15g}", "Use a smaller value"),
     "less_than_equal": ("it must be {le:.15g} or less", "Use a smaller value"),
 }
-"""Reason and remedy of each type of pydantic's errors, with the values of its context in braces."""
+"""Reason and remedy for each type of pydantic error; braces stand for values of the error's context."""
 
 
 def _user_error(details: ErrorDetails) -> UserError:
-    """Return one error of pydantic with the full name of its setting."""
+    """Return an error of pydantic as a user error, with the full name of its setting."""
     kind, location, value = details["type"], details["loc"], details["input"]
     context = {"message": details["msg"]} | details.get("ctx", {})
     if kind == "missing" and isinstance(location[-1], int):
@@ -296,7 +296,7 @@ def _name(location: Sequence[str | int]) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """Return the remedy for an unknown setting: its place in another group, or the nearest name in its own."""
+    """Return the remedy for an unknown setting: the same name in another group, or the nearest name in its own."""
     group, _, key = name.rpartition(".")
     plain = re.sub(r"\[\d+\]", "", group)
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == plain]

@@ -60,7 +60,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _override_value(text: str) -> Any:
-    """Return the value of an override. A ` #` in it belongs to the value; YAML would begin a comment there.
+    """Return the value of an override. ` #` is a part of the value; in YAML it would begin a comment.
 
     Raises:
         yaml.YAMLError: the text is not YAML, or something follows a quoted value, a list or a group.
@@ -75,11 +75,7 @@ def _override_value(text: str) -> Any:
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, prefix: str, source: str) -> None:
-    """Raise an error if a key occurs twice in a group, at any depth: YAML would silently keep the last one.
-
-    Raises:
-        UserError: naming the setting and its lines in the source.
-    """
+    """Raise a UserError if a key occurs twice in a group, at any depth: YAML would silently keep the last one."""
     left, seen = [(node, prefix)], set()
     while left:
         node, prefix = left.pop()
@@ -106,11 +102,7 @@ def _refuse_repeated_keys_in(group: yaml.MappingNode, prefix: str, source: str) 
 
 
 def _refuse_repeated_overrides(overrides: list[str]) -> None:
-    """Raise an error if an override would replace an earlier one: of the same setting, or of one in its group.
-
-    Raises:
-        UserError: naming both.
-    """
+    """Raise a UserError if an override would replace an earlier one, of the same setting or of one in its group."""
     names: list[str] = []
     for override in overrides:
         name = override.partition("=")[0]

@@ -1,4 +1,4 @@
-"""The place of this process among all ranks, and the few small collectives that the package needs."""
+"""The rank and world size of this process, its device, and the few small collectives that the package needs."""
 
 import datetime
 import os
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DataParallel:
-    """The ranks among which each token of a step appears exactly once, and the place of this rank among them.
+    """The ranks among which each token of a step appears exactly once, and the position of this rank among them.
 
-    Samples are dealt to these ranks, and sums over tokens run over them. Where several ranks hold the same tokens, each
-    of these belongs to another group, at the same place.
+    Samples are divided among these ranks, and sums over tokens run over them. If several ranks hold the same tokens,
+    each belongs to a different group, at the same position.
 
     rank, size  of this rank in the group, and of the group
     group       process group; None for all ranks
@@ -34,7 +34,7 @@ class DataParallel:
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all: `rank` of `size`, `local_rank` on its host, and its device.
+    """This process among all ranks: `rank` of `size`, `local_rank` on its host, and its device.
 
     `data_parallel` is the group of ranks that hold different tokens; by default, all ranks do.
     """
@@ -60,11 +60,11 @@ class World:
 
 
 def connect(timeout_minutes: float = 30.0) -> World:
-    """Join the process group that the launcher describes, and return the place of this process in it.
+    """Join the process group that the launcher describes, and return this process's rank, size and device.
 
-    It reads the variables of torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
-    MASTER_PORT), mpirun (OMPI_COMM_WORLD_*, PMI_*) and srun (SLURM_*). Without a launcher, the group is this process
-    alone.
+    The description is in the variables of torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR, MASTER_PORT), mpirun (OMPI_COMM_WORLD_*, PMI_*) or srun (SLURM_*). Without a launcher, the group is
+    this process alone.
 
     Args:
         timeout_minutes: how long a collective may wait for a silent rank before the run stops.
@@ -77,7 +77,7 @@ def connect(timeout_minutes: float = 30.0) -> World:
 
 
 def connect_alone(command: str) -> World:
-    """Make a process group of this process alone, for a command that runs as one process.
+    """Create a process group of this process alone, for a command that runs as one process.
 
     Raises:
         AgreedError: a launcher started several processes.
@@ -137,9 +137,7 @@ def _device(local_rank: int) -> torch.device:
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Return the sum over the ranks of a group, as a new tensor; the value itself if there is no process group.
 
-    Args:
-        value: of this rank.
-        group: process group, such as `World.data.group` for sums over tokens; None for all ranks.
+    `group` is `World.data.group` for sums over tokens; None stands for all ranks.
     """
     if not dist.is_initialized():
         return value
@@ -161,16 +159,16 @@ def gather_objects(value: T) -> list[T]:
 
 
 def agree(work: Callable[[], T]) -> T:
-    """Do `work` on every rank, and fail on all ranks if it fails on one.
+    """Run `work` on every rank, and raise an error on all ranks if it fails on one.
 
-    Without this, the ranks that did not fail would wait for the one that did. `work` must not use collectives.
+    Otherwise, the other ranks would wait for the one that failed. `work` must not use collectives.
 
     Returns:
         What `work` returned on this rank.
 
     Raises:
         AgreedError: the user error of the lowest rank that had one.
-        RuntimeError: another rank failed in another way; that rank raises its own error.
+        RuntimeError: another rank failed with any other error, which that rank raises itself.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -178,9 +176,8 @@ def agree(work: Callable[[], T]) -> T:
         result = work()
     except Exception as error:
         failure = error
-    found = gather_objects(
-        failure.args if isinstance(failure, UserError) else None if failure is None else str(failure)
-    )
+    message = None if failure is None else str(failure)
+    found = gather_objects(failure.args if isinstance(failure, UserError) else message)
     for other in found:
         if isinstance(other, tuple):
             raise AgreedError(*other) from failure

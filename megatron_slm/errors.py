@@ -48,7 +48,7 @@ class AgreedError(UserError):
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """Return the result of work that every rank does on the same files, so that every rank raises the same error.
+    """Return the result of work that every rank does on the same files, so that its user errors are the same.
 
     Raises:
         AgreedError: in place of a UserError.
@@ -60,13 +60,10 @@ def agreed(work: Callable[[], T]) -> T:
 
 
 def refuse_missing_folder(setting: str, path: str) -> None:
-    """Raise an error if a path can only be local and does not exist.
+    """Raise a UserError if a path can only be local and does not exist.
 
     A request to the hub for such a path can take a minute to fail. `a/b` may be a name on the hub; it is a local path
     if the folder `a` exists.
-
-    Raises:
-        UserError: the path can only be local and does not exist.
     """
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if "/" in path and not Path(path).exists() and (looks_local or Path(path).parent.is_dir()):

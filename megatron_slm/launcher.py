@@ -59,13 +59,13 @@ def is_main_process(environment: Mapping[str, str]) -> bool:
 
 
 def tell_launcher(sentence: str) -> None:
-    """Write why this rank ends to the file that torchrun reads, so that its summary shows the reason."""
+    """Write the error that ends this rank to the file from which torchrun's summary shows it, if there is one."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def one_process() -> dict[str, str]:
-    """Return the variables of a process that is alone, even if a launcher started it."""
+    """Return the variables of the only rank of a run, whatever launcher started this process."""
     return {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -94,7 +94,7 @@ def launcher_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def ranks_started(environment: Mapping[str, str]) -> str:
-    """Return how many ranks a launcher started, as its variable states it; 1 without a launcher.
+    """Return the number of ranks that a launcher started, as the text of its variable; 1 without a launcher.
 
     Raises:
         UserError: the variables of a launcher are incomplete.
@@ -103,7 +103,7 @@ def ranks_started(environment: Mapping[str, str]) -> str:
 
 
 def refuse_several_ranks(command: str, environment: Mapping[str, str]) -> None:
-    """Raise an error if a launcher started several ranks of a command that runs as one process.
+    """Raise a UserError if a launcher started several ranks of a command that runs as one process.
 
     Raises:
         AgreedError: there are several.
@@ -135,13 +135,11 @@ def _torch_variables(environment: Mapping[str, str]) -> dict[str, str]:
     defaults = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": DEFAULT_PORT}
     # Without LOCAL_RANK, all ranks of a host would use its first device.
     if size != "1" and "LOCAL_RANK" not in environment:
-        raise UserError(
-            "WORLD_SIZE",
-            size,
-            "LOCAL_RANK is not set",
+        remedy = (
             "Start the ranks with a launcher that sets it, such as torchrun, or export it: the number of the rank on "
-            "its host, from 0",
+            "its host, from 0"
         )
+        raise UserError("WORLD_SIZE", size, "LOCAL_RANK is not set", remedy)
     return {name: environment.get(name, default) for name, default in defaults.items()} | {
         "RANK": environment["RANK"],
         "WORLD_SIZE": size,
@@ -154,21 +152,15 @@ def _mpi_variables(environment: Mapping[str, str], mpi: _Mpi) -> dict[str, str]:
     local_rank = _first(environment, mpi.local_rank)
     if size is None or local_rank is None:
         missing = mpi.size if size is None else mpi.local_rank[0]
-        raise UserError(
-            mpi.rank,
-            environment[mpi.rank],
-            f"{missing} is not set, so the variables of {mpi.name} are incomplete",
-            _ONE_PROCESS,
-        )
+        reason = f"{missing} is not set, so the variables of {mpi.name} are incomplete"
+        raise UserError(mpi.rank, environment[mpi.rank], reason, _ONE_PROCESS)
     address = environment.get("MASTER_ADDR")
     if address is None and _first(environment, mpi.local_size) != size:
-        raise UserError(
-            "MASTER_ADDR",
-            None,
-            f"mpirun ({mpi.name}) started {size} ranks on several hosts",
+        remedy = (
             "Pass the host of rank 0 to all ranks: mpirun -x MASTER_ADDR=HOST (Open MPI) or mpirun -genv MASTER_ADDR "
-            "HOST (MPICH, Intel MPI); under the deepspeed launcher, in --launcher_args",
+            "HOST (MPICH, Intel MPI); under the deepspeed launcher, in --launcher_args"
         )
+        raise UserError("MASTER_ADDR", None, f"mpirun ({mpi.name}) started {size} ranks on several hosts", remedy)
     return {
         "RANK": environment[mpi.rank],
         "WORLD_SIZE": size,
@@ -181,7 +173,7 @@ def _mpi_variables(environment: Mapping[str, str], mpi: _Mpi) -> dict[str, str]:
 def _is_slurm_step(environment: Mapping[str, str]) -> bool:
     """Return whether `srun` started this process.
 
-    A job script runs inside an allocation too and has a job id, but the id of its step is not a number.
+    A job script also runs inside an allocation, but the id of its step is not a number.
     """
     return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit()
 
@@ -191,12 +183,9 @@ def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     local_rank = environment.get("SLURM_LOCALID")
     if size is None or local_rank is None:
         missing = "SLURM_STEP_NUM_TASKS" if size is None else "SLURM_LOCALID"
-        raise UserError(
-            "SLURM_PROCID",
-            environment["SLURM_PROCID"],
-            f"{missing} is not set, so Slurm's variables are incomplete",
-            "Start the ranks with srun, or unset SLURM_PROCID to run one process",
-        )
+        reason = f"{missing} is not set, so Slurm's variables are incomplete"
+        remedy = "Start the ranks with srun, or unset SLURM_PROCID to run one process"
+        raise UserError("SLURM_PROCID", environment["SLURM_PROCID"], reason, remedy)
     hosts = environment.get("SLURM_STEP_NODELIST", "")
     address = first_host(hosts) if hosts else environment.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment["SLURM_STEP_ID"])
@@ -211,7 +200,10 @@ def _slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_allocation(environment: Mapping[str, str]) -> None:
-    """Raise an error if several tasks were allocated, as under `salloc`, in a job script or in its notebook."""
+    """Raise a UserError if several tasks were allocated, but `srun` did not start this process.
+
+    This is the case in the shell of `salloc`, in a job script, and in a notebook inside a job.
+    """
     for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"):
         if environment.get(name, "1") != "1":
             raise UserError(

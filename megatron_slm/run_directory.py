@@ -21,16 +21,11 @@ from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
 HEADER = "# Written by megatron-slm: the configuration of this run, every setting resolved.\n"
-"""First line of `config.yaml`, which tells a run directory from another folder that has such a file."""
+"""First line of `config.yaml`, which distinguishes a run directory from other folders with such a file."""
 
 
 class RunDirectory:
-    """The directory `run_dir` and the names of the files in it. One process group at a time holds it.
-
-    Args:
-        run_dir: of the configuration.
-        world: this process among all.
-    """
+    """The directory `run_dir` and the paths of the files in it. One run at a time holds its lock."""
 
     def __init__(self, run_dir: str, world: World) -> None:
         self.path = Path(run_dir)
@@ -42,32 +37,28 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"
-        self.model = self.path / "model"
-        self.tokenizer = self.path / "tokenizer"
         self._world = world
         self._held = ExitStack()
         self._logged_before: tuple[list[logging.Handler], bool, int] | None = None
 
     @property
     def has_begun(self) -> bool:
-        """True if a run has a record or a checkpoint here. A start that failed earlier can be given other settings."""
+        """True if there is a record or a checkpoint. After a start that failed before, settings may still change."""
         return bool(list_checkpoints(self.checkpoints)) or (self.metrics.exists() and self.metrics.stat().st_size > 0)
 
     @property
     def holds_starting_files(self) -> bool:
-        """True if export needs only this directory. Earlier versions did not write these files."""
-        return self.model.is_dir() and self.tokenizer.is_dir()
+        """True if export needs only this directory; runs of earlier versions lack these files."""
+        return (self.path / "model").is_dir() and (self.path / "tokenizer").is_dir()
 
     def hold(self) -> None:
-        """Create the directory, and hold it against other runs until `close`.
+        """Create the directory, and lock it against other runs until `close`.
 
         Raises:
             UserError: the directory cannot be created, or another process trains in it.
         """
         self._refuse_dangling_link()
-        busy = UserError(
-            "run_dir", self.path, "another process is training in it", "Stop that process, or use another run_dir"
-        )
+        busy = self._refused("another process is training in it", "Stop that process, or use another run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._world.is_main:
@@ -81,13 +72,13 @@ class RunDirectory:
             package = logging.getLogger("megatron_slm")
             for handler in package.handlers:
                 handler.close()
-            package.handlers, package.propagate = self._logged_before[:2]
-            package.setLevel(self._logged_before[2])
+            package.handlers, package.propagate, level = self._logged_before
+            package.setLevel(level)
             self._logged_before = None
         self._held.close()
 
     def compare(self, config: Config) -> Config:
-        """Return the configuration to run: that of a resumed run gets the defaults that it was started with.
+        """Return the configuration to run. A resumed run keeps the defaults with which it began.
 
         Raises:
             UserError: the directory belongs to something else, or to a run of another configuration.
@@ -111,16 +102,14 @@ class RunDirectory:
         if not self.config.exists():
             raise self._refused("its config.yaml is missing", "Put the file back, or use another run_dir")
         stored = load_config(str(self.config), [])
-        # Runs from before this setting selected among all valid tokens.
+        # A run that began before this setting existed selects among all valid tokens.
         selection = dataclasses.replace(stored.selection, min_context=stored.selection.min_context or 0)
         return dataclasses.replace(stored, selection=selection)
 
     def refuse_other_inputs(self, order_fingerprint: str, stores: list[str]) -> None:
-        """Raise an error if the run in this directory read other data, though its settings are the same.
+        """Raise a UserError if the run in this directory read other data, though its settings are the same.
 
-        Args:
-            order_fingerprint: of the order of samples.
-            stores: fingerprints of the stores that the run reads.
+        `stores` are the fingerprints of the stores that the run reads.
 
         Raises:
             UserError: resuming would change the order of samples or a score.
@@ -141,13 +130,7 @@ class RunDirectory:
             )
 
     def begin(self, config: Config, order_fingerprint: str, stores: list[str]) -> None:
-        """Write `config.yaml`, add this start to `environment.json` on rank 0, and log to files from here on.
-
-        Args:
-            config: of the run, every default as a value.
-            order_fingerprint: of the order of samples.
-            stores: fingerprints of the stores that the run reads.
-        """
+        """Write the resolved `config.yaml`, add this start to `environment.json`, and log to files from here on."""
         if self._world.is_main:
             write_durably(self.config, HEADER + dump_config(config))
             described = {

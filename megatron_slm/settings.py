@@ -1,8 +1,8 @@
 """Types that settings share: numbers as people write them, paths and groups.
 
-A settings class is a pydantic dataclass: its types say what is valid, and `__post_init__` compares several settings.
-A `UserError` of a validator below has no setting, and one of a settings class names a setting of this class;
-`config.py` adds the name of the group.
+A settings class is a pydantic dataclass: its types define the valid values, and `__post_init__` checks combinations.
+A `UserError` of a validator below names no setting, and one of a settings class names the setting without its group;
+`config.py` adds the rest of the name.
 """
 
 import os
@@ -39,7 +39,7 @@ def parse_quantity(value: Any) -> Any:
 
 
 def parse_foreign(value: Any) -> Any:
-    """Return a group that another library defines, with 1e-5, 5e8 and 80B as numbers; names and paths stay text."""
+    """Return a group of another library's settings, with 1e-5, 5e8 and 80B as numbers; names and paths stay text."""
     if isinstance(value, dict):
         return {k: item if re.search("name|path", str(k)) else parse_foreign(item) for k, item in value.items()}
     if isinstance(value, list):
@@ -68,7 +68,7 @@ def expand_path(path: str) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """Return 8.0 as 8, because YAML reads 1.0e+9 as a float; a strict int refuses every float."""
+    """Return 8.0 as 8, because YAML reads 1.0e+9 as a float, and a strict int refuses all floats."""
     number = parse_quantity(value)
     return int(number) if isinstance(number, float) and number.is_integer() else number
 
@@ -90,7 +90,7 @@ Share = Annotated[Number, Field(gt=0, le=1)]
 """A share above 0 and at most 1."""
 
 Group = Annotated[T, BeforeValidator(_default_if_empty)]
-"""A group with defaults; YAML reads one that is written without settings as null."""
+"""A group with defaults; YAML reads a group without settings as null."""
 
 Foreign = Annotated[Group[dict[str, Any]], BeforeValidator(parse_foreign)]
 """A group of another library's settings."""

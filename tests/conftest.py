@@ -1,4 +1,4 @@
-"""Settings that libraries read when they are imported, and what many tests share."""
+"""Environment variables that libraries read when they are imported, and fixtures that many tests share."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the corpora `web`, `books`, `held_out` and `other`, and the model `reference`. Read only."""
+    """Return a folder with the corpora `web`, `books`, `held_out` and `other`, and the model `reference`; read only."""
     from megatron_slm.data.tokenizer import load_tokenizer, vocabulary_size
     from tests.runs import make_corpora, make_reference
 
@@ -27,13 +27,13 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preparing encodes here: for tests of anything but the processes that do it otherwise."""
+    """Make `prepare` encode in this process, for tests that are not about its worker processes."""
     monkeypatch.setattr("megatron_slm.prepare.prepare.encode_chunks", encode_here)
 
 
 @pytest.fixture
 def ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Event files are read in the order of the seconds in their names, which tests are too fast for."""
+    """Give every event file its own second: they are read in the order of the seconds in their names."""
     from tensorboard.summary.writer import event_file_writer
 
     monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=itertools.count(10**9).__next__))
@@ -41,7 +41,7 @@ def ticking_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A sentencepiece model of 330 pieces, for the sentences of `tests/texts.py`."""
+    """Return the path of a sentencepiece model of 330 pieces, for the sentences of `tests/texts.py`."""
     from megatron_slm.data.sentencepiece_model import train_tokenizer
     from tests.texts import sentence
 

@@ -1,8 +1,7 @@
-"""Run a function on several ranks: fresh processes that communicate over gloo, on the CPU.
+"""Ranks for tests: fresh processes that communicate over gloo, on the CPU.
 
-A rank must be a fresh process, because DeepSpeed replaces `F.linear` for the whole process, and
-importing torch, DeepSpeed and transformers takes seconds. So the ranks are forked from one
-server, which has imported them and has done nothing else.
+A rank must be a fresh process, because DeepSpeed replaces `F.linear` for the whole process. Importing torch, DeepSpeed
+and transformers takes seconds, so the ranks are forked from a server that has imported them and done nothing else.
 """
 
 import faulthandler
@@ -57,9 +56,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """Call `function(world, *args)` on every rank, and return what each rank returned.
 
     Args:
-        function: of a module, for it is sent by name; `world` is the rank's `megatron_slm.dist.World`.
+        function: defined in a module, because it is sent by name; `world` is the `World` of the rank.
         world_size: number of ranks.
-        args: equal for all ranks. The environment of this process does not reach a rank.
+        args: the same on all ranks. Ranks do not inherit the environment of this process.
         timeout: seconds until ranks without an answer are killed.
 
     Raises:
@@ -81,7 +80,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 connections.append(ours)
             return _answers(processes, connections, deadline)
         finally:
-            # Ranks that answered wait to be killed: leaving would cut connections that others still read.
+            # Ranks that answered wait to be killed: an exit would close connections that others still read.
             for process in processes:
                 process.kill()
             for process in processes:
@@ -113,11 +112,11 @@ def _answers(processes: list[BaseProcess], connections: list[Connection], deadli
 
 
 def _rank(rank: int, world_size: int, folder: str, timeout: float, connection: Connection, call: bytes) -> None:
-    """Join the other ranks, do the work, answer, and wait to be killed."""
-    # DeepSpeed collects garbage at start, which would copy every page that is shared with the server.
+    """Join the other ranks, call the function, send its result, and wait to be killed."""
+    # DeepSpeed collects garbage at its start, which would copy every page that is shared with the server.
     gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A rank that hangs says where before it is killed, and does not outlive a test run that was itself killed.
+    # A rank that hangs prints its stack before it is killed, and ends even if the test run was killed.
     faulthandler.dump_traceback_later(0.9 * timeout)
     signal.alarm(int(timeout) + 5)
     torch.set_num_threads(1)

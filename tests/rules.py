@@ -1,4 +1,4 @@
-"""Every rule of selection written again in plain Python, with sorts, sums and loops."""
+"""Every selection rule, implemented again in plain Python with sorts, sums and loops."""
 
 import math
 import random
@@ -82,7 +82,7 @@ def random_settings(chance: random.Random) -> SelectionSettings:
 
 
 def expected(case: Case, ranks: list[list[int]]) -> tuple[Grid, Grid, int]:
-    """Return mask, weights and planned k of a case whose rows are dealt to ranks in this way."""
+    """Return mask, weights and planned k of a case whose rows are divided among ranks in this way."""
     together = {
         "global": [[row for rank in ranks for row in rank]],
         "rank": ranks,

@@ -30,7 +30,7 @@ LLAMA = {
 
 
 def write_text(path: Path, documents: int, seed: int) -> Path:
-    """A jsonl file of short documents that a model can learn a little of."""
+    """Write a jsonl file of short documents, from which a model can learn a little."""
     draw = random.Random(seed)
     lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 60))) + "." for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
@@ -38,9 +38,9 @@ def write_text(path: Path, documents: int, seed: int) -> Path:
 
 
 def make_corpora(folder: Path) -> None:
-    """`web`, `books` and `held_out` with one tokenizer, and `other` with another.
+    """Prepare `web`, `books` and `held_out` with one tokenizer, and `other` with another.
 
-    `held_out` is small: every run evaluates the whole of it several times.
+    `held_out` is small, because every run evaluates all of it several times.
     """
     from megatron_slm.prepare.prepare import prepare_corpus
 
@@ -54,7 +54,7 @@ def make_corpora(folder: Path) -> None:
 
 
 def make_reference(folder: Path, vocab_size: int) -> None:
-    """A Hugging Face folder with random weights and the corpora's tokenizer."""
+    """Write a Hugging Face folder with random weights and the tokenizer of the corpora."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(7)
@@ -64,7 +64,7 @@ def make_reference(folder: Path, vocab_size: int) -> None:
 
 
 def config_tree(corpora: Path, run_dir: Path, stage: int = 3, **training: Any) -> dict[str, Any]:
-    """A selective run of 20 steps that accumulates twice at 2 ranks."""
+    """Return the configuration of a selective run of 20 steps, with 2 micro-steps per step on 2 ranks."""
     return {
         "run_dir": str(run_dir),
         "model": {"config": dict(LLAMA)},
@@ -93,7 +93,7 @@ def write_config(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def train_in_process(world: World, tree: dict[str, Any]) -> dict[str, Any]:
-    """What `megatron-slm train` does on a rank that has joined its group; returns the progress."""
+    """Train as `megatron-slm train` does, on a rank that has joined its group, and return the progress."""
     from megatron_slm.build.run import build_run
     from megatron_slm.config import parse_config
 
@@ -107,7 +107,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def megatron_slm(*arguments: str, ranks: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, under torchrun if `ranks` is given."""
+    """Run the command line in a process of its own, under torchrun if `ranks` is given."""
     launcher = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
     return in_a_process([*launcher, "-m", "megatron_slm", *arguments], **environment)
 
@@ -124,14 +124,14 @@ def free_port() -> str:
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+    """Return the records in metrics.jsonl, without the values that depend on the clock."""
     clock = ("tokens_per_second", "step_seconds")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
 def checkpoint_tensors(run_dir: Path, step: int) -> dict[str, Any]:
-    """Everything numeric that a checkpoint holds, by file and key."""
+    """Return all tensors of a checkpoint, by file and key."""
     found: dict[str, Any] = {}
     for path in sorted((run_dir / "checkpoints" / f"step_{step:08d}").rglob("*.pt")):
         _collect(torch.load(path, weights_only=False), path.name, found)
@@ -150,7 +150,7 @@ def _collect(value: Any, name: str, found: dict[str, Any]) -> None:
 
 
 def assert_bitwise_equal(one: Path, other: Path, step: int) -> None:
-    """Two runs ended in the same state and wrote the same records."""
+    """Assert that two runs ended in the same state and wrote the same records."""
     assert records(one) == records(other)
     first, second = checkpoint_tensors(one, step), checkpoint_tensors(other, step)
     assert first.keys() == second.keys() and len(first) > 10

@@ -1,4 +1,4 @@
-"""A few optimizer steps of a tiny model on any number of ranks, with records of everything that tests compare."""
+"""A few optimizer steps of a tiny model on any number of ranks, with records of the values that tests compare."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -43,9 +43,11 @@ REALLY_SHARDED = {
 
 @dataclass(frozen=True)
 class Case:
-    """A training run; stage None is the plain backend. `initial`: weights to begin with, else random ones.
+    """A training run.
 
-    `candidates`: None for a run that does not choose among candidates.
+    stage       stage of ZeRO; None for the plain backend
+    initial     weights to begin with; None for random ones
+    candidates  None for a run that does not choose among candidates
     """
 
     steps: int = 1
@@ -84,7 +86,7 @@ TINY_LLAMA = {
 
 
 class RaggedSamples:
-    """Samples with a learnable pattern and some noise. `valid_length` makes the counts of the ranks unequal."""
+    """Samples with a learnable pattern and some noise; `valid_length` makes the counts of ranks unequal."""
 
     def __len__(self) -> int:
         return 10**6
@@ -99,12 +101,12 @@ class RaggedSamples:
 
 
 def continued_length(ordinal: int) -> int:
-    """Return how many tokens at the beginning of a sample continue a document: none in some samples, all in others."""
+    """Return the number of tokens of a sample that continue a document: none in some samples, all in others."""
     return (ordinal * 5) % (LENGTH + 2)
 
 
 def valid_length(sample_index_B: Tensor) -> Tensor:
-    """Return the number of valid labels of each sample: they differ, and some samples have none."""
+    """Return the number of valid labels of each sample. Samples differ, and some have none."""
     return (sample_index_B * 7) % (LENGTH + 1)
 
 

@@ -12,7 +12,7 @@ SPECIAL = ["</s>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_level(pattern: str | None = WORDS, special: list[str] = SPECIAL) -> Any:
-    """Return a tokenizer that splits text by ``pattern``, or like GPT-2 if None; its pieces do not depend on it."""
+    """Return a tokenizer that splits text by `pattern`, or like GPT-2 if it is None; pieces do not depend on it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -34,7 +34,7 @@ def byte_level(pattern: str | None = WORDS, special: list[str] = SPECIAL) -> Any
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, **config: Any) -> Path:
-    """Write tokenizer.json and tokenizer_config.json; the end token is ``</s>`` unless ``config`` has another."""
+    """Write tokenizer.json and tokenizer_config.json; the end token is `</s>` unless `config` has another."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"} | config))
@@ -42,7 +42,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, **config: Any) -> Path:
 
 
 def with_holes(tokenizer: Any, first: int = 300, holes: int = 400) -> Any:
-    """Return the tokenizer with larger ids from ``first`` on, so that ids before them are unused."""
+    """Return the tokenizer with ids from `first` on raised by `holes`, so that as many ids are unused."""
     from tokenizers import Tokenizer
 
     tree = json.loads(tokenizer.to_str())

@@ -1,8 +1,8 @@
 """Host memory of `megatron-slm export`, as a multiple of the size of the exported folder.
 
 Trains one step of a model with random weights under ZeRO, on `--ranks` processes, in a temporary folder, and exports it
-in float32 and in bf16. Prints the peak of the resident set, which includes mapped files, and of anonymous memory, each
-minus what the process held after importing the libraries.
+in float32 and in bf16. Prints the peaks of the resident set, which includes mapped files, and of anonymous memory, each
+minus the memory of the process after it imported the libraries.
 """
 
 import argparse
@@ -100,9 +100,7 @@ def main() -> None:
         make_run(folder, options.model, options.layers, options.stage, options.ranks)
         for dtype in ("fp32", "bf16"):
             command = [sys.executable, __file__, "--export", str(folder / "run"), str(folder / dtype), dtype]
-            found = json.loads(
-                subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split("\n")[-2]
-            )
+            found = json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
             size = sum(path.stat().st_size for path in (folder / dtype).iterdir())
             shards = len(list((folder / dtype).glob("*.safetensors")))
             peaks = ", ".join(f"{part} {found[part] / size:.2f}" for part in ("resident", "anonymous"))

@@ -1,8 +1,8 @@
 """Time and memory of `megatron-slm filter`, as tokens and documents grow.
 
 The corpora have random tokens (`prepare --adopt`), and the two stores random losses (`score --import`). Each size is
-filtered several times, alternating with the others, with the stores in the page cache. Memory does not include pages of
-mapped files, which the system can take back.
+filtered several times, alternating with the others, with the stores in the page cache. Memory excludes pages of mapped
+files, which the system can reclaim.
 
     python tools/bench_filter.py --tokenizer data/web.tokenizer [--tokens 20M 200M] [--documents 100k 1M] [--rounds 3]
 """
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def make_corpus(folder: Path, tokens: int, documents: int, tokenizer: str) -> Path:
-    """Make a corpus of this size with its stores, and return its configuration; lengths of documents vary."""
+    """Make a corpus with documents of random lengths and its two stores, and return its configuration."""
     prefix = folder / f"{tokens}-{documents}"
     draw = np.random.default_rng(0)
     ends = np.sort(draw.integers(0, tokens, documents - 1))

@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from megatron_slm.models.head import token_loss
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
 
 def main() -> None:
     options = parse_arguments()
@@ -38,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="Each way is measured in its own process: the allocator's peak on CUDA, the peak of the resident set on "
-        "the CPU. Memory from before the forward and the gradient of the weight do not count. Full logits need about "
+        "the CPU. The inputs and the gradient of the weight do not count. Full logits need about "
         "3 x tokens x vocab numbers: choose smaller sizes if memory is short.",
     )
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch")
@@ -47,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=1.0, help="share of the tokens with a gradient")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16" if cuda else "float32")
-    parser.add_argument("--rounds", type=int, default=0, help="also time both ways, alternating, for so many rounds")
+    parser.add_argument("--rounds", type=int, default=0, help="also time both ways, alternating, for this many rounds")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--way", choices=list(WAYS), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -61,7 +59,7 @@ def full(hidden: Tensor, weight: Tensor, labels: Tensor, upstream: Tensor) -> No
     F.cross_entropy(hidden @ weight.T, labels, reduction="none").backward(upstream.to(hidden.dtype))
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], None]] = {"chunked": chunked, "full": full}
+WAYS: dict[str, Callable[..., None]] = {"chunked": chunked, "full": full}
 
 
 def measure_alone(way: str) -> int:
@@ -78,7 +76,9 @@ def peak_bytes(options: argparse.Namespace) -> int:
     return memory_peak(options.device) - before - inputs[1].nbytes
 
 
-def make_inputs(options: argparse.Namespace, tokens: int, hidden: int, vocab: int) -> Inputs:
+def make_inputs(
+    options: argparse.Namespace, tokens: int, hidden: int, vocab: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     where = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     hidden_ND = torch.randn(tokens, hidden, **where).requires_grad_()
@@ -96,7 +96,7 @@ def memory_peak(device: str) -> int:
 
 
 def time_in_turn(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Return the seconds of each round, after a first one."""
+    """Return the seconds of each round, after one that is not measured."""
     inputs = make_inputs(options, options.tokens, options.hidden, options.vocab)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for index in range(options.rounds + 1):

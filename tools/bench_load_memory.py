@@ -1,7 +1,7 @@
 """Host memory of a pretrained student under ZeRO-3: read whole and then partitioned, or partitioned as it is read.
 
-Writes a model with random weights to a temporary folder, reads it both ways on `--ranks` processes each, and prints how
-much the resident set of each rank grew at its peak, as a multiple of the model's size.
+Writes a model with random weights to a temporary folder, reads it both ways on `--ranks` processes, and prints the peak
+growth of each rank's resident set as a multiple of the model's size.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import torch
 from common import option_parser
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_slm.backend import EngineSettings
 from megatron_slm.backend.deepspeed import DeepSpeedBackend, partition
 from megatron_slm.backend.deepspeed_internals import whole_shape
 from megatron_slm.dist import connect, disconnect
@@ -42,7 +41,7 @@ def load(way: str, folder: str) -> None:
 
     lm = backend.construct(read) if way == "partitioned" else read()
     if way == "whole":
-        partition(lm, backend.config(EngineSettings(1, 1, 0.0, torch.float32)), world.device)
+        partition(lm, backend.config(), world.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     size = 4 * sum(whole_shape(parameter).numel() for parameter in lm.parameters())
     sys.stdout.write(json.dumps({"rank": world.rank, "models": peak / size, "model_bytes": size}) + "\n")

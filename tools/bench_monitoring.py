@@ -54,14 +54,14 @@ def parse_arguments() -> argparse.Namespace:
         "before the callbacks keeps the wait for a slower rank's step out of their time.",
     )
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; ignored under torchrun")
-    parser.add_argument("--rounds", type=int, default=4, help="measured blocks of each kind, after a first one")
+    parser.add_argument("--rounds", type=int, default=4, help="blocks of each kind to measure, after a first one")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def prepare(folder: Path) -> None:
-    """Make two corpora of Python's own sources, and a reference with random weights, which costs the same."""
+    """Make two corpora of Python's own sources, and a reference with random weights, which do not affect its cost."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from megatron_slm.data.tokenizer import load_tokenizer, save_tokenizer, vocabulary_size
@@ -105,13 +105,13 @@ class TimedCallback(Callback):
 
     Args:
         inner: the other callback.
-        meets: whether the ranks meet in a barrier first. The first callback of a step does, because rank 0 has more
-            callbacks than the others.
+        waits: whether to wait in a barrier first. The first callback of a step does, because rank 0 has more callbacks
+            than the other ranks.
     """
 
-    def __init__(self, inner: Callback, meets: bool) -> None:
+    def __init__(self, inner: Callback, waits: bool) -> None:
         self.inner = inner
-        self._meets = meets
+        self._waits = waits
         self.seconds: list[float] = []
 
     def on_train_start(self, state: RunState) -> None:
@@ -121,7 +121,7 @@ class TimedCallback(Callback):
         self.inner.on_step_start(state)
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
-        if self._meets:
+        if self._waits:
             dist.barrier()
         start = time.perf_counter()
         self.inner.on_step_end(state, result)
@@ -136,7 +136,7 @@ class TimedCallback(Callback):
 def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
     """Return the seconds of each step, and of each callback's step ends, by log interval, on this rank."""
     trainer, state = run.trainer, run.state
-    watching = [TimedCallback(callback, meets=index == 0) for index, callback in enumerate(trainer._callbacks)]
+    watching = [TimedCallback(callback, waits=index == 0) for index, callback in enumerate(trainer._callbacks)]
     for callback in watching:
         callback.on_train_start(state)
     steps: dict[str, list[float]] = defaultdict(list)
@@ -158,7 +158,7 @@ def measure(run: Run, rounds: int) -> tuple[dict[str, list[float]], dict[str, di
 
 
 def seconds_per_step(name: str, seconds: list[float], log_interval: int) -> float:
-    """Return the median of the step ends at which a callback works, divided by its interval."""
+    """Return the median seconds of the step ends at which a callback does its work, divided by its interval."""
     measured, default = (BLOCK, INTERVALS[name]) if name in INTERVALS else (log_interval, log_interval)
     return statistics.median(sorted(seconds)[-(len(seconds) // measured) :]) / default
 

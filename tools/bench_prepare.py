@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,10 +66,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, folder: Path) -> None:
-    """Compare the speed of both on the same text, alternating."""
+    """Compare the speed of prepare and of the tokenizer alone on the same text, alternating."""
     some = list(varied(texts, arguments.megabytes))
-    write(iter(some), folder / "web.jsonl")
-    write(iter(some[:1]), folder / "one.jsonl")
+    write(some, folder / "web.jsonl")
+    write(some[:1], folder / "one.jsonl")
     ratios = []
     for number in range(arguments.rounds):
         alone, alone_cpu, tokens = tokenizer_alone(some, tokenizer, arguments.workers)
@@ -98,7 +98,7 @@ def compare(arguments: argparse.Namespace, texts: list[str], tokenizer: Path, fo
 
 
 def varied(texts: list[str], megabytes: float) -> Iterator[str]:
-    """Yield documents up to a size; repeated documents are rotated, each by a number of characters of its own."""
+    """Yield documents up to a total size; repeated documents are rotated by different numbers of characters."""
     size = turn = 0
     while True:
         for number, text in enumerate(texts):
@@ -110,7 +110,7 @@ def varied(texts: list[str], megabytes: float) -> Iterator[str]:
         turn += 1
 
 
-def write(texts: Iterator[str], path: Path) -> int:
+def write(texts: Iterable[str], path: Path) -> int:
     """Write jsonl, and return the bytes of its text."""
     size = 0
     with path.open("w", encoding="utf-8") as stream:
@@ -151,7 +151,7 @@ def children_cpu() -> float:
 
 
 def tokenizer_alone(texts: list[str], tokenizer: Path, workers: int) -> tuple[float, float, int]:
-    """Return seconds, CPU seconds and tokens of `encode_batch`, with an equal share of the texts per process."""
+    """Return the seconds, CPU seconds and tokens of `encode_batch` with an equal share of the texts per process."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(workers + 1), context.Queue()
     processes = [

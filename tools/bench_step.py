@@ -42,13 +42,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds of all steps; default: the preset's")
     parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS), help="default: all")
     parser.add_argument("--modes", nargs="*", choices=BACKWARDS, default=list(BACKWARDS), help="default: all")
-    parser.add_argument("--profile", metavar="MODE@RATIO", help="show where the time of this step goes instead")
+    parser.add_argument("--profile", metavar="MODE@RATIO", help="profile this step instead")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     return parser.parse_args()
 
 
 def profile_step(shape: Shape, device: torch.device, name: str) -> str:
-    """Return where the time of one step goes, operator by operator."""
+    """Return a table with the time of one step by operator."""
     bench = StepBench(shape, device)
     kind = next(kind for kind in [*PLAIN, *selective_kinds()] if kind.name == name)
     bench.prepare(kind)

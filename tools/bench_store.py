@@ -3,8 +3,8 @@
     python tools/bench_store.py demo/runs/slm.yaml [--ranks 2] [--tokens 1M] [--rounds 20]
 
 Scores the samples of the run (packed in float32 and in two bytes, and by document). Then, on the same ranks, steps with
-the live reference, with each store, and plain steps (CLM) alternate. Reading is also timed alone, the first time with
-pages that were never read before. The selections from each store are compared with the live reference's.
+the live reference, with each store, and plain steps (CLM) alternate. Reading is also timed alone, the first time and
+again. The selections from each store are compared with those from the live reference.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def stored(name: str, kind: dict[str, str], config: Config, folder: Path, world:
 
 
 def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> dict[str, float]:
-    """Return the median seconds to read a step's scores: the first time, when blocks are verified, and again."""
+    """Return the median seconds to read the scores of a step: the first time, which verifies checksums, and again."""
     steps = [loader.load(turn * config.training.global_batch_size) for turn in range(rounds)]
     found = {}
     for name in ("first", "again"):
@@ -133,7 +133,7 @@ def time_reading(store: Reference, loader: Any, config: Config, rounds: int) -> 
 
 
 def steps_by_way(live: TrainingStep, stores: dict[str, Reference], world: World) -> dict[str, TrainingStep]:
-    """Return steps with each reference on the same engine. At a learning rate of 0 all do the same work."""
+    """Return a step for each reference, all on the same engine. At a learning rate of 0 they do the same work."""
     common: dict[str, Any] = {"seed": 1, "num_sources": live._num_sources, "world": world}
     ways = {"plain": TrainingStep(live._engine, NoReference(), **common), "live": live}
     return ways | {name: TrainingStep(live._engine, store, **common) for name, store in stores.items()}
@@ -143,7 +143,7 @@ def steps_by_way(live: TrainingStep, stores: dict[str, Reference], world: World)
 def compare(
     step: TrainingStep, loader: Any, stores: dict[str, Reference], config: Config, steps: int
 ) -> dict[str, dict[str, float]]:
-    """Compare the masks from each store with the live reference's, over all ranks, at the initial weights."""
+    """Compare the masks from each store with those from the live reference, over all ranks, at the initial weights."""
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in stores}
     for turn in range(steps):
         batches = loader.load(turn * config.training.global_batch_size)
@@ -152,15 +152,16 @@ def compare(
         for index, batch in enumerate(batches):
             student = step._exact.score(batch, (), keep=False)[0]["loss"]
             signals = {"student.loss": student, "reference.loss": live[index]["loss"]}
-            exact = select_tokens(
-                excess(signals), batch.valid_BT, config.selection.ratio, position=batch.token_position_BT
-            )
+            pool: dict[str, Any] = {
+                "valid": batch.valid_BT,
+                "ratio": config.selection.ratio,
+                "position": batch.token_position_BT,
+            }
+            exact = select_tokens(excess(signals), **pool)
             margin = (excess(signals) - exact.threshold).abs()
             for name, columns in taken.items():
                 scores = student - columns[index]["loss"]
-                mask = select_tokens(
-                    scores, batch.valid_BT, config.selection.ratio, position=batch.token_position_BT
-                ).mask
+                mask = select_tokens(scores, **pool).mask
                 differs = mask != exact.mask
                 sums[name] += torch.tensor(
                     [

@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start on this host; ignored under torchrun")
     parser.add_argument("--scores", type=int, default=1_000_000, help="scores per rank")
     parser.add_argument("--ratio", type=float, default=0.6, help="share that is selected")
-    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, after two that are not")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds, after two that are not measured")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     return parser.parse_args()
 
@@ -64,7 +64,7 @@ def gather_and_topk(scores: Tensor, valid: Tensor, ratio: float) -> Tensor:
 
 
 def gather(scores: Tensor, valid: Tensor, ratio: float) -> tuple[Tensor, int]:
-    """Return the scores of all ranks, with invalid ones last, and the number of tokens to select."""
+    """Return the scores of all ranks, with -inf for invalid ones, and the number of tokens to select."""
     num_valid = valid.sum()
     dist.all_reduce(num_valid)
     everyone = scores.new_empty(dist.get_world_size(), len(scores))
@@ -80,7 +80,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def check(scores: Tensor, valid: Tensor, ratio: float) -> None:
-    """Exit if the masks differ, as they may for a tie at the threshold: sorting values cannot break ties."""
+    """Exit if the masks differ. They may also differ in a tie at the threshold, which sorting values does not break."""
     masks = [way(scores, valid, ratio) for way in WAYS.values()]
     if any(not torch.equal(mask, masks[0]) for mask in masks):
         sys.exit("The masks differ: a bug, or a tie at the threshold.")

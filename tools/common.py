@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import psutil
@@ -20,7 +20,7 @@ from megatron_slm.errors import UserError
 
 
 def option_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser that shows a module's docstring as it is written."""
+    """Return a parser whose help shows a module's docstring with its line breaks."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -28,6 +28,11 @@ def show_log_lines() -> None:
     """Print the package's log lines, such as progress."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_slm").setLevel(logging.INFO)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean of the values, with their standard deviation if there are several."""
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def is_rank() -> bool:
@@ -56,7 +61,7 @@ def measure_command(arguments: list[str], memory: Callable[[psutil.Process], int
     Args:
         arguments: the verb and its arguments.
         memory: returns the bytes of a process that count.
-        interval: seconds between two looks.
+        interval: seconds between two measurements.
     """
     command = [sys.executable, "-m", "megatron_slm", *arguments]
     start, peak = time.perf_counter(), 0
@@ -71,7 +76,7 @@ def measure_command(arguments: list[str], memory: Callable[[psutil.Process], int
 
 
 def prepare_stage(name: str, text: Path, folder: Path) -> Stage:
-    """Return a stage that prepares a corpus; all share the tokenizer that is trained on `general`."""
+    """Return a stage that prepares a corpus with the tokenizer that is trained on the corpus `general`."""
     tokenizer = ("--train-tokenizer", "2048") if name == "general" else ("--tokenizer", f"{folder}/general.tokenizer")
     prefix = folder / name
     outputs = tuple(Path(f"{prefix}{suffix}") for suffix in (".json", ".bin", ".idx", ".tokenizer"))
@@ -84,7 +89,7 @@ def parse_with_data(parser: argparse.ArgumentParser, holds: str) -> argparse.Nam
 
     Args:
         parser: with the options `--data` and `--output`.
-        holds: the folders that `--data` must hold, for the error.
+        holds: names of the folders that `--data` must hold, for the error message.
     """
     arguments = parser.parse_args()
     if not arguments.data or not (Path(arguments.data) / "quickstart").is_dir():
@@ -96,9 +101,9 @@ def parse_with_data(parser: argparse.ArgumentParser, holds: str) -> argparse.Nam
     return arguments
 
 
-@contextmanager
+@contextlib.contextmanager
 def exit_on_stop(program: str) -> Iterator[StopRequest]:
-    """Yield a request that signals set; exit with a message if a stage fails, or with the signal's status."""
+    """Yield a stop request; exit with a message if a stage fails, and with the status of a signal that stops it."""
     try:
         with stop_on_signals() as stop:
             yield stop

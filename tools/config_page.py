@@ -96,7 +96,7 @@ def table(name: str, kind: type) -> str:
 
 
 def deepspeed_keys() -> str:
-    """Return the section on `deepspeed:`: the keys that are passed on, and what to use in place of the others."""
+    """Return the section on `deepspeed:`: the keys that are passed on, and the replacements of the others."""
     passed = ", ".join(f"`{key}`" for key in PASSED_DEEPSPEED_KEYS)
     rows = "\n".join(f"| `{key}` | {ours or 'nothing; remove it'} |" for key, ours in OWNED_DEEPSPEED_KEYS.items())
     return (

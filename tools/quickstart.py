@@ -2,7 +2,7 @@
 
 Trains a tokenizer, a base model on noisy general text, and a reference (the base, trained further on curated
 mathematics). Then trains, from the same base, on the same data in the same order and for equal tokens: CLM, SLM, and a
-run with as many random tokens. Prints held-out losses of all runs. `megatron-slm demo` shows the same on text that
+run with as many random tokens. Prints the held-out losses of all runs. `megatron-slm demo` does the same with text that
 every machine has.
 
     python tools/quickstart.py --data DIR --output runs/quickstart

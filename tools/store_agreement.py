@@ -1,4 +1,4 @@
-"""Agreement of the selection from a store with that of the live reference, by the length of samples.
+"""Agreement of the selection from a store with that from a live reference, by the length of samples.
 
     python tools/store_agreement.py --corpus data/web --student models/base --reference models/reference
 
@@ -44,7 +44,7 @@ POSITION_HEAD = "samples | tokens before, in the sample | share | student | live
 
 
 class Losses(NamedTuple):
-    """Losses of the same samples, float32 `[N, T]`: of the student, and of the reference live and from both stores."""
+    """Losses of the same samples, float32 `[B, T]`: of the student, of the live reference, and from both stores."""
 
     batch: Batch
     student: Tensor
@@ -134,7 +134,7 @@ def select(scores: Tensor, competing: Tensor, length: int, ratio: float) -> Tens
 
 
 def position_rows(losses: Losses, length: int) -> list[list[str]]:
-    """Return mean losses of documents that began before the sample, by position in the sample; then of the others."""
+    """Return mean losses of documents that began before the sample, by position in it, and of other documents."""
     preceding = torch.arange(1, length + 1, device=losses.student.device).expand_as(losses.student)
     continued = preceding < losses.batch.continued_B[:, None]
     ends = [*(end for end in POSITIONS[1:] if end < length), length + 1]

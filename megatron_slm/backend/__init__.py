@@ -43,25 +43,13 @@ class EngineSettings:
 
 
 def refuse_other_ranks(checkpoint: Path, stage: int, saved: int, ranks: int) -> None:
-    """Raise an error if a partitioned checkpoint would be resumed on another number of ranks.
-
-    Args:
-        checkpoint: its folder.
-        stage: the stage of ZeRO; from 1 on, it partitions the optimizer.
-        saved: number of ranks that wrote it.
-        ranks: number of ranks of this run.
-
-    Raises:
-        UserError: the numbers differ, and the optimizer is partitioned.
-    """
+    """Raise a UserError if the ranks differ from those that saved a partitioned checkpoint (ZeRO stage 1 and above)."""
     if stage > 0 and saved != ranks:
-        raise UserError(
-            "checkpoint",
-            checkpoint,
+        reason = (
             f"it was written by {saved} ranks, this run has {ranks}, and ZeRO stage {stage} resumes only on the "
-            "number of ranks that wrote it",
-            f"Start {saved} ranks",
+            "number of ranks that wrote it"
         )
+        raise UserError("checkpoint", checkpoint, reason, f"Start {saved} ranks")
 
 
 class TrainingEngine(Protocol):
@@ -74,7 +62,7 @@ class TrainingEngine(Protocol):
 
         Args:
             loss: a scalar with its graph.
-            last: this is the last backward of the optimizer step.
+            last: True for the last backward of the optimizer step.
         """
 
     def step(self, learning_rate: float) -> Update:
@@ -84,7 +72,7 @@ class TrainingEngine(Protocol):
         """Write the weights and the optimizer state of all ranks to an empty folder.
 
         Raises:
-            OSError, RuntimeError: this rank could not write; only after the last collective, so that no rank waits.
+            OSError, RuntimeError: this rank could not write. Raised after the last collective, so that no rank waits.
         """
 
     def load(self, folder: Path) -> None:
@@ -102,7 +90,7 @@ class Backend(Protocol):
         """Return the student that `make` builds, partitioned while it is built if the backend partitions."""
 
     def gathered(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
-        """Return a context in which these parameters are whole; all ranks keep what rank 0 writes to them."""
+        """Return a context in which these parameters are whole; all ranks keep the values that rank 0 writes."""
 
     def training_engine(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: EngineSettings
@@ -119,7 +107,9 @@ class Backend(Protocol):
         """Free everything of the run, so that this process can start another."""
 
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
-        """Return the whole float32 weights in what `TrainingEngine.save` wrote, in one process; none is read yet.
+        """Return the float32 weights that `TrainingEngine.save` wrote, whole and by name; none is read yet.
+
+        One process calls it, whatever the number of ranks that saved.
 
         DeepSpeed's checkpoints are pickles, which can run code: only read a run directory that you trust.
         """

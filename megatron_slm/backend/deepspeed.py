@@ -33,14 +33,14 @@ TAG = "engine"
 """DeepSpeed's name for the folder inside a checkpoint. Ours is the folder around it."""
 
 REFERENCE_KEYS = ("stage3_", "offload_param")
-"""Beginnings of the keys of the user's ZeRO section that apply to a model without an optimizer."""
+"""Prefixes of the keys of the user's ZeRO section that apply to a model without an optimizer."""
 
 
 class DeepSpeedBackend:
-    """See `Backend`.
+    """A `Backend` that runs DeepSpeed.
 
     Args:
-        world: the rank and world size of this process, and its device.
+        world: this rank.
         settings: the user's `deepspeed:` section; stage 3 unless it sets another.
         precision: dtype of the weights in the forward pass.
     """
@@ -52,7 +52,7 @@ class DeepSpeedBackend:
         self._precision = precision
         self._engines: list[Any] = []
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # DeepSpeed calls torch's collectives by their former names, which would warn in every step.
+        # DeepSpeed calls torch's collectives by their deprecated names, which would warn in every step.
         warnings.filterwarnings("ignore", message=r".torch.distributed.\w+. is deprecated", category=FutureWarning)
         if world.device.type == "cpu":
             skip_shared_memory_extension()
@@ -60,8 +60,8 @@ class DeepSpeedBackend:
         deepspeed.init_distributed(
             "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )
-        # Before anything is built, so that what DeepSpeed refuses is not mistaken for a broken model.
-        _refuse_invalid(self.config(EngineSettings(1, 1, 0.0, precision)), settings)
+        # Checked before anything is built, so that an invalid setting is not mistaken for a broken model.
+        _refuse_invalid(self.config(), settings)
 
     @property
     def stage(self) -> int:
@@ -75,7 +75,7 @@ class DeepSpeedBackend:
 
         # Transformers' switch is global to the process. It is on around the student only, because
         # it would also partition a reference that is meant to be replicated.
-        switch = HfDeepSpeedConfig(self.config(EngineSettings(1, 1, 0.0, self._precision)))
+        switch = HfDeepSpeedConfig(self.config())
         try:
             return make()
         finally:
@@ -103,7 +103,7 @@ class DeepSpeedBackend:
         module = module.eval().requires_grad_(False)
         if not shard:
             return module.to(self._world.device)
-        config = self.config(EngineSettings(1, 1, 0.0, self._precision))
+        config = self.config()
         config["zero_optimization"] = {
             **{key: value for key, value in config["zero_optimization"].items() if key.startswith(REFERENCE_KEYS)},
             "stage": 3,
@@ -129,8 +129,9 @@ class DeepSpeedBackend:
     def stored_weights(self, folder: Path) -> dict[str, StoredWeight]:
         return read_weights(folder / TAG)
 
-    def config(self, settings: EngineSettings) -> dict[str, Any]:
-        """Return the user's section with the keys that this system sets itself, instead of DeepSpeed's defaults."""
+    def config(self, settings: EngineSettings | None = None) -> dict[str, Any]:
+        """Return the user's section with the keys that this package sets; without `settings`, for no optimizer."""
+        settings = settings or EngineSettings(1, 1, 0.0, self._precision)
         return copy.deepcopy(self._settings) | {
             "train_micro_batch_size_per_gpu": settings.micro_batch_size,
             "gradient_accumulation_steps": settings.accumulation,
@@ -145,7 +146,7 @@ class DeepSpeedBackend:
 
 
 class DeepSpeedEngine:
-    """See `TrainingEngine`."""
+    """A `TrainingEngine` that runs DeepSpeed."""
 
     def __init__(self, engine: Any, stage: int, world: World) -> None:
         self.module: nn.Module = engine
@@ -214,9 +215,9 @@ def _destroy(engine: Any) -> None:
 
 @contextmanager
 def _without_patterns(folder: Path) -> Iterator[Path]:
-    """Yield a path to the folder without `[`, `]`, `*` and `?`, which DeepSpeed would take for patterns of `glob`.
+    """Yield a path to the folder without `[`, `]`, `*` and `?`, which DeepSpeed would read as a pattern of `glob`.
 
-    It is the name that Linux gives to an open folder, and is valid in this process alone.
+    It is Linux's name for the open folder, and is valid in this process only.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -226,7 +227,7 @@ def _without_patterns(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_invalid(config: dict[str, Any], section: dict[str, Any]) -> None:
-    """Raise an error if DeepSpeed does not accept a configuration, made from the user's `deepspeed:` section."""
+    """Raise a UserError if DeepSpeed does not accept the configuration made from the user's `deepspeed:` section."""
     try:
         deepspeed.DeepSpeedConfig(config)
     except ValidationError as error:
@@ -237,12 +238,8 @@ def _refuse_invalid(config: dict[str, Any], section: dict[str, Any]) -> None:
             if isinstance(settings, dict) and first["loc"][0] in settings:
                 name = f"{group}.{name}"
                 break
-        raise UserError(
-            f"deepspeed.{name}",
-            first["input"],
-            f"DeepSpeed does not accept it ({first['msg']})",
-            "Change this key, or remove it",
-        ) from error
+        reason = f"DeepSpeed does not accept it ({first['msg']})"
+        raise UserError(f"deepspeed.{name}", first["input"], reason, "Change this key, or remove it") from error
     except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError("deepspeed", section, f"DeepSpeed does not accept it ({reason})", "Change it") from error

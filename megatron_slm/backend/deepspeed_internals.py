@@ -1,4 +1,4 @@
-"""The private and undocumented names of DeepSpeed that this package uses. No other file touches any.
+"""The private and undocumented names of DeepSpeed that this package uses. No other file uses them.
 
     deepspeed.ops.__compatible_ops__                          extensions that DeepSpeed may compile
     deepspeed.comm.comm.cdb                                   process group of this process
@@ -11,11 +11,11 @@
     deepspeed.utils.zero_to_fp32.natural_keys                 order of these files
 
 Checked with DeepSpeed 0.19.8. `tests/contracts/test_private_names.py` fails when one is gone. DeepSpeed is imported
-inside the functions, because the import changes torch for the whole process, and `whole_shape` needs none.
+inside the functions, because the import changes torch for the whole process, and `whole_shape` does not need it.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,12 @@ from torch import nn
 
 from megatron_slm.backend.stored import Extent, StoredWeight, extent, read_layout, span, stored
 
-GROUPS: dict[str, Callable[[], Any]] = {
-    "_WORLD_GROUP": lambda: None,
-    "_ZERO_PARAM_INTRA_PARALLEL_GROUP": lambda: None,
-    "_ALL_TO_ALL_GROUP": dict,
-    "mesh_device": lambda: None,
-}
-"""Variables of deepspeed.utils.groups that hold process groups, and their first values."""
+GROUPS = ("_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP", "_ALL_TO_ALL_GROUP", "mesh_device")
+"""Variables of deepspeed.utils.groups that hold process groups; at first they are empty dicts or None."""
 
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Return whether ZeRO-3 holds a parameter, so that its own shape is [0] outside of a forward."""
+    """Return whether ZeRO-3 has partitioned a parameter, so that its own shape is [0] outside of a forward."""
     return hasattr(parameter, "ds_id")
 
 
@@ -53,24 +48,25 @@ def skip_shared_memory_extension() -> None:
 
 
 def forget_groups() -> None:
-    """Let DeepSpeed look up the process group of this run; it keeps those of an earlier run of this process.
+    """Make DeepSpeed forget the process groups of an earlier run in this process, and look up those of this run.
 
-    They are variables of its modules, and no function clears them.
+    It keeps them in variables of its modules, and clears these only if it destroys the process group itself.
     """
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
     comm.cdb = None
-    for name, empty in GROUPS.items():
+    for name in GROUPS:
         if not hasattr(groups, name):
             raise AttributeError(f"deepspeed.utils.groups has no {name}, so this version of DeepSpeed is not supported")
-        setattr(groups, name, empty())
+        setattr(groups, name, {} if isinstance(getattr(groups, name), dict) else None)
 
 
 def forget_modules(module: nn.Module | None = None) -> None:
-    """Remove a module, or every module, from what DeepSpeed keeps for as long as the process lives.
+    """Remove a module, or all modules, from DeepSpeed's state of the process.
 
-    That is a stack of running modules, which a failed forward leaves filled, and a cache of what each of them releases.
+    This state is a stack of running modules, which stays filled after a failed forward, and a cache of the parameters
+    that each module releases.
     """
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
@@ -117,9 +113,9 @@ def _errors_collected(failures: list[Exception], owner: Any, name: str) -> Itera
 
 
 def read_weights(engine_folder: Path) -> dict[str, StoredWeight]:
-    """Return the float32 weights of a checkpoint of any stage, as `deepspeed.utils.zero_to_fp32` puts them together.
+    """Return the float32 weights of a checkpoint of any stage, by name, as `deepspeed.utils.zero_to_fp32` joins them.
 
-    That program holds the whole weights of stages 1 and 2 in memory; this function reads none of them.
+    That program holds all weights of stages 1 and 2 in memory; this function only locates them.
 
     Args:
         engine_folder: the folder that `save_checkpoint` wrote for a tag. Its files are pickles, which can run code.
@@ -147,7 +143,7 @@ def read_weights(engine_folder: Path) -> dict[str, StoredWeight]:
         )
     sharded = states[0].get(constants.ZERO_STAGE, 1) == 3  # the optimizer of bf16 at stage 1 does not write its stage
     key = constants.FP32_FLAT_GROUPS if sharded else constants.SINGLE_PARTITION_OF_FP32_GROUPS
-    # By rank, then by group of the optimizer.
+    # Indexed by rank, then by group of the optimizer.
     groups = [[extent(file, flat) for flat in state[key]] for file, state in zip(optimizer_files, states, strict=True)]
     shapes = model[constants.PARAM_SHAPES]
     weights = {name: stored(main_file, module[name]) for name in model[constants.BUFFER_NAMES] if name in module}
@@ -176,7 +172,7 @@ def _frozen_weights(
 
 
 def _weights_of_stage_3(groups: list[list[Extent]], shapes: dict[str, torch.Size]) -> dict[str, StoredWeight]:
-    """Return weights of which each rank holds an equal part, padded, in its flat groups one after the other."""
+    """Return the weights of stage 3: every rank holds an equal, padded part of each, in order, in its flat groups."""
     weights: dict[str, StoredWeight] = {}
     start = 0
     for name, shape in shapes.items():
@@ -191,7 +187,7 @@ def _weights_of_stage_3(groups: list[list[Extent]], shapes: dict[str, torch.Size
 def _weights_of_stages_1_and_2(
     groups: list[list[Extent]], shapes: list[dict[str, torch.Size]], paddings: list[list[int]] | None
 ) -> dict[str, StoredWeight]:
-    """Return weights that follow each other, padded, in each group, which is cut into equal parts, one per rank."""
+    """Return the weights of stages 1 and 2: a group holds them in order, padded, in equal parts per rank."""
     weights: dict[str, StoredWeight] = {}
     for index, group in enumerate(shapes):
         held = [rank[index] for rank in groups]
@@ -205,7 +201,7 @@ def _weights_of_stages_1_and_2(
 
 
 def _refuse_rest(held: list[Extent], used: int, alignment: int) -> None:
-    """Raise an error if numbers are left over, aside from padding: the layout is not the one that this file reads."""
+    """Raise a UserError if numbers other than padding are left over: the layout is not the one that this file reads."""
     there = sum(part.numel for part in held)
     if -(-there // alignment) != -(-used // alignment):
         raise ValueError(f"the checkpoint holds {there} numbers in a group of which {used} were expected")

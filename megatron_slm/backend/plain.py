@@ -14,7 +14,7 @@ from megatron_slm.dist import World
 
 
 class PlainBackend:
-    """See `Backend`: float32 weights, and gradients averaged over the data-parallel ranks for each parameter."""
+    """A `Backend` with whole float32 weights on every rank, and gradients averaged parameter by parameter."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -46,7 +46,7 @@ class PlainBackend:
 
 
 class PlainEngine:
-    """See `TrainingEngine`."""
+    """A `TrainingEngine` of plain PyTorch."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float, world: World) -> None:
         self.module = module.to(world.device)

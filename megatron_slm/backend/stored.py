@@ -88,7 +88,7 @@ def read_layout(file: Path, *, weights_only: bool) -> Any:
 
 
 def extent(file: Path, tensor: Tensor) -> Extent:
-    """Return where the numbers of a tensor of `read_layout` lie in its file.
+    """Return the place of a tensor of `read_layout` in its file.
 
     Raises:
         ValueError: its place in the file is unknown.

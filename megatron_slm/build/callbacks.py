@@ -49,13 +49,13 @@ class Parts:
 
 
 def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], step: int) -> list[Callback]:
-    """Return the callbacks of a run; their order makes no difference to the records.
+    """Return the callbacks of a run; their order does not affect the records.
 
     Args:
-        resolved: the first phase of the run.
-        parts: built in the second.
+        resolved: the result of the first phase of the run.
+        parts: built in the second phase.
         own: callbacks of the user.
-        step: where the run begins or resumes.
+        step: steps already trained; records of later steps are dropped.
 
     Raises:
         AgreedError: the records cannot be read, or TensorBoard's folder cannot be written.
@@ -86,7 +86,7 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
 
 
 def _open_records(directory: RunDirectory, step: int) -> "SummaryWriter":
-    """Drop what a killed run recorded after its checkpoint, before any callback adds to it."""
+    """Drop the records that a killed run wrote after its checkpoint, and open the files of TensorBoard."""
     for path in (directory.metrics, directory.spikes):
         cut_back(path, step)
     return open_event_files(directory.tensorboard, step)
@@ -114,7 +114,7 @@ def _checks(resolved: Resolved, parts: Parts, streams: dict[str, EvaluationStrea
     if resolved.store_fingerprints:
         return [_store_check(resolved, parts)]
     if world.is_main and not isinstance(parts.reference, NoReference):
-        logger.info("no reference check: it compares one live reference, or a store, with the student")
+        logger.info("the reference is not checked: the check supports one live reference, or a store")
     return []
 
 
@@ -133,7 +133,7 @@ def _store_check(resolved: Resolved, parts: Parts) -> StoreCheck:
 
 
 def _first_batches(loader: StepLoader, world: World) -> list[Batch]:
-    """Read the first micro-batches of this rank: as many of step 1 as hold `CHECKED_TOKENS`, and at least one."""
+    """Return the first micro-batches of step 1 on this rank: up to `CHECKED_TOKENS` tokens, but at least one batch."""
     batches = loader.read(0)
     count = max(1, CHECKED_TOKENS // batches[0].tokens_BT.numel())
     return [batch.to(world.device) for batch in batches[:count]]

@@ -24,7 +24,7 @@ class Corpora:
         valid: evaluation corpora by name.
         identity, tokenizer: the tokenizer that all of them share.
         end_token: the token that was chosen to end documents; None for the tokenizer's own.
-        kept: the documents of each training corpus that the keep-list leaves; None without a keep-list.
+        kept: the documents of each training corpus that the keep-list keeps; None without a keep-list.
     """
 
     train: list[Corpus]
@@ -50,12 +50,9 @@ def open_corpora(data: DataSettings) -> Corpora:
     for (setting, prefix), corpus in zip(named, everything, strict=True):
         difference = corpus.tokenizer.difference(identity)
         if difference:
-            raise UserError(
-                setting,
-                prefix,
-                f"it was prepared with a different tokenizer than data.train {train[0].prefix} ({difference})",
-                "Prepare one of the two again with the PREFIX.tokenizer of the other",
-            )
+            reason = f"it was prepared with a different tokenizer than data.train {train[0].prefix} ({difference})"
+            remedy = "Prepare one of the two again with the PREFIX.tokenizer of the other"
+            raise UserError(setting, prefix, reason, remedy)
     end_token = next((corpus.end_token for corpus in everything if corpus.end_token is not None), None)
     return Corpora(train, valid, identity, tokenizer, end_token)
 
@@ -71,7 +68,7 @@ def open_run_corpora(data: DataSettings) -> Corpora:
 
 
 def describe_kept(corpora: Corpora) -> str:
-    """Return one line with the documents and tokens of each corpus that the keep-list leaves."""
+    """Return one line with the documents and tokens of each corpus that the keep-list keeps."""
     return "; ".join(
         f"{part.documents.sum():,} of {corpus.num_documents:,} documents of {corpus.name}, {part.num_tokens:,} of "
         f"{corpus.num_tokens:,} tokens"
@@ -82,8 +79,8 @@ def describe_kept(corpora: Corpora) -> str:
 def require_tokenizer(path: str, setting: str, corpora: Corpora) -> None:
     """Raise an error unless a model has the tokenizer of the corpora.
 
-    Losses of two models compare token by token only if their tokens are the same. Where an end token was chosen for
-    the corpora, the model may have another one.
+    The losses of two models can be compared per token only if their tokens are the same. If an end token was chosen
+    for the corpora, the model's own end token may differ.
 
     Args:
         path: Hugging Face folder or hub name of the model.
@@ -97,34 +94,20 @@ def require_tokenizer(path: str, setting: str, corpora: Corpora) -> None:
     try:
         found = tokenizer_identity(load_tokenizer(path, corpora.end_token))
     except UserError as error:
-        # Another setting to blame is the end token that the corpora were prepared with.
+        # An error of any other setting concerns the end token that the corpora were prepared with.
         cause = error.reason if error.setting == "tokenizer" else f"{error.setting} {error.value}: {error.reason}"
-        raise UserError(
-            f"{setting}.path",
-            path,
-            f"its tokenizer cannot be used ({cause})",
-            error.remedy,
-        ) from error
+        raise UserError(f"{setting}.path", path, f"its tokenizer cannot be used ({cause})", error.remedy) from error
     difference = found.difference(corpora.identity)
     if difference:
-        raise UserError(
-            f"{setting}.path",
-            path,
-            f"its tokenizer differs from that of data.train ({difference})",
-            "Prepare the corpora with this tokenizer, or use a model that has the tokenizer of the corpora",
-        )
+        reason = f"its tokenizer differs from that of data.train ({difference})"
+        remedy = "Prepare the corpora with this tokenizer, or use a model that has the tokenizer of the corpora"
+        raise UserError(f"{setting}.path", path, reason, remedy)
 
 
 def make_samples(data: DataSettings, seed: int, corpora: Corpora, plan: Plan, cache: Path, world: World) -> Samples:
-    """Build the order of samples; every rank calls it.
+    """Build the order of samples of a run, whose `data.order_tokens` is resolved; every rank calls it.
 
-    Args:
-        data: settings of the run, with `order_tokens` resolved.
-        seed: of the run.
-        corpora: of the run.
-        plan: length of the run.
-        cache: folder for the indices, unless `data.cache` names one.
-        world: this process among all.
+    The indices are written to `cache`, unless `data.cache` names another folder.
     """
     return build_samples(
         data,
@@ -143,10 +126,7 @@ def _make_cache_folder(setting: str | None, default: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            "data.cache" if setting else "run_dir",
-            str(path),
-            f"no index of samples can be written there ({error.strerror})",
-            "Set data.cache to a folder that can be written",
-        ) from error
+        reason = f"the index of samples cannot be written there ({error.strerror})"
+        remedy = "Set data.cache to a writable folder"
+        raise UserError("data.cache" if setting else "run_dir", str(path), reason, remedy) from error
     return path

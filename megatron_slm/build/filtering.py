@@ -1,4 +1,4 @@
-"""A filtering: corpora and two stores in, a keep-list out. Read `filter_documents` from top to bottom."""
+"""Filtering of documents: corpora and two stores in, a keep-list out. Read `filter_documents` from top to bottom."""
 
 import logging
 import math
@@ -31,7 +31,7 @@ def filter_documents(config: Config, settings: FilterSettings) -> None:
         settings: the stores to rank by, the share to keep, and the file to write.
 
     Raises:
-        UserError: an error that the user can correct; nothing that existed has changed.
+        UserError: the settings, the stores and the corpora do not fit together; existing files are unchanged.
     """
     output = Path(settings.output)
     refuse_taken("filter.output", output)
@@ -58,7 +58,7 @@ def _open_stores(settings: FilterSettings, corpora: Corpora) -> tuple[Store, Sto
     reference = _open_store("filter.reference", settings.reference, corpora)
     if base.fingerprint() == reference.fingerprint():
         reason = f"it holds the same scores as filter.reference {reference.path}, so every excess loss is 0"
-        remedy = "Name the scores of a model like the student at its start"
+        remedy = "Use the scores of a model that resembles the student before training"
         raise UserError("filter.base", base.path, reason, remedy)
     return base, reference
 
@@ -66,7 +66,7 @@ def _open_stores(settings: FilterSettings, corpora: Corpora) -> tuple[Store, Sto
 def _open_store(setting: str, path: str, corpora: Corpora) -> Store:
     store = open_matching_store(path, corpora, setting)
     if store.manifest.kind != "document":
-        reason = f"it is of kind {store.manifest.kind}, which has a score for each token of samples, not of documents"
+        reason = f"it is of kind {store.manifest.kind}, which holds the tokens of samples instead of documents"
         raise UserError(setting, path, reason, "Score the corpora with score.kind=document")
     logger.info("%s: %s, scores of %s", setting, path, store.manifest.scorer)
     return store
@@ -98,12 +98,11 @@ def _choose(corpora: list[Corpus], excess: list[DocumentExcess], keep: float) ->
     kept = np.split(highest(mean_D, keep), ends[:-1])
     for corpus, document_D, end in zip(corpora, kept, ends, strict=True):
         if not document_D.any():
-            # Rounded up: the share in the message must be enough.
+            # Rounded up, so that the share in the message suffices.
             least = math.ceil(1e4 * least_share(mean_D, slice(int(end) - len(document_D), int(end)))) / 1e4
             reason = f"it keeps none of the {len(document_D)} documents of {corpus.prefix}"
-            raise UserError(
-                "filter.keep", keep, reason, f"Use {least:g} or more, or remove this corpus from data.train"
-            )
+            remedy = f"Use {least:g} or more, or remove this corpus from data.train"
+            raise UserError("filter.keep", keep, reason, remedy)
     return kept
 
 

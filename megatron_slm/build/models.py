@@ -43,8 +43,7 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
             selective run.
     """
     tokenizer = corpora.tokenizer
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    special_ids = {name: getattr(tokenizer, name) for name in names}
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if config.model.path is not None:
         require_tokenizer(config.model.path, "model", corpora)
     hf_config = model_config(config.model, vocabulary_size(tokenizer), special_ids)
@@ -74,7 +73,7 @@ def make_student(
     """Build the student and its training engine; every rank calls it.
 
     Raises:
-        UserError: the student does not compute its losses as the training step needs them.
+        UserError: the student has dropout in a selective run, or its losses are not those that training expects.
     """
     training = config.training
     precision = PRECISIONS[training.precision]
@@ -82,8 +81,8 @@ def make_student(
         lm = backend.construct(lambda: build_student(config.model, hf_config, precision, world.device))
         initialize_weights(lm, config.seed, backend.gathered)
     else:
-        # Read whole to host memory and partitioned one parameter at a time: reading
-        # under ZeRO-3 needs as much in sum, and more on rank 0 (tools/bench_load_memory.py).
+        # Read whole into host memory, then partitioned one parameter at a time. Reading under ZeRO-3
+        # needs as much memory in total, and more on rank 0 (tools/bench_load_memory.py).
         lm = agree(lambda: build_student(config.model, hf_config, precision, world.device))
     if config.objective == "slm":
         check_dropout(lm)
@@ -100,25 +99,22 @@ def make_student(
 
 
 def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_length: int) -> Student:
-    """Build the student's verbs, `score` and `backward`, as a step calls them; every rank calls it.
+    """Build the student as a step uses it, by `score` and `backward`; every rank calls it.
 
     Args:
-        backward: `selection.backward`; `exact` for a run that selects nothing.
+        backward: `selection.backward`; `exact` for a run without selection.
         module, engine: as `make_student` returns them.
         seq_length: tokens per sample.
 
     Raises:
-        UserError: this model does not allow `rows` or `replay`.
+        UserError: the model does not support this backward.
     """
     if backward == "exact":
         return ExactStudent(engine, {"router": module.router.coefficient} if module.router else {})
     if module.router is not None:
-        raise UserError(
-            "selection.backward",
-            backward,
-            "the student has a router loss (output_router_logits), which needs the backward of all tokens",
-            "Set selection.backward=exact, or model.config.output_router_logits=false",
-        )
+        reason = "the student has a router loss (output_router_logits), which needs the backward of all tokens"
+        remedy = "Set selection.backward=exact, or model.config.output_router_logits=false"
+        raise UserError("selection.backward", backward, reason, remedy)
     lm = module.lm
     before_BT = sequence_losses(engine.module, lm, seq_length, {})
     agree(lambda: open_attention(lm))
@@ -151,7 +147,7 @@ def frozen_model(config: Config, part: PartSettings, backend: Backend) -> tuple[
 
 
 def _check_losses(module: nn.Module, lm: PreTrainedModel, reset_attention: bool) -> None:
-    """Check that a model, as its engine runs it, computes the losses that the training step takes them for."""
+    """Raise a UserError if a model, as its engine runs it, does not compute the losses that training expects."""
     check_head(lm)
     if reset_attention:
         check_packing(module, lm)

@@ -1,4 +1,4 @@
-"""The objective of a run: the rule of selection and what applies it."""
+"""The objective of a run: the selection rule, and the objects that apply it."""
 
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.config import Config
@@ -16,11 +16,11 @@ from megatron_slm.training.state import Plan
 
 
 def make_rule(config: Config, world: World) -> Rule | None:
-    """Return the rule of selection; None under CLM.
+    """Return the selection rule; None under CLM.
 
     Raises:
-        UserError: the batch cannot be dealt to the ranks, a score does not exist, or a score needs a signal that this
-            run does not have.
+        UserError: the batch cannot be divided among the ranks, a score does not exist, or a score needs a signal that
+            this run does not have.
     """
     accumulation_steps(config.training.global_batch_size, config.training.micro_batch_size, world.data.size)
     if config.objective == "clm":
@@ -35,7 +35,7 @@ def make_rule(config: Config, world: World) -> Rule | None:
 
 
 def make_candidates(config: Config, rule: Rule | None, engine: TrainingEngine, min_context: int) -> Candidates | None:
-    """Build the choice among candidates, by the student's own scores; None where every sample is trained on."""
+    """Return the choice among candidates by the student's own scores; None if every sample is trained on."""
     if rule is None or config.candidates == 1:
         return None
     samples = config.training.micro_batch_size
@@ -45,7 +45,7 @@ def make_candidates(config: Config, rule: Rule | None, engine: TrainingEngine, m
 def objective_at(
     config: Config, plan: Plan, rule: Rule | None, min_context: int, world: World, tokens: int
 ) -> Objective:
-    """Return the objective of the step that begins after `tokens`: a function of them, so that all ranks agree."""
+    """Return the objective of the step that begins after `tokens` trained tokens; it is the same on all ranks."""
     ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_steps * plan.tokens_per_step)
     if rule is None or ratio is None:
         return CausalLanguageModeling(world.data.group)
@@ -57,29 +57,19 @@ def _check_mix(settings: ReferenceSettings | None, rule: Rule) -> None:
         return
     for column in columns_of("reference", rule.needs):
         if not COLUMNS[column].is_log_probability:
-            raise UserError(
-                "reference.mix",
-                settings.mix,
-                f"it mixes losses only, and selection.score needs reference.{column}",
-                "Use reference.mix=mean, or one reference",
-            )
+            reason = f"it mixes losses only, and selection.score needs reference.{column}"
+            raise UserError("reference.mix", settings.mix, reason, "Use reference.mix=mean, or one reference")
 
 
 def _check_score(setting: str, name: str, has_reference: bool) -> None:
     score = find_score(name, setting)
     unknown = [signal for signal in score.needs if signal not in SIGNALS]
     if unknown:
-        raise UserError(
-            setting,
-            name,
-            f"it needs the signal '{unknown[0]}', which does not exist",
-            f"Name one of {', '.join(SIGNALS)} in its @score(needs=(...))",
-        )
+        reason = f"it needs the signal '{unknown[0]}', which does not exist"
+        raise UserError(setting, name, reason, f"Name one of {', '.join(SIGNALS)} in its @score(needs=(...))")
     if not has_reference and any(signal.startswith("reference.") for signal in score.needs):
-        raise UserError(
-            setting,
-            name,
-            "it needs a reference model, and reference.path is not set",
+        remedy = (
             "Set reference.path to a Hugging Face folder, use a score that needs no reference (student_loss, "
-            "student_entropy, random), or set objective=clm",
+            "student_entropy, random), or set objective=clm"
         )
+        raise UserError(setting, name, "it needs a reference model, and reference.path is not set", remedy)

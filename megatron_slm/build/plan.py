@@ -1,4 +1,4 @@
-"""The length of a run in steps, its defaults as values, and its schedules as functions of the tokens trained."""
+"""The length of a run in steps, its resolved defaults, and its schedules as functions of the tokens trained."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ MIN_CONTEXT = 64
 
 
 def settle(config: Config, corpora: Corpora, device: str, *, reads_document_store: bool) -> tuple[Config, Plan]:
-    """Return the configuration with every default as a value, and the length of the run in steps.
+    """Return the configuration with every default resolved, and the length of the run in steps.
 
     Args:
         config: of the run.
@@ -71,13 +71,7 @@ def learning_rate_at(training: TrainingSettings, plan: Plan, tokens: int) -> flo
 
 
 def schedule_warning(before: tuple[Config, Plan], now: tuple[Config, Plan], step: int) -> str | None:
-    """Return a warning if another length of the run moves its schedules, from the step where the run resumes.
-
-    Args:
-        before: configuration and plan of the run so far.
-        now: those to resume with.
-        step: steps trained so far.
-    """
+    """Return a warning if a run that resumes after `step` steps has another length, which changes its schedules."""
     (old, old_plan), (config, plan) = before, now
     if old_plan.total_steps == plan.total_steps or step == 0:
         return None
@@ -87,8 +81,8 @@ def schedule_warning(before: tuple[Config, Plan], now: tuple[Config, Plan], step
     moved = learning_rate_at(config.training, plan, tokens + plan.tokens_per_step)
     if moved != planned:
         changes.append(
-            f"the learning rate of step {step + 1} is {moved:.3g}; by the {config.training.schedule} schedule of the "
-            f"earlier length it is {planned:.3g}, and the last step had {last:.3g}"
+            f"the learning rate of step {step + 1} is {moved:.3g}; it would be {planned:.3g} by the "
+            f"{config.training.schedule} schedule of the earlier length, and it was {last:.3g} in the last step"
         )
     start = config.selection.start
     if config.objective == "slm" and start:
@@ -97,26 +91,18 @@ def schedule_warning(before: tuple[Config, Plan], now: tuple[Config, Plan], step
     if not changes:
         return None
     return (
-        f"the run has {plan.total_steps} steps instead of {old_plan.total_steps}: {'; '.join(changes)}. To keep to the "
-        "earlier schedule, export the run and start another one from it."
+        f"the run has {plan.total_steps} steps instead of {old_plan.total_steps}: {'; '.join(changes)}. To keep the "
+        "earlier schedule, export the run and start another one from the export."
     )
 
 
 def _refuse_bf16_without_master_weights(config: Config) -> None:
-    """Refuse bf16 where float32 weights and gradients are not kept beside it, as a partitioned optimizer keeps them."""
+    """Raise an error for bf16 without float32 weights and gradients, which only a partitioned optimizer keeps."""
     if config.training.precision != "bf16":
         return
     if config.training.backend == "plain":
-        raise UserError(
-            "training.precision",
-            "bf16",
-            "training.backend=plain trains in fp32 only",
-            "Set training.backend=deepspeed, or training.precision=fp32",
-        )
+        remedy = "Set training.backend=deepspeed, or training.precision=fp32"
+        raise UserError("training.precision", "bf16", "training.backend=plain trains in fp32 only", remedy)
     if config.deepspeed.get("zero_optimization", {}).get("stage", 3) == 0:
-        raise UserError(
-            "training.precision",
-            "bf16",
-            "DeepSpeed cannot accumulate gradients in float32 at deepspeed.zero_optimization.stage=0",
-            "Use stage 1 or more, or training.precision=fp32",
-        )
+        reason = "DeepSpeed cannot accumulate gradients in float32 at deepspeed.zero_optimization.stage=0"
+        raise UserError("training.precision", "bf16", reason, "Use stage 1 or more, or training.precision=fp32")

@@ -22,7 +22,7 @@ from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.models.checks import check_length
 from megatron_slm.models.pretrained import pretrained_config, weights_fingerprint
 from megatron_slm.reference.references import LiveReference, MixedReference, NoReference, Reference, StoredReference
-from megatron_slm.reference.settings import PartSettings, ReferenceSettings
+from megatron_slm.reference.settings import PartSettings
 from megatron_slm.reference.store import ORDER, ScoreFile, Store, open_store
 from megatron_slm.signals import COLUMNS, columns_of
 
@@ -38,7 +38,7 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckedReference:
-    """One reference of a run, checked.
+    """A reference of a run that has been checked.
 
     Attributes:
         settings: of this reference.
@@ -54,7 +54,7 @@ class CheckedReference:
 
     @property
     def scorer(self) -> str:
-        """The path of the model whose losses these are."""
+        """The path of the model that computes the losses, or computed those of the store."""
         return self.store.manifest.scorer if self.store is not None else str(self.settings.path)
 
 
@@ -64,7 +64,7 @@ def reads_document_store(references: Sequence[CheckedReference]) -> bool:
 
 
 def check_reference(settings: PartSettings, corpora: Corpora, seq_length: int) -> CheckedReference:
-    """Read the configuration of a reference model, or open a store; nothing is loaded.
+    """Check a reference: read the configuration of its model, or open its store. No weights are loaded.
 
     Raises:
         UserError: it cannot be read, has another tokenizer than the corpora, or cannot score samples of this length.
@@ -80,11 +80,7 @@ def check_reference(settings: PartSettings, corpora: Corpora, seq_length: int) -
 
 
 def refuse_pickles(setting: str, path: str | None) -> None:
-    """Raise an error if a model's folder has no weights in safetensors; loading would refuse it, but later.
-
-    Raises:
-        UserError: the folder exists and holds no `*.safetensors`.
-    """
+    """Raise a UserError if a model's folder holds no `*.safetensors`; loading would refuse it, but later."""
     if path and Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise UserError(f"{setting}.path", path, "it holds no *.safetensors", "Save the model as safetensors")
 
@@ -105,12 +101,7 @@ def self_reference_warning(references: Sequence[CheckedReference], config: Confi
 
 
 def open_matching_store(path: str, corpora: Corpora, setting: str = "reference.store") -> Store:
-    """Open a store whose tokens are of the tokenizer of these corpora.
-
-    Args:
-        path: folder of the store.
-        corpora: of the run.
-        setting: the setting that names it.
+    """Open the store that `setting` names, and check that it was scored with the tokenizer of these corpora.
 
     Raises:
         UserError: the store is incomplete, or was scored with another tokenizer.
@@ -120,12 +111,8 @@ def open_matching_store(path: str, corpora: Corpora, setting: str = "reference.s
     scored = TokenizerIdentity(manifest.tokenizer_fingerprint, manifest.tokenizer_probe)
     difference = scored.difference(corpora.identity)
     if difference:
-        raise UserError(
-            setting,
-            path,
-            f"its tokens are of a different tokenizer than those of data.train ({difference})",
-            "Score these corpora",
-        )
+        reason = f"it was scored with a different tokenizer than data.train ({difference})"
+        raise UserError(setting, path, reason, "Score the corpora of data.train")
     return store
 
 
@@ -133,7 +120,7 @@ def document_files(store: Store, corpora: Sequence[Corpus]) -> list[ScoreFile]:
     """Return the file of each corpus in a store of kind `document`.
 
     Raises:
-        UserError: the store holds no scores of one of them, or a file is not whole.
+        UserError: the store holds no scores of one of them, or a file is incomplete.
     """
     return [store.file_of(store.name_for(corpus.prefix, corpus.sha256)) for corpus in corpora]
 
@@ -141,14 +128,7 @@ def document_files(store: Store, corpora: Sequence[Corpus]) -> list[ScoreFile]:
 def stored_reference(
     store: Store, data: DataSettings, corpora: Corpora, order: Order, needs: tuple[str, ...]
 ) -> StoredReference:
-    """Return a store as a reference, if it holds the signals of the samples that this run trains on.
-
-    Args:
-        store: opened by `check_reference`.
-        data: settings of the run.
-        corpora: of the run.
-        order: of its samples.
-        needs: signals that the objective reads.
+    """Return a store as a reference, after checking that it holds the signals `needs` of the samples of this run.
 
     Raises:
         UserError: the store is corrupted, lacks a signal, or holds other tokens or another order.
@@ -157,12 +137,11 @@ def stored_reference(
     for column in columns_of("reference", needs):
         if column not in manifest.columns:
             flag = COLUMNS[column].stored_if
-            live = "Set reference.path, because no store holds it"
             raise UserError(
                 store.setting,
                 str(store.path),
                 f"it holds no {column}, and selection.score needs reference.{column}",
-                f"Score the corpora again with score.{flag}=true" if flag else live,
+                f"Score the corpora again with score.{flag}=true" if flag else "Set reference.path: no store holds it",
             )
     if manifest.kind == "packed":
         _refuse_other_order(store, data, order)
@@ -173,35 +152,20 @@ def stored_reference(
 
 
 def refuse_other_model(store: Store, path: str) -> None:
-    """Raise an error if a store holds the scores of another model than `reference.path` names beside it.
-
-    Raises:
-        UserError: the weights differ from those that the store was scored with.
-    """
+    """Raise a UserError if a store was scored with other weights than those of the model in `reference.path`."""
     origin = store.manifest.reference
     if path == origin.get("path") and not Path(path).is_dir():
-        return  # one name on the hub: its weights are not fetched to be compared
+        return  # the same name on the hub: weights are not downloaded to compare them
     if weights_fingerprint(path) != origin["fingerprint"]:
-        raise UserError(
-            store.setting,
-            str(store.path),
-            f"it holds scores of {origin.get('path', 'no model, but imported')}, and the weights of reference.path "
-            f"{path} differ from these",
-            "Score with this model, or leave reference.path out",
+        reason = (
+            f"it holds scores from {origin.get('path', 'imported files')}, not from a model with the weights of "
+            f"reference.path {path}"
         )
+        raise UserError(store.setting, str(store.path), reason, "Score with this model, or remove reference.path")
 
 
-def make_reference(
-    config: Config,
-    references: Sequence[CheckedReference],
-    backend: Backend,
-) -> tuple[Reference, float]:
-    """Build the source of the reference signals; every rank calls it.
-
-    Args:
-        config: of the run.
-        references: of the run, checked; empty for a run without a reference.
-        backend: where models run.
+def make_reference(config: Config, references: Sequence[CheckedReference], backend: Backend) -> tuple[Reference, float]:
+    """Build the source of the reference signals from checked references; every rank calls it.
 
     Returns:
         The reference, and the forward FLOPs per token of the models in it.
@@ -217,7 +181,7 @@ def make_reference(
             engine, forward_flops = frozen_model(config, reference.settings, backend)
             sources.append(LiveReference(engine, reference.settings.micro_batch_size))
             flops += forward_flops
-    settings: ReferenceSettings = config.reference
+    settings = config.reference
     if not settings.of:
         return sources[0], flops
     return MixedReference(sources, [part.weight for part in settings.of], settings.mix), flops
@@ -257,22 +221,14 @@ def _refuse_other_order(store: Store, data: DataSettings, order: Order) -> None:
         raise UserError(
             store.setting,
             path,
-            "it is of kind packed and of another order of samples (data.train, data.split, data.keep, data.seq_length, "
-            "data.order_tokens or seed differ)",
+            "it is of kind packed, and holds another order of samples (data.train, data.split, data.keep, "
+            "data.seq_length, data.order_tokens or seed differ)",
             "Score this order, or use a store of kind document, which serves any order",
         )
     if manifest.reset_attention != data.reset_attention:
-        raise UserError(
-            store.setting,
-            path,
-            f"it was scored with data.reset_attention={str(manifest.reset_attention).lower()}",
-            "Train with the same setting, or score again",
-        )
+        reason = f"it was scored with data.reset_attention={str(manifest.reset_attention).lower()}"
+        raise UserError(store.setting, path, reason, "Train with the same setting, or score again")
     samples = manifest.files[0].rows // data.seq_length
     if samples < order.end:
-        raise UserError(
-            store.setting,
-            path,
-            f"it ends after {samples} samples, and the run reads {order.end}",
-            "Lower training.train_tokens, or score the whole run",
-        )
+        reason = f"it ends after {samples} samples, and the run reads {order.end}"
+        raise UserError(store.setting, path, reason, "Lower training.train_tokens, or score the whole run")

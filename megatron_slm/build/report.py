@@ -31,15 +31,12 @@ from megatron_slm.training.state import Plan
 
 
 def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
-    """Return the report on a run, without loading or writing anything.
+    """Return the report on a run of `ranks` ranks, without loading weights or writing files.
 
-    Args:
-        config: of the run.
-        ranks: number of ranks of the run.
-        rollback: step of the checkpoint to resume from; None for the newest.
+    `rollback` is the step of the checkpoint to resume from; None for the newest.
 
     Raises:
-        UserError: with all errors that were found.
+        UserError: all errors that were found, as one.
     """
     world = World(0, ranks, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     directory = RunDirectory(config.run_dir, world)
@@ -57,7 +54,7 @@ def dry_run(config: Config, ranks: int, rollback: int | None = None) -> str:
         lines.append(_line("selection", rule_in_words(config.selection)))
     try:
         lines += _size_lines(resolved, world)
-    except Exception as error:  # models are foreign code, and not all of it runs without memory
+    except Exception as error:  # some third-party models do not run on the meta device
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         lines.append(_line("memory", f"memory, cost and disk cannot be estimated for this model ({reason})"))
     lines.append("No error was found.")
@@ -178,9 +175,9 @@ def _memory_lines(memory: RankMemory, world: World) -> list[str]:
 
 
 def _disk_lines(config: Config, size: ModelSize, precision: torch.dtype) -> list[str]:
-    """Return the disk that checkpoints take: weights, a float32 copy and two moments each.
+    """Return the disk space that checkpoints take: weights, a float32 copy and two moments each.
 
-    One more than `training.keep_checkpoints` is on the disk while it is written.
+    While a checkpoint is written, the disk holds one more than `training.keep_checkpoints`.
     """
     checkpoint = (12 + precision.itemsize) * size.parameters
     kept = config.training.keep_checkpoints + 1
@@ -188,7 +185,7 @@ def _disk_lines(config: Config, size: ModelSize, precision: torch.dtype) -> list
     free = shutil.disk_usage(place).free
     lines = [_line("disk", f"{kept} checkpoints of {_size(checkpoint)}; {_size(free)} are free")]
     if free < kept * checkpoint:
-        text = "WARNING: too little room: lower training.keep_checkpoints, or put run_dir on another disk"
+        text = "WARNING: too little disk space: lower training.keep_checkpoints, or put run_dir on another disk"
         lines.append(_line("", text))
     return lines
 

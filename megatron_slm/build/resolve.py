@@ -1,7 +1,7 @@
 """The first phase of a run: everything that a user can get wrong is opened and checked; nothing is loaded.
 
 The result is one value, `Resolved`. `train` builds the run from it (run.py), and a dry run reports it (report.py).
-No collective runs here: the caller wraps the phase in one agreement between the ranks.
+The phase runs no collective: the caller makes all ranks agree on its errors once (`agree`).
 """
 
 from collections.abc import Callable
@@ -53,13 +53,13 @@ class Resolved:
     """A run that is checked, before any weights are loaded or samples indexed.
 
     Attributes:
-        config: every default as a value.
+        config: with every default resolved.
         plan: length of the run in steps.
         corpora: opened.
-        rule: the rule of selection; None under CLM.
+        rule: the selection rule; None under CLM.
         student: Hugging Face configuration of the student.
         references: checked; none under CLM.
-        callbacks: that the configuration names.
+        callbacks: those named in the configuration.
         warnings: sentences for the user.
     """
 
@@ -99,11 +99,7 @@ class Mistakes:
             return None
 
     def raise_any(self) -> None:
-        """Raise all errors that were kept, as one.
-
-        Raises:
-            UserError: there is at least one.
-        """
+        """Raise the errors that were kept, if any, as one UserError."""
         if self.errors:
             first, *others = self.errors
             raise UserError(*first.args, *others)
@@ -115,11 +111,11 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
     Args:
         config: of the run, as given.
         directory: its run directory, which is only read.
-        world: this process among all, or among the ranks of the run that a dry run reports.
+        world: this rank; in a dry run, rank 0 of the ranks to check for.
         rollback: step of the checkpoint to resume from; None for the newest.
 
     Raises:
-        UserError: with all errors that were found.
+        UserError: all errors that were found, as one.
     """
     mistakes = Mistakes()
     config = mistakes.check(lambda: directory.compare(config)) or config
@@ -168,7 +164,7 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
 def _check_checkpoint(
     config: Config, directory: RunDirectory, world: World, rollback: int | None, mistakes: Mistakes
 ) -> None:
-    """Check that there is a checkpoint of step `rollback`, and that this number of ranks can load it."""
+    """Check that the checkpoint to resume from exists, and that this number of ranks can load it."""
     if rollback is not None:
         mistakes.check(lambda: refuse_missing_checkpoint(directory.checkpoints, rollback))
     saved = [path for path in list_checkpoints(directory.checkpoints) if rollback is None or step_of(path) == rollback]
@@ -179,9 +175,9 @@ def _check_checkpoint(
 
 
 def _refuse_unregistered_attention(config: Config) -> None:
-    """Refuse an attention kernel that the sparse backward cannot open.
+    """Raise an error for an attention kernel that the sparse backward does not support.
 
-    If no kernel is named, the model has to be loaded to know which one Hugging Face chooses.
+    If no kernel is named, Hugging Face chooses one when the model is loaded, and it is checked then.
     """
     kernel = config.model.attn_implementation
     if config.objective == "slm" and config.selection.backward != "exact" and kernel is not None:
@@ -211,7 +207,7 @@ def _with_signals(
     """Add the signals of a reference that is a store, after checking that they are those of this run."""
     if reference.store is None:
         return reference
-    # Reading the weights takes long, and all ranks would read the same.
+    # Rank 0 only: hashing the weights takes long, and all ranks would read the same files.
     if world.is_main and config.reference is not None and config.reference.path is not None:
         refuse_other_model(reference.store, config.reference.path)
     needs = rule.needs if rule is not None else ()
@@ -225,6 +221,6 @@ def _moved_schedules(
     stored, steps = directory.stored(), saved_steps(directory.checkpoints)
     if stored is None or not steps:
         return None
-    # A stored configuration has its defaults as values, so that the kind of the store changes nothing.
+    # The defaults of a stored configuration are resolved, so the kind of its store has no effect.
     before = settle(stored, corpora, device, reads_document_store=False)
     return schedule_warning(before, (config, plan), steps[-1] if rollback is None else rollback)

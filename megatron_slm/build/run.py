@@ -20,7 +20,6 @@ from megatron_slm.build.resolve import Resolved, resolve
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.corpus import corpus_tokenizer_path
 from megatron_slm.data.loader import StepLoader
-from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
@@ -51,13 +50,14 @@ class Run:
 
 
 def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), rollback: int | None = None) -> Run:
-    """Build everything of a run, resumed from its run directory; every rank calls it.
+    """Build a run, and restore its checkpoint if its run directory holds one; every rank calls it.
 
     Args:
         config: of the run.
-        world: this process among all.
-        callbacks: of the caller, besides those that the configuration names.
-        rollback: step of the checkpoint to resume from; what came after it is moved aside.
+        world: this rank.
+        callbacks: of the caller, in addition to those named in the configuration.
+        rollback: step of the checkpoint to resume from, None for the newest; later checkpoints and records are moved
+            to RUN_DIR/rolled-back.
 
     Raises:
         UserError: the same on all ranks, for anything that the user can correct.
@@ -74,7 +74,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
             logger.warning(warning)
         return _build(resolved, directory, world, callbacks, rollback)
     except BaseException:
-        logger.debug("the run did not start", exc_info=True)  # to its log file, which closes here
+        logger.debug("the run did not start", exc_info=True)  # for its log file, which `close` closes
         directory.close()
         raise
 
@@ -85,8 +85,17 @@ def _build(
     config, plan, corpora, rule = resolved.config, resolved.plan, resolved.corpora, resolved.rule
     samples = make_samples(config.data, config.seed, corpora, plan, directory.cache, world)
     agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints))
-    agree(lambda: _write_at_start(resolved, directory) if world.is_main else None)
-    loader = _make_loader(resolved, samples, world)
+    agree(lambda: keep_starting_files(directory, config, corpora, resolved.student) if world.is_main else None)
+    if corpora.kept is not None and world.is_main:
+        logger.info("data.keep is %s: %s", config.data.keep, describe_kept(corpora))
+    loader = StepLoader(
+        samples,
+        plan.candidates * config.training.micro_batch_size,
+        plan.samples_per_step,
+        config.data.reset_attention,
+        world,
+        config.data.skip_samples,
+    )
     backend = make_backend(config, world)
     student, engine = make_student(config, resolved.student, backend, world)
     reference, reference_flops = make_reference(config, resolved.references, backend)
@@ -138,34 +147,13 @@ def _restore(
             logger.info("resuming from the checkpoint of step %d", state.step)
 
 
-def _make_loader(resolved: Resolved, samples: Samples, world: World) -> StepLoader:
-    """Build the loader of what a step reads: the candidates, where it chooses among them."""
-    config, plan = resolved.config, resolved.plan
-    return StepLoader(
-        samples,
-        plan.candidates * config.training.micro_batch_size,
-        plan.samples_per_step,
-        config.data.reset_attention,
-        world,
-        config.data.skip_samples,
-    )
-
-
-def _write_at_start(resolved: Resolved, directory: RunDirectory) -> None:
-    """Write what export needs into the run directory, and log what a keep-list leaves; rank 0 calls it."""
-    config, corpora = resolved.config, resolved.corpora
-    keep_starting_files(directory, config, corpora, resolved.student)
-    if corpora.kept is not None:
-        logger.info("data.keep is %s: %s", config.data.keep, describe_kept(corpora))
-
-
 def keep_starting_files(directory: RunDirectory, config: Config, corpora: Corpora, student: PretrainedConfig) -> None:
-    """Write RUN_DIR/model and RUN_DIR/tokenizer, unless the run has begun with them; rank 0 calls it.
+    """Write RUN_DIR/model and RUN_DIR/tokenizer for export, unless the run has begun with them; rank 0 calls it.
 
     Raises:
         UserError: they cannot be written.
     """
-    # Those of a start that failed before its first record may be of another model.
+    # Files of a start that failed before its first record may belong to another model.
     if directory.has_begun and directory.holds_starting_files:
         return
     older = sorted({"rope_theta", "rope_scaling"} & config.model.config.keys())
@@ -173,29 +161,21 @@ def keep_starting_files(directory: RunDirectory, config: Config, corpora: Corpor
         raise UserError(
             "run_dir",
             directory.path,
-            f"an earlier version began its run, in which model.config.{older[0]} had no effect beside model.path, and "
-            "now it has",
-            "Take it out of the configuration and of RUN_DIR/config.yaml to resume as before, or use another run_dir",
+            f"its run began with an earlier version, which ignored model.config.{older[0]} beside model.path, and this "
+            "version applies it",
+            "Remove it from the configuration and from RUN_DIR/config.yaml to resume as before, or use another run_dir",
         )
     try:
         write_starting_files(directory.path, config, corpora, student)
     except OSError as error:
-        raise UserError(
-            "run_dir",
-            directory.path,
-            f"the files of the starting model and of the tokenizer cannot be written there ({error})",
-            "Make room, or use another run_dir",
-        ) from error
+        reason = f"the files of the starting model and of the tokenizer cannot be written there ({error})"
+        raise UserError("run_dir", directory.path, reason, "Free disk space, or use another run_dir") from error
 
 
 def write_starting_files(path: Path, config: Config, corpora: Corpora, student: PretrainedConfig) -> None:
-    """Write the folders `tokenizer` and `model` of models/starting_files.py.
+    """Write the folders `tokenizer` and `model`, which export reads (models/starting_files.py), to `path`.
 
-    Args:
-        path: folder to make them in.
-        config: of the run.
-        corpora: whose tokenizer a student from scratch has.
-        student: Hugging Face configuration of the student.
+    A student from scratch has the tokenizer of the corpora.
 
     Raises:
         OSError: they cannot be written.

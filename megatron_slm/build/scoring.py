@@ -21,14 +21,7 @@ from megatron_slm.io.files import refuse_taken
 from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.models.pretrained import weights_fingerprint
 from megatron_slm.reference.imports import OPTION, open_import
-from megatron_slm.reference.scoring import (
-    DOCUMENT_CONTEXT,
-    PACKED_CONTEXT,
-    DocumentWork,
-    ModelSource,
-    PackedWork,
-    Work,
-)
+from megatron_slm.reference.scoring import DOCUMENT_CONTEXT, PACKED_CONTEXT, DocumentWork, ModelSource, PackedWork, Work
 from megatron_slm.reference.settings import PartSettings, ScoreSettings
 from megatron_slm.reference.store import ORDER, Manifest
 from megatron_slm.reference.store_writer import NewFile, open_writer, write_store
@@ -41,7 +34,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
     Args:
         config: the corpora, and the reference unless log-probabilities are imported.
         settings: the store to write.
-        world: this rank among all.
+        world: this rank.
         imports: files of log-probabilities, one for each corpus of `data.train`; empty to run the reference.
 
     Raises:
@@ -61,7 +54,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         manifest = _manifest(config, settings, corpora, origin, order)
         end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
         journal = Journal(staging, _deciding_settings(config, settings, manifest, corpora, end))
-        # Before the model is loaded, so that unfinished work of other settings is refused at once.
+        # Opened before the model is loaded, so that unfinished work with other settings is refused at once.
         writer = open_writer(manifest, staging, journal, world)
         files = imported or _model_files(config, settings, corpora, order, end, world)
         write_store(files, writer, staging, world)
@@ -78,11 +71,7 @@ def _origin(config: Config, imports: Sequence[Path]) -> dict[str, Any]:
         whole = hashlib.sha256("".join(file_sha256(path) for path in imports).encode()).hexdigest()
         return {"imported": [str(path) for path in imports], "fingerprint": whole, "precision": None}
     path = _model(config).path
-    return {
-        "path": path,
-        "fingerprint": weights_fingerprint(str(path)),
-        "precision": config.training.precision,
-    }
+    return {"path": path, "fingerprint": weights_fingerprint(str(path)), "precision": config.training.precision}
 
 
 def _model(config: Config) -> PartSettings:
@@ -93,8 +82,8 @@ def _model(config: Config) -> PartSettings:
     """
     settings = config.reference
     if settings is None or settings.path is None:
-        reason = "one model scores the corpora"
-        raise UserError("reference.path", None, reason, "Name the model that scores, without reference.of")
+        reason = "scoring needs one reference model"
+        raise UserError("reference.path", None, reason, "Set it, and remove reference.of if it is set")
     return dataclasses.replace(settings, store=None).parts[0]
 
 
@@ -168,7 +157,7 @@ def _imported_files(corpora: Corpora, imports: Sequence[Path], settings: ScoreSe
 def _model_files(
     config: Config, settings: ScoreSettings, corpora: Corpora, order: Samples | None, end: int, world: World
 ) -> list[NewFile]:
-    """Load the model; every rank calls it."""
+    """Load the model, and return the files of the store to write; every rank calls it."""
     part, length = _model(config), config.data.seq_length
     works: list[tuple[str, Corpus | None, Work]]
     if order is not None:

@@ -1,19 +1,19 @@
-"""Configurations of commands that need less of one than a run does."""
+"""Configurations for commands that need fewer settings than a run."""
 
 from typing import Any
 
 from megatron_slm.config import Config, parse_config
 
 _UNUSED = {"run_dir": "unused", "model": {"config": {"model_type": "llama"}}}
-"""What a configuration needs for training, and not for reading its corpora."""
+"""Settings that a run needs, and that reading its corpora does not."""
 
 
 def parse_partial(tree: dict[str, Any], *, whole_training: bool = False) -> Config:
-    """A configuration of which the corpora, and what names them, are enough.
+    """Return a configuration in which only the corpora, and the settings that name them, are required.
 
     Args:
-        tree: as read.
-        whole_training: its training group counts, and must be as a run needs it.
+        tree: the configuration as nested dicts.
+        whole_training: also require the training group of a run.
 
     Raises:
         UserError: as `parse_config`.
@@ -23,7 +23,7 @@ def parse_partial(tree: dict[str, Any], *, whole_training: bool = False) -> Conf
 
 
 def _training(given: Any) -> Any:
-    """The training group, with what it needs for a run and not for its corpora."""
+    """Return the training group, with the settings filled in that reading corpora does not need."""
     if not isinstance(given, dict | None):
         return given
     length = {} if given and {"train_tokens", "train_epochs"} & given.keys() else {"train_tokens": 1}

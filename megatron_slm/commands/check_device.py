@@ -3,8 +3,8 @@
 First correctness at a small shape: losses, masks and gradients against float32 on the CPU, the backward of
 selected rows and replay, and training under ZeRO-3 that resumes bitwise. Then speed at a preset shape: tokens per
 second, MFU and peak memory of CLM and of SLM with a live reference of the same size, scoring a corpus, the
-threshold, and steps with each kind of backward. Weights and tokens are random. One process and one device. Without
-a GPU, everything runs on the CPU. The exit status is 1 if a check of correctness fails.
+threshold, and steps with each kind of backward. Weights and tokens are random. The command runs as one process, on one
+device; without a GPU, on the CPU. The exit status is 1 if a check of correctness fails.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from megatron_slm.io.files import refuse_taken
 logger = logging.getLogger(__name__)
 
 _PRESETS = ("tiny", "tinyllama", "llama-7b")
-_EPILOG = """example:
+EXAMPLES = """example:
   megatron-slm check-device
   megatron-slm check-device --preset tinyllama --output device.json
 """
@@ -27,12 +27,10 @@ _EPILOG = """example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument(
         "--preset", choices=_PRESETS, help="shape whose speed is measured (default: tinyllama; without a GPU, tiny)"
     )
-    parser.add_argument("--micro-batch-size", metavar="N", type=int, help="sequences (default: the preset's)")
+    parser.add_argument("--micro-batch-size", metavar="N", type=int, help="micro-batch size (default: the preset's)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="also write the report there, as JSON")
 
 
@@ -40,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Run all sections, print each when it is finished, and exit with status 1 if a check failed.
 
     Raises:
-        UserError: the options or the launcher do not allow a check.
+        UserError: an option is invalid, or a launcher started several ranks.
     """
     _check_options(arguments)
     from megatron_slm.device_check.report import run_sections
@@ -55,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{section}\n\n")
         sys.stdout.flush()
         report[section.name] = section.values
-        failed += [section.name] if section.failed else []
+        if section.failed:
+            failed.append(section.name)
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     disconnect()

@@ -1,8 +1,8 @@
 """Run the whole method on this machine in minutes, on real text.
 
-The stages prepare the text, train a base, a reference, and from the same base CLM, SLM, and CLM with the curated
-text mixed in, and draw the curves of their losses. The text is already on this disk: the mathematics comes from
-docstrings of sympy and mpmath, and the general text from sources and licences of Python and the installed packages.
+The stages prepare the text, train a base and a reference, train CLM, SLM, and CLM with the curated text mixed in from
+this base, and draw their loss curves. The text is already on this disk: the mathematics comes from docstrings of sympy
+and mpmath, and the general text from sources and licences of Python and the installed packages.
 All output goes to one folder. A demo that was stopped resumes when it is started again.
 """
 
@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-_EPILOG = """example:
+EXAMPLES = """example:
   megatron-slm demo --output demo
   megatron-slm demo --output demo-quick --quick
 """
@@ -29,8 +29,6 @@ Continue  {bin}megatron-slm export {folder}/runs/slm {folder}/models/slm
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument(
         "--output", metavar="DIR", type=Path, default=Path("demo"), help="folder to create (default: %(default)s)"
     )
@@ -38,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="a few steps on a little text: every stage runs, but the losses mean nothing",
+        help="run every stage, but only for a few steps on a little text; the losses are meaningless",
     )
 
 
@@ -71,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _command_folder() -> str:
-    """Return the folder of this environment's commands, or nothing if the shell finds them."""
+    """Return the folder of this environment's commands with a slash, or an empty text if the shell finds them."""
     if shutil.which("megatron-slm"):
         return ""
     folder = Path(sys.executable).parent

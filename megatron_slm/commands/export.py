@@ -1,8 +1,8 @@
 """Export a run's checkpoint as a Hugging Face folder.
 
 The folder holds the weights in safetensors, the tokenizer, the generation configuration, a model card, and the small
-files of the model that the run started from. Only the run directory is read. Before the folder gets its name, it is
-loaded again and compared with the checkpoint. DeepSpeed's checkpoints are pickles, so export only runs that you trust.
+files of the model that the run started from. Only the run directory is read. Before the folder is published, it is
+loaded and compared with the checkpoint. DeepSpeed's checkpoints are pickles, so export only runs that you trust.
 """
 
 import argparse
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from megatron_slm.backend.stored import StoredWeight
     from megatron_slm.run_directory import RunDirectory
 
-_EPILOG = """example:
+logger = logging.getLogger(__name__)
+
+EXAMPLES = """example:
   megatron-slm export runs/slm exported/slm --checkpoint 500
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument("run_dir", metavar="RUN_DIR", help="run directory")
     parser.add_argument("output", metavar="OUT_DIR", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--checkpoint", metavar="N", type=int, help="step of the checkpoint; default: the newest")
@@ -72,7 +72,7 @@ def _export(config: Config, output: Path, step: int | None, dtype: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             source = _starting_files(directory, config, Path(scratch))
             _write_folder(source, config, weights, PRECISIONS[dtype], _model_card(config, progress), output)
-        logging.getLogger(__name__).info("%s holds the weights of %s, read back and compared", output, checkpoint)
+        logger.info("%s holds the weights of %s, read back and compared", output, checkpoint)
     finally:
         disconnect()
 
@@ -106,7 +106,7 @@ def _write_folder(
     hf_weights = {name.removeprefix("lm."): weight for name, weight in weights.items()}
     model = empty_model(source / "model", hf_weights, dtype, trust)
     total = sum(weight.shape.numel() for weight in hf_weights.values())
-    disable_progress_bar()  # Hugging Face would show one bar for each shard, and one for reading.
+    disable_progress_bar()  # Hugging Face would show one bar per shard, and one for reading.
     try:
         with whole_folder(output, replace=False) as aside, Meter(2 * total, "parameters") as meter:
             write_weights(model, hf_weights, dtype, aside, meter.reach)
@@ -122,16 +122,16 @@ def _write_folder(
 
 
 def _warn_about_tokenizer(output: Path) -> None:
-    """Log a warning if AutoTokenizer cannot load the exported tokenizer, or gives other ids than it."""
+    """Log a warning if AutoTokenizer cannot load the exported tokenizer, or returns other ids than it."""
     from megatron_slm.data.tokenizer import auto_tokenizer_agrees
 
     try:
         agrees = auto_tokenizer_agrees(output)
-    except Exception as error:  # tokenizers are foreign code, and the weights are exported already
-        logging.getLogger(__name__).warning("AutoTokenizer cannot load %s: %s", output, error)
+    except Exception as error:  # a third-party tokenizer; the weights are exported already
+        logger.warning("AutoTokenizer cannot load %s: %s", output, error)
         return
     if not agrees:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "AutoTokenizer.from_pretrained('%s') returns other ids than the tokenizer of the run, because of the model "
             "type in config.json. Load the tokenizer with PreTrainedTokenizerFast.from_pretrained instead.",
             output,

@@ -1,4 +1,4 @@
-"""Select the documents that are worth training on, by the stored losses of two models, and write a keep-list.
+"""Select the documents that are worth training on by the stored losses of two models, and write a keep-list.
 
 Documents of all corpora are ranked together by their mean excess loss: the loss of a base model, like the student at
 its start, minus the loss of the reference. Training then builds its samples from the kept documents alone (data.keep);
@@ -18,7 +18,7 @@ from megatron_slm.errors import UserError, agreed
 from megatron_slm.launcher import refuse_several_ranks
 from megatron_slm.reference.settings import FilterSettings
 
-_EPILOG = """examples:
+EXAMPLES = """examples:
   megatron-slm score run.yaml score.kind=document reference.path=models/base score.output=scores/base
   megatron-slm score run.yaml score.kind=document reference.path=models/reference score.output=scores/reference
   megatron-slm filter run.yaml filter.base=scores/base filter.reference=scores/reference \\
@@ -29,8 +29,6 @@ _EPILOG = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of a run; filter reads a part of it")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
 

@@ -3,8 +3,8 @@
 A corpus is PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json (counts, sources, licenses, checksums) and
 PREFIX.tokenizer/. It appears when it is complete, and an existing corpus is never overwritten. Input files are .jsonl,
 .ndjson or .json (one document per line), .parquet (one document per row), or text (one document per file), each plain,
-.gz or .zst. After a kill, the same command resumes: finished input files are not encoded again. Of prompts with
-completions and of chats, only the answers count toward the loss: PREFIX.mask marks their tokens.
+.gz or .zst. After a kill, the same command resumes: finished input files are not encoded again. In prompts with
+completions and in chats, only the answers count toward the loss: PREFIX.mask marks their tokens.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from megatron_slm.errors import UserError
 if TYPE_CHECKING:
     from megatron_slm.prepare.documents import Fields
 
-_EPILOG = r"""examples:
+EXAMPLES = r"""examples:
   text, with a tokenizer that exists, or a new one:
     megatron-slm prepare --input web/ more.jsonl.gz --tokenizer TinyLlama/TinyLlama_v1.1 --output data/web
     megatron-slm prepare --input notes.txt --train-tokenizer 8000 --output data/notes
@@ -52,8 +52,6 @@ _ALLOWED = _NEEDED | {"--adopt": {"--tokenizer", "--end-token"}}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     _add_input(parser.add_argument_group("input"))
     _add_output(parser.add_argument_group("output"))
     modes = parser.add_argument_group("existing corpora").add_mutually_exclusive_group()
@@ -77,7 +75,7 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset-split", metavar="S", help="its split (default: train)")
     group.add_argument(
         "--format", choices=tuple(_FORMATS),
-        help="content of a record: a text (default), a prompt and its completion, or the messages of a chat; of the "
+        help="content of a record: a text (default), a prompt and its completion, or the messages of a chat; in the "
         "last two, only the answers count toward the loss and the selection",
     )  # fmt: skip
     for option, name in _KEYS.items():

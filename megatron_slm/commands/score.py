@@ -21,7 +21,7 @@ from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.launcher import is_main_process
 from megatron_slm.reference.settings import ScoreSettings
 
-_EPILOG = """examples:
+EXAMPLES = """examples:
   megatron-slm score run.yaml score.output=scores/run
   megatron-slm train run.yaml reference.store=scores/run
   torchrun --nproc-per-node 8 -m megatron_slm score run.yaml score.output=scores/run reference.micro_batch_size=64
@@ -36,8 +36,6 @@ PREFIX.bin) or .jsonl (a line {"logprobs": [...]} per document, its end-of-docum
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of a run; score reads a part of it")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
     parser.add_argument(
@@ -53,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write a store from a model or from imported files, or verify one."""
+    """Write a store from a model or from imported files, or verify an existing one."""
     config, settings = agreed(lambda: _read(arguments))
     if arguments.verify:
         _verify(settings.output)
@@ -71,7 +69,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
         raise UserError("score.kind", "packed", reason, remedy)
     config = parse_partial(tree, whole_training=packed)
     if config.score is None:
-        raise UserError("score.output", None, "score writes a folder", "Name it, as in score.output=scores/web")
+        raise UserError("score.output", None, "the store needs a folder", "Set it, as in score.output=scores/web")
     _check_imports(arguments, config.score)
     for prefix in blend(config.data.train)[0]:
         open_corpus(prefix, "data.train")
@@ -118,7 +116,7 @@ def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> None
     try:
         if imports and world.size > 1:
             paths = ", ".join(map(str, imports))
-            reason = f"{world.size} ranks were started, and imports are read by one"
+            reason = f"{world.size} ranks were started, and one process reads imports"
             raise AgreedError("--import", paths, reason, "Start one process")
         score_corpora(config, settings, world, imports)
     finally:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron_slm.training.state import RunState
     from megatron_slm.training.trainer import Callback
 
-_EPILOG = """examples:
+EXAMPLES = """examples:
   megatron-slm train run.yaml
   megatron-slm train run.yaml --dry-run --ranks 64
   torchrun --nproc-per-node 8 -m megatron_slm train run.yaml training.lr=2.0e-4
@@ -35,8 +35,6 @@ Sending the signal to one rank is enough. torchrun passes SIGTERM on, and kills 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration (README.md shows one)")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that override those in the file")
     parser.add_argument(
@@ -57,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, or report what a run would do."""
-    # Read before anything heavy is imported: a typo answers at once.
+    # Read before any heavy import, so that a typo is reported at once.
     config = agreed(lambda: _read(arguments))
     if arguments.dry_run:
         agreed(lambda: _dry_run(config, arguments.ranks, arguments.rollback))
@@ -73,7 +71,7 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
         callbacks: called at every step on every rank, before the record is written.
 
     Returns:
-        The state in which the run ended; its `record` is the last one.
+        The final state of the run; its `record` is the last one.
 
     Raises:
         UserError: for anything that the user can correct.
@@ -87,7 +85,7 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
 
 
 def _rollback(step: int | None) -> int | None:
-    """Return the step to roll back to; None in a restart, which a launcher gives the same command line."""
+    """Return the step to roll back to; None if a launcher restarted the ranks, with the same command line."""
     restarts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return None if any(count != "0" for count in restarts) else step
 
@@ -112,7 +110,7 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
             raise
         finally:
             run.close()
-        # Rank 0 may host the store: it must not leave while another rank still talks to it.
+        # Rank 0 may host the rendezvous store, so it must not exit while another rank still uses it.
         gather_objects(None)
     finally:
         disconnect()
@@ -121,19 +119,15 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
 
 def _read(arguments: argparse.Namespace) -> Config:
     if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
-        raise UserError(
-            "--ranks",
-            arguments.ranks,
-            "it is the number of ranks that --dry-run checks for, 1 or more",
-            "Add --dry-run, or start as many ranks with a launcher such as torchrun",
-        )
+        remedy = "Add --dry-run, or start as many ranks with a launcher such as torchrun"
+        raise UserError("--ranks", arguments.ranks, "it applies to --dry-run only, and must be 1 or more", remedy)
     config = load_config(arguments.config, arguments.overrides)
     _refuse_missing_data(config)
     return config
 
 
 def _refuse_missing_data(config: Config) -> None:
-    """Refuse a wrong path to a corpus, the most common error, before anything heavy is imported."""
+    """Raise an error for a wrong path to a corpus, the most common error, before any heavy import."""
     for setting, prefix in config.data.corpora():
         open_corpus(prefix, setting)
 

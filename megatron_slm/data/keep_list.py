@@ -64,7 +64,7 @@ def kept_documents(settings: DataSettings, corpora: Sequence[Corpus]) -> list[Ke
 
 
 def refuse_empty_split(settings: DataSettings, corpora: Sequence[Corpus]) -> None:
-    """Raise an error if the split gives no document of a corpus to training: megatron-core would loop forever.
+    """Raise a UserError if the split gives no document of a corpus to training: megatron-core would loop forever.
 
     Raises:
         AgreedError: the training part of a corpus is empty.

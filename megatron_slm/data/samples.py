@@ -182,7 +182,7 @@ def tokens_per_epoch(settings: DataSettings, corpora: Sequence[Corpus], kept: Se
 
 
 def check_order(settings: DataSettings, corpora: list[Corpus], total_samples: int) -> None:
-    """Raise an error if there is nothing to train on; the arguments are those of `build_samples`.
+    """Raise a UserError if there is nothing to train on; the arguments are those of `build_samples`.
 
     Raises:
         AgreedError: the split gives no document of a corpus to training, or the run skips more samples than it trains

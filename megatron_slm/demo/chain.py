@@ -1,7 +1,7 @@
 """The demo's chain: its five training runs with their models, data and lengths, and the stages around them."""
 
 import platform
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ FULL = Lengths()
 QUICK = Lengths(
     Sizes(general=600_000, curated=200_000, held_out=6_000), base=4, reference=4, compared=6, eval_interval=3
 )
-"""Runs every stage, but too briefly for a result."""
+"""Lengths that run every stage, but too briefly for a result."""
 
 
 class Folders:
@@ -127,8 +127,6 @@ _TITLES = {
     "slm": "train SLM",
     "clm_curated": "train CLM with curated text",
 }
-_STEP_SECONDS = {"slm": 0.6}
-_START_SECONDS = 14.0
 
 
 def demo_stages(folders: Folders, lengths: Lengths, ranks: int) -> list[Stage]:
@@ -148,7 +146,7 @@ def demo_stages(folders: Folders, lengths: Lengths, ranks: int) -> list[Stage]:
 
 def _texts(folders: Folders, lengths: Lengths) -> Stage:
     sizes = astuple(lengths.sizes)
-    # The texts are a function of the installed packages, including this one.
+    # The texts depend on the installed packages, including this one.
     installed = sorted(f"{found.name} {found.version}" for found in metadata.distributions())
     return Stage(
         name="corpora",
@@ -162,8 +160,8 @@ def _texts(folders: Folders, lengths: Lengths) -> Stage:
 
 def _training(name: str, folders: Folders, lengths: Lengths, ranks: int) -> Stage:
     config = configuration(name, folders, lengths, ranks)
-    stage = training_stage(name, _TITLES[name], config, ranks, 0.0, folders.root)
-    return replace(stage, seconds=_START_SECONDS + stage.steps * _STEP_SECONDS.get(name, 0.45))
+    seconds = 14.0 + steps(name, lengths) * (0.6 if name == "slm" else 0.45)
+    return training_stage(name, _TITLES[name], config, ranks, seconds, folders.root)
 
 
 def _report(folders: Folders) -> Stage:

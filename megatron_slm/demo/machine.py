@@ -19,22 +19,14 @@ MARK = "demo.json"
 
 
 def check_machine(folder: Path) -> None:
-    """Raise an error for conditions under which the demo would fail after minutes.
-
-    Raises:
-        UserError: the Python version, the memory or the disk space is insufficient.
-    """
+    """Raise a UserError if the Python version, the memory or the disk space would make the demo fail minutes later."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     check_python(sys.version_info[:2])
     check_space(psutil.virtual_memory().available / 2**30, shutil.disk_usage(existing).free / 2**30, existing)
 
 
 def check_python(version: tuple[int, ...]) -> None:
-    """Raise an error if the libraries do not support this version of Python.
-
-    Raises:
-        UserError: the version is not supported.
-    """
+    """Raise a UserError if the libraries do not support this version of Python."""
     if not PYTHONS[0] <= version <= PYTHONS[1]:
         low, high, found = (".".join(map(str, one)) for one in (*PYTHONS, version))
         raise UserError(
@@ -43,51 +35,31 @@ def check_python(version: tuple[int, ...]) -> None:
 
 
 def check_space(memory: float, disk: float, folder: Path) -> None:
-    """Raise an error if memory or disk space is too small.
+    """Raise a UserError if memory or disk space is too small.
 
     Args:
         memory: available, in GiB.
         disk: free at `folder`, in GiB.
         folder: an existing folder on the disk of the output.
-
-    Raises:
-        UserError: the memory or the disk space is too small.
     """
     if memory < MEMORY_GIB:
         raise UserError(
             "available memory", f"{memory:.1f} GiB", f"the demo needs {MEMORY_GIB:g} GiB", "Close other programs"
         )
     if disk < DISK_GIB:
-        raise UserError(
-            "free disk space",
-            f"{disk:.1f} GiB",
-            f"the demo needs {DISK_GIB:g} GiB at {folder}",
-            "Free some, or choose an --output on another disk",
-        )
+        remedy = "Free disk space, or choose an --output on another disk"
+        raise UserError("free disk space", f"{disk:.1f} GiB", f"the demo needs {DISK_GIB:g} GiB at {folder}", remedy)
 
 
 def check_ranks(ranks: int, samples: int) -> None:
-    """Raise an error if the samples of a step cannot be divided evenly among the ranks.
-
-    Raises:
-        UserError: the ranks do not divide the samples.
-    """
+    """Raise a UserError if the samples of a step cannot be divided evenly among the ranks."""
     if ranks < 1 or samples % ranks:
         possible = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
-        raise UserError(
-            "--ranks",
-            ranks,
-            f"it must divide the {samples} samples of a step",
-            f"Use one of {possible}",
-        )
+        raise UserError("--ranks", ranks, f"it must divide the {samples} samples of a step", f"Use one of {possible}")
 
 
 def check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Raise an error unless the folder is new, empty, or holds a demo with the same options.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Raise a UserError unless the folder is new, empty, or holds a demo with the same options."""
     if not folder.exists():
         return
     if not folder.is_dir():
@@ -107,7 +79,7 @@ def hold_folder(folder: Path, options: dict[str, Any]) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be created, or another demo runs in it.
     """
-    busy = UserError("--output", folder, "another demo is running there", "Wait until it has ended, or choose another")
+    busy = UserError("--output", folder, "another demo is running there", "Wait until it ends, or use another folder")
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)

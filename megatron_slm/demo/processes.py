@@ -1,6 +1,6 @@
-"""Processes that end with this one: a command runs with its output in a log file, and a stop leaves nothing running.
+"""Commands that run with their output in a log file, and that end when this process is stopped.
 
-Only an uncatchable kill of this process leaves its children behind.
+Only SIGKILL to this process leaves its children running.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ GRACE_SECONDS = 10.0
 
 
 class StoppedError(Exception):
-    """A signal stopped this program; `status` is the exit status that a shell expects then."""
+    """The end of this program by a signal; `status` is the exit status that a shell expects."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -26,7 +26,7 @@ class StoppedError(Exception):
 
 
 class StopRequest:
-    """A signal handler that remembers the signal, so that nothing is interrupted halfway, such as a process start."""
+    """A signal handler that records the signal for `check`, so that it interrupts nothing halfway."""
 
     def __init__(self) -> None:
         self._number = 0
@@ -35,18 +35,14 @@ class StopRequest:
         self._number = number
 
     def check(self) -> None:
-        """Raise an error if a signal has arrived.
-
-        Raises:
-            StoppedError: a signal has arrived.
-        """
+        """Raise a StoppedError if a signal has arrived."""
         if self._number:
             raise StoppedError(self._number)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Yield a request whose `check` raises after Ctrl-C, a request to terminate, or a closed terminal."""
+    """Yield a request whose `check` raises after SIGINT, SIGTERM or SIGHUP."""
     request = StopRequest()
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -59,11 +55,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
 def run_process(
     command: list[str], log: Path, stop: StopRequest, poll: Callable[[], None], environment: Mapping[str, str]
 ) -> int:
-    """Run a command to its end in a session of its own, and return its exit status.
+    """Run a command in a session of its own, and return its exit status.
 
     Args:
         command: the program and its arguments.
-        log: the file that its output is appended to.
+        log: the file to which its output is appended.
         stop: checked twice per second.
         poll: called as often.
         environment: variables in addition to this process's own.
@@ -81,22 +77,17 @@ def run_process(
             start_new_session=True,
         )
         try:
-            while (status := _wait(process)) is None:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(POLL_SECONDS)
                 stop.check()
                 poll()
-            return status
         finally:
             _end(process)
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int | None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(POLL_SECONDS)
-    return None
-
-
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its descendants, which are looked up: torchrun puts every rank in a session of its own."""
+    """End the process and its descendants. torchrun starts ranks in other sessions, so a group kill is not enough."""
     tree: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)

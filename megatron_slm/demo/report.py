@@ -56,13 +56,13 @@ def held_out_passages(
     kept_BT = select_tokens(losses["student"] - losses["reference"], whole.valid_BT, ratio).mask
     found, start = {}, 0
     for name, batch in batches.items():
-        rows = range(start, start := start + len(batch.tokens_BT))
-        kept, valid = (int(mask_BT[rows.start : rows.stop].sum()) for mask_BT in (kept_BT, whole.valid_BT))
-        shown = min(count, len(rows))
-        chosen = [rows[index * len(rows) // shown] for index in range(shown)]
-        found[name] = Passages(
-            [_tokens(tokenizer, whole, row, losses, kept_BT, length) for row in chosen], kept / valid
-        )
+        windows = len(batch.tokens_BT)
+        shown = min(count, windows)
+        rows = [start + index * windows // shown for index in range(shown)]
+        passages = [_tokens(tokenizer, whole, row, losses, kept_BT, length) for row in rows]
+        kept, valid = (int(mask_BT[start : start + windows].sum()) for mask_BT in (kept_BT, whole.valid_BT))
+        found[name] = Passages(passages, kept / valid)
+        start += windows
     return found
 
 
@@ -77,7 +77,7 @@ def _losses(folder: Path, batch: Batch) -> Tensor:
 def _tokens(
     tokenizer: Any, batch: Batch, row: int, losses: dict[str, Tensor], kept_BT: Tensor, length: int
 ) -> list[Token]:
-    """Return the labels of one window with their losses; ends of documents have no loss."""
+    """Return the labels of one window with their losses; end tokens have no loss."""
     # Padding follows the last label of a stream.
     labels = [int(label) for label in batch.labels_BT[row, :length][batch.label_offset_BT[row, :length] >= 0]]
     texts = token_texts(tokenizer, labels)
@@ -100,10 +100,7 @@ def run_records(runs: Path, name: str) -> list[dict[str, Any]]:
 def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str]) -> str:
     """Return a Markdown table of held-out losses (nats per token) and bits per byte at the end of each run.
 
-    Args:
-        runs: folder of the run directories.
-        names: titles of the runs.
-        held_out: titles of the evaluation sets.
+    `names` and `held_out` hold the titles of runs and evaluation sets by name.
     """
     columns = [f"{title}: {unit}" for title in held_out.values() for unit in ("loss", "bits/byte")]
     lines = [f"| run | tokens that count | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
@@ -116,7 +113,7 @@ def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, s
 
 
 def overtaking(runs: Path, held_out: str) -> str:
-    """Return a sentence on when SLM's held-out loss first reached CLM's final loss, and how many tokens CLM took."""
+    """Return a sentence with the tokens that SLM took to reach CLM's final held-out loss, and those that CLM took."""
     key = f"eval/{held_out}/loss"
     clm, slm = ([r for r in run_records(runs, name) if key in r] for name in ("clm", "slm"))
     end, total = clm[-1][key], clm[-1]["consumed_tokens"]
@@ -139,7 +136,7 @@ def selected_table(runs: Path) -> str:
 
 
 def draw_held_out(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str], path: Path) -> None:
-    """Draw held-out losses over training tokens; every curve begins at the base's loss."""
+    """Draw held-out losses over training tokens; every curve begins at the loss of the base."""
     panels = {
         title: [_curve(runs, *run, f"eval/{key}/loss") for run in names.items()] for key, title in held_out.items()
     }

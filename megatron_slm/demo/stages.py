@@ -28,7 +28,7 @@ class Stage:
     title    what it does, for the progress bar
     command  arguments of this Python
     outputs  files and folders that it creates; removed before it starts anew
-    recipe   what determines its outputs, apart from the stages before it; if it changes, the stage runs again
+    recipe   everything that determines its outputs, except earlier stages; if it changes, the stage runs again
     seconds  expected duration on two idle cores
     files    texts by path that are written before it starts
     metrics  records of a training run, which resumes from its run directory; None for other commands
@@ -53,7 +53,7 @@ class Stage:
 
     @property
     def is_complete(self) -> bool:
-        """False for a run that a signal stopped early, although its exit status is 0."""
+        """False for a training run that a signal stopped early, although its exit status is 0."""
         return self.metrics is None or self.share_done(0.0) >= 1
 
 
@@ -62,7 +62,7 @@ class Stages:
 
     Args:
         folder: holds a marker, NAME.json, and a log, NAME.log, for each stage.
-        stages: in order; each depends on all before it.
+        stages: in order; each may depend on all earlier ones.
         ranks: processes of a training run, which share the cores.
     """
 
@@ -80,7 +80,7 @@ class Stages:
             StoppedError: a signal has arrived; no process is left running.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Outputs of later stages depend on the stage that has to run again, so these stages run again, too.
+        # Later stages depend on the outputs of a stage that runs again, so they run again, too.
         first = next((i for i in range(len(self._stages)) if not self.is_finished(i)), len(self._stages))
         progress = StageMeter([stage.seconds if i >= first else 0.0 for i, stage in enumerate(self._stages)])
         try:
@@ -98,7 +98,7 @@ class Stages:
     def _run(self, number: int, stop: StopRequest, progress: StageMeter) -> None:
         stage, log = self._stages[number], self._folder / f"{self._stages[number].name}.log"
         stop.check()
-        # A training run of the same recipe resumes. Incomplete outputs of any other command are useless.
+        # A training run of the same recipe resumes. Incomplete outputs of any other command are removed.
         if stage.metrics is None or self._read_marker(number) != (self._keys[number], False):
             _remove(*stage.outputs, log)
         self._write_marker(number, finished=False)
@@ -113,12 +113,8 @@ class Stages:
         status = run_process([sys.executable, *stage.command], log, stop, poll, self._environment)
         stop.check()  # the signal may have reached the command, too
         if status != 0 or not stage.is_complete:
-            raise UserError(
-                "stage",
-                stage.title,
-                f"it ended with status {status}: {_last_error(log)} (log: {log})",
-                "Correct that, and run the same command to resume",
-            )
+            reason = f"it ended with status {status}: {_last_error(log)} (log: {log})"
+            raise UserError("stage", stage.title, reason, "Correct that, and run the same command to resume")
         self._write_marker(number, finished=True)
 
     def _read_marker(self, number: int) -> tuple[str, bool] | None:
@@ -137,13 +133,7 @@ class Stages:
 def training_stage(name: str, title: str, config: dict[str, Any], ranks: int, seconds: float, root: Path) -> Stage:
     """Return a stage that trains under torchrun, from a configuration file beside the run directory.
 
-    Args:
-        name: of the stage.
-        title: of the stage.
-        config: the configuration.
-        ranks: processes to start.
-        seconds: expected duration.
-        root: the folder of all paths in `config`. It is not part of the recipe, so the folder may be moved.
+    `root` is the folder of all paths in `config`. It is not part of the recipe, so that the folder may be moved.
     """
     run_dir, text = Path(config["run_dir"]), yaml.safe_dump(config, sort_keys=False)
     file = run_dir.with_suffix(".yaml")
@@ -169,7 +159,7 @@ def export_stage(run_dir: Path, folder: Path, seconds: float = 8.0) -> Stage:
 
 
 def _keys(stages: list[Stage]) -> list[str]:
-    """Return a hash for each stage, of its recipe and those of all stages before it."""
+    """Return a hash for each stage: of its own recipe and those of all earlier stages."""
     keys: list[str] = []
     for stage in stages:
         text = json.dumps([keys[-1:], stage.name, stage.recipe])

@@ -2,7 +2,7 @@
 
 The mathematics comes from the docstrings of sympy and mpmath, which are installed with PyTorch. The general text comes
 from the sources of Python's library and of the other installed packages, and from licences. The hash of its name
-decides what a file is used for, so the same installed packages give the same texts.
+decides how a file is used, so the same installed packages give the same texts.
 
 `python -m megatron_slm.demo.texts FOLDER GENERAL CURATED HELD_OUT` makes all corpora in one process, because starting a
 process takes longer than preparing a corpus.
@@ -28,7 +28,7 @@ from megatron_slm.errors import UserError
 from megatron_slm.prepare.contamination import word_ngrams
 
 GENERAL = ("stdlib", "packages", "licences", "mathematics")
-"""The entries of the noisy blend; selection should find the mathematics in it."""
+"""The sources of the noisy blend; selection should find the mathematics in it."""
 HELD_OUT = ("held_out_mathematics", "held_out_general")
 MATHEMATICS = ("mpmath", "sympy")
 VOCABULARY = 2048
@@ -59,7 +59,7 @@ WEIGHTS = {"stdlib": 0.4, "packages": 0.35, "licences": 0.1, "mathematics": 0.15
 
 
 class SourceFile(NamedTuple):
-    """A source of text; its name is the same on every machine and decides what the file is used for."""
+    """A source of text; its name is the same on every machine, and decides how the file is used."""
 
     path: Path
     name: str
@@ -190,7 +190,7 @@ def _parse(source: bytes) -> ast.Module:
     """Parse a source; return an empty module if it is not valid in this version of Python."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in strings of third-party sources
+            warnings.simplefilter("ignore")  # third-party sources have invalid escapes
             return ast.parse(source)
     except (SyntaxError, ValueError):
         return ast.Module([], [])
@@ -208,18 +208,14 @@ def _uniform(text: str) -> float:
 def _package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise UserError(
-            "package",
-            package,
-            "it is not installed; the demo trains on its docstrings",
-            f"Install it: pip install {package}",
-        )
+        reason = "it is not installed; the demo trains on its docstrings"
+        raise UserError("package", package, reason, f"Install it: pip install {package}")
     return Path(spec.origin).parent
 
 
 def _general_files() -> dict[str, list[SourceFile]]:
     """Return the files of every general source except the mathematics."""
-    installed = [*_installed_files()]
+    installed = list(_installed_files())
     return {
         "stdlib": _python_files(Path(sysconfig.get_paths()["stdlib"]), "stdlib"),
         "packages": [file for file in installed if file.path.suffix == ".py"],

@@ -1,6 +1,6 @@
-"""Checks that a device computes what the CPU computes, and that a run on it resumes bit by bit.
+"""Checks that a device agrees with the CPU, and that a run on it resumes bit for bit.
 
-float32 is judged; bf16 is only reported, because its differences from float32 depend on the model.
+Only float32 can fail a check. bf16 is reported, because its differences from float32 depend on the model.
 """
 
 import tempfile
@@ -28,12 +28,12 @@ RATIO = 0.6
 BACKWARDS = ("exact", "rows", "replay")
 _CPU = torch.device("cpu")
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Matrix products sum in another order on every device, so float32 losses and gradients differ by a few units in the
-# last place per layer.
+# Devices sum matrix products in different orders, so float32 losses and gradients differ by a few units in the last
+# place per layer.
 _LARGEST_LOSS_DIFFERENCE = 1e-4
 _LARGEST_GRADIENT_DIFFERENCE = 1e-4
 _LARGEST_SPARSE_GRADIENT_DIFFERENCE = 1e-3
-_NEAR_THRESHOLD = 1e-5  # round-off can move a score across the threshold within this distance, in nats
+_NEAR_THRESHOLD = 1e-5  # nats; within this distance, round-off can move a score across the threshold
 
 
 def check_against_cpu(device: torch.device) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class PreparedStep:
 
 
 def prepare_step(shape: Shape, selective: bool, world: World) -> PreparedStep:
-    """Build a step as a run has it: a ZeRO-3 student, and a sharded live reference of the same shape if selective."""
+    """Build a step as in a run: a ZeRO-3 student, and a sharded live reference of the same shape if selective."""
     from megatron_slm.backend.deepspeed import DeepSpeedBackend
 
     dtype = default_dtype(world.device)
@@ -117,7 +117,7 @@ def prepare_step(shape: Shape, selective: bool, world: World) -> PreparedStep:
     if not selective:
         step = TrainingStep(engine, NoReference(), seed=1, num_sources=1, world=world)
         return PreparedStep(step, CausalLanguageModeling(), engine, module)
-    # A run reads its reference whole and shards it afterwards; only the student is partitioned as it is built.
+    # As in a run, only the student is partitioned while it is built; the reference is sharded afterwards.
     reference = make_model(shape, 2, PlainBackend(world), dtype, world.device)
     live = LiveReference(backend.frozen_engine(reference, shard=True), 2 * shape.micro_batch_size)
     objective = SelectiveLanguageModeling(Rule(SelectionSettings()), RATIO, pools_whole_step=False)

@@ -10,11 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_slm.device_check.correctness import (
-    check_against_cpu,
-    check_selected_backward,
-    check_training_and_resume,
-)
+from megatron_slm.device_check.correctness import check_against_cpu, check_selected_backward, check_training_and_resume
 from megatron_slm.device_check.shapes import PRESETS, STEP_PRESETS
 from megatron_slm.device_check.speed import measure_scoring, measure_step, measure_threshold
 from megatron_slm.device_check.step_costs import measure_steps, steps_table
@@ -22,11 +18,11 @@ from megatron_slm.dist import World
 
 _STEPS = "selected_steps"
 _STEP_PRESET = {"tiny": "tiny", "tinyllama": "gpu-1b", "llama-7b": "gpu-7b"}
-"""The shape whose kinds of backward are compared, for each preset of `check-device`."""
+"""The shape at which the kinds of backward are compared, for each preset of `check-device`."""
 
 
 class Section(NamedTuple):
-    """A finished section; a section that checks something has the value `ok`."""
+    """A finished section; the values of a check include `ok`."""
 
     name: str
     seconds: float

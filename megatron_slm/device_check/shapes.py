@@ -21,7 +21,7 @@ from megatron_slm.types import Batch
 class Shape:
     """A Llama and the micro-batch that it is trained on.
 
-    repeats        times that a measurement is repeated
+    repeats        number of measurements
     checkpointing  activation checkpointing in whole steps
     """
 
@@ -101,13 +101,9 @@ def plain_engine(module: CausalLM, shape: Shape, dtype: torch.dtype, device: tor
 
 
 def make_batch(shape: Shape, device: torch.device, first: int = 0, samples: int | None = None) -> Batch:
-    """Build a batch of random tokens.
+    """Build a batch of random tokens, with as many samples as a micro-batch of the shape unless `samples` is given.
 
-    Args:
-        shape: of the batch.
-        device: where the batch is.
-        first: ordinal of the first sample. The tokens of a sample depend on its ordinal only.
-        samples: number of samples; by default those of a micro-batch.
+    The tokens of a sample depend only on its ordinal; `first` is that of the first sample.
     """
     samples = samples or shape.micro_batch_size
     rows = []
@@ -144,5 +140,5 @@ def time_once(work: Callable[[], object], device: torch.device) -> float:
 
 
 def time_repeats(work: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Return the seconds of each repeat, after a first one that is not counted."""
+    """Return the seconds of each repeat, after one that is not measured."""
     return [time_once(work, device) for _ in range(repeats + 1)][1:]

@@ -58,7 +58,7 @@ class RepeatedBatch:
 
 
 def measure_scoring(shape: Shape, world: World) -> dict[str, Any]:
-    """Compare scoring a corpus with the model's own forward and its full logits, alternating, at three batch sizes."""
+    """Compare the speed of scoring with that of the model's own forward with full logits, at three batch sizes."""
     dtype = default_dtype(world.device)
     module = make_model(shape, 2, PlainBackend(world), dtype, world.device).eval().requires_grad_(False)
     flops, peak = token_flops(module, shape.hf_config(), shape.seq_length).forward, peak_flops(world.device)
@@ -90,7 +90,7 @@ def _run_forwards(module: Any, batch: Batch, times: int) -> None:
 
 
 def measure_threshold(shape: Shape, world: World) -> dict[str, Any]:
-    """Return the seconds to select from the scores of a micro-batch, and from a million."""
+    """Return the seconds to select from the scores of a micro-batch, and from a million scores."""
     report = {}
     for count in (shape.tokens, 1_000_000):
         scores = torch.randn(count, device=world.device)

@@ -132,14 +132,14 @@ def measure_steps(
     return _report(seconds, peaks) | {
         "shape": f"{shape}, {str(default_dtype(device)).removeprefix('torch.')}",
         "optimizer": statistics.median([_update_seconds(bench, device) for _ in range(4)][1:]),
-        "tokens_per_second": shape.tokens / _fastest(seconds, False)[0],
+        "tokens_per_second": shape.tokens / statistics.median(_fastest(seconds, False)),
         "flops_per_token": bench.flops,
         "peak_flops": peak_flops(device),
     }
 
 
 def steps_table(found: dict[str, Any]) -> str:
-    """Return what `measure_steps` returned as a text table."""
+    """Return the result of `measure_steps` as a text table."""
     lines = [found["shape"], f"{'':28} {'seconds':>8} {'from - to':>15} {'of CLM':>7} {'of chkpt':>8} {'peak GiB':>8}"]
     for name, row in (found["plain"] | found["modes"]).items():
         if row["of_clm"] is None:
@@ -169,7 +169,7 @@ def _update_seconds(bench: StepBench, device: torch.device) -> float:
 
 
 def _peak_bytes(bench: StepBench, kind: StepKind, device: torch.device) -> int | None:
-    """Return what a step needs beyond the weights, including their gradients, or None if it cannot be measured."""
+    """Return the memory that a step adds to that of the weights, gradients included; None if it cannot be measured."""
     bench.prepare(kind)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -191,10 +191,9 @@ def _resident_bytes(name: str) -> int:
 
 
 def _fastest(seconds: dict[str, list[float]], checkpointing: bool) -> list[float]:
-    """Return the median and the rounds of the faster plain step."""
-    names = [kind.name for kind in PLAIN if kind.checkpointing == checkpointing and seconds[kind.name]]
-    name = min(names, key=lambda name: statistics.median(seconds[name]))
-    return [statistics.median(seconds[name]), *seconds[name]]
+    """Return the rounds of the faster plain step."""
+    rounds = [seconds[kind.name] for kind in PLAIN if kind.checkpointing == checkpointing]
+    return min(filter(None, rounds), key=statistics.median)
 
 
 def _report(seconds: dict[str, list[float]], peaks: dict[str, int | None]) -> dict[str, Any]:
@@ -204,21 +203,21 @@ def _report(seconds: dict[str, list[float]], peaks: dict[str, int | None]) -> di
         taken = seconds[name]
         spread = {"seconds": statistics.median(taken), "min": min(taken), "max": max(taken)} if taken else {}
         return spread | {
-            "of_clm": _ratio(taken, plain[1:]),
-            "of_checkpointed": _ratio(taken, checkpointed[1:]),
+            "of_clm": _ratio(taken, plain),
+            "of_checkpointed": _ratio(taken, checkpointed),
             "peak_bytes": peaks[name],
         }
 
     names = {kind.name for kind in PLAIN}
     return {
-        "clm": plain[0],
-        "clm_checkpointed": checkpointed[0],
+        "clm": statistics.median(plain),
+        "clm_checkpointed": statistics.median(checkpointed),
         "plain": {name: row(name) for name in seconds if name in names},
         "modes": {name: row(name) for name in seconds if name not in names},
     }
 
 
 def _ratio(taken: list[float], base: list[float]) -> float | None:
-    """Return the median of the ratios within each round: what slows the machine for a while slows both sides."""
+    """Return the median of the ratios within each round, in which a busy machine slows both steps."""
     ratios = [one / other for one, other in zip(taken, base, strict=False)]
     return statistics.median(ratios) if ratios else None

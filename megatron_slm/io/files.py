@@ -128,7 +128,7 @@ def dangling_link(path: Path) -> str | None:
 
 
 def refuse_taken(setting: str, path: Path) -> None:
-    """Raise an error if a path that a command is to create is a file, a folder or a dangling link.
+    """Raise a UserError if a path that a command is to create is a file, a folder or a dangling link.
 
     Raises:
         UserError: the path is taken.

@@ -152,7 +152,7 @@ def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
 
 
 def _refuse_changed_inputs(staging: Staging, progress: Progress, stamps: list[list[Any]]) -> None:
-    """Raise an error if an input has changed since it was encoded; a stamp is its name, size and time of change."""
+    """Raise a UserError if an input has changed since it was encoded; a stamp is its name, size and time of change."""
     for before, now in zip(progress.finished, stamps, strict=False):
         if before != now:
             reason = f"{before[0]} has changed since it was encoded"
@@ -165,7 +165,7 @@ def _refuse_changed_tokenizer(
     given: "PreTrainedTokenizerFast | None",
     begun: "PreTrainedTokenizerFast",
 ) -> None:
-    """Raise an error if the tokenizer has the pieces of that of the unfinished work, but gives other ids."""
+    """Raise a UserError if the tokenizer has the pieces of that of the unfinished work, but gives other ids."""
     if given is not None and tokenizer_probe(given) != tokenizer_probe(begun):
         reason = f"it splits text differently than the tokenizer of the unfinished work in {folder}"
         remedy = "Give that tokenizer, or remove that folder to start again"

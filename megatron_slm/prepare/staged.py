@@ -30,7 +30,7 @@ _NAME_CHARACTERS = 50  # of a value in a file name, whose limit is 255 bytes
 
 
 def refuse_existing(output: Path, parts: tuple[str, ...] = (DESCRIPTION, *PARTS), setting: str = "--output") -> None:
-    """Raise an error if a file of the corpus to make exists.
+    """Raise a UserError if a file of the corpus to make exists.
 
     Args:
         output: PREFIX of the corpus.

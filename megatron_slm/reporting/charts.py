@@ -19,7 +19,7 @@ _LOOKS: tuple[tuple[str, Any, str], ...] = (
 
 
 class Curve(NamedTuple):
-    """The points of a labelled curve, and the range of the values whose mean is `y`, if there are several."""
+    """A labelled curve; if `y` is a mean of several values, `lowest` and `highest` are their range."""
 
     label: str
     x: Sequence[float]
@@ -29,13 +29,9 @@ class Curve(NamedTuple):
 
 
 def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str, path: Path) -> None:
-    """Draw panels side by side, with the last value of each curve beside its end.
+    """Draw panels side by side, and write the last value of each curve beside its end.
 
-    Args:
-        panels: curves by title. Curves at the same place of their lists look the same in all panels.
-        xlabel: of all panels.
-        ylabel: of all panels.
-        path: of the picture.
+    `panels` holds curves by title. Curves at the same position in their lists look the same in all panels.
     """
     from matplotlib.figure import Figure
 
@@ -67,7 +63,7 @@ def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
     placed: list[tuple[float, float]] = []
     for index in sorted(range(len(curves)), key=lambda i: (round(curves[i].y[-1], 2), -curves[i].x[-1])):
         end, last = curves[index].x[-1], curves[index].y[-1]
-        # Values of curves that end close together would overlap.
+        # Labels of curves that end close together would overlap.
         near = [below for other, below in placed if abs(other - end) < 0.1 * width]
         place = max([last, *(below + 0.06 * height for below in near)])
         placed.append((end, place))

@@ -13,12 +13,12 @@ _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 
 
 def visible(text: str) -> str:
-    """Return text with invisible and direction-changing characters spelled out; newlines and tabs stay."""
+    """Return text with invisible and direction-changing characters escaped; newlines and tabs stay."""
     return "".join(_spelled(character) for character in text)
 
 
 def escape_html(text: str) -> str:
-    """Return text for the inside of an HTML element or a quoted attribute."""
+    """Return text escaped for an HTML element or a quoted attribute."""
     return html.escape(visible(text))
 
 
@@ -112,14 +112,10 @@ def _span(token: Token) -> str:
     if token.excess is None:
         return f'<span class="none">{escape_html(token.text)}</span>'
     text = escape_html(token.text).replace("\n", "⏎\n")
+    shade = bisect_right(SHADES, token.excess)
     kept = " kept" if token.selected else ""
     losses = f"student {token.student:.2f} - reference {token.reference:.2f} = {token.excess:.2f}"
-    return f'<span class="x{_shade(token.excess)}{kept}" title="{losses}">{text}</span>'
-
-
-def _shade(excess: float) -> int:
-    """Return the shade, from 0 for no excess loss to `len(SHADES)`."""
-    return bisect_right(SHADES, excess)
+    return f'<span class="x{shade}{kept}" title="{losses}">{text}</span>'
 
 
 def _bold(text: str) -> str:
@@ -167,7 +163,7 @@ _SPACES = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
 def tokens_table(tokens: Sequence[Token]) -> str:
     """Return a passage as HTML text with the selected tokens in bold, and a table of the losses in nats.
 
-    The rows show whitespace. A token that holds a part of a character has no text of its own.
+    The rows make whitespace visible. A token that holds only a part of a character has no text of its own.
     """
     rows = "".join(_row(number, token) for number, token in enumerate(tokens))
     head = "".join(f"<th>{name}</th>" for name in _COLUMNS)

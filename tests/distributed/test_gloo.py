@@ -1,4 +1,4 @@
-"""The harness itself: a failure on any rank fails the test."""
+"""Tests of the test harness: a failure on any rank fails the test."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ def look_around(world: World) -> tuple[set[str], list[str]]:
     return set(PRELOADED) - sys.modules.keys(), os.listdir(f"/proc/{os.getppid()}/task")
 
 
-def test_every_rank_answers_in_the_order_of_ranks():
+def test_results_are_returned_in_the_order_of_ranks():
     assert run_ranks(add_ranks, 3, 0.5) == [(rank, torch.tensor(4.5)) for rank in range(3)]
 
 
@@ -41,7 +41,7 @@ def test_every_rank_answers_in_the_order_of_ranks():
     ("how", "message"),
     [("raise", "rank 1 of 2 raised(.|\n)*misbehave(.|\n)*of rank one"), ("die", "rank 1 of 2 died with exit code 7")],
 )
-def test_a_rank_that_fails_takes_the_others_with_it(how, message):
+def test_a_rank_that_fails_ends_all_ranks(how, message):
     start = time.monotonic()
     with pytest.raises(RankError, match=message):
         run_ranks(misbehave, 2, how)

@@ -172,7 +172,7 @@ def test_a_packed_store_of_kept_documents_serves_runs_on_them_alone(
     tree["reference"] = {"store": str(tmp_path / "packed")}
     run_ranks(train_in_process, 1, tree)
     assert all(record["loss/reference"] for record in records(tmp_path / "run"))
-    with pytest.raises(RankError, match=r"of another order of samples \(data.train, data.split, data.keep"):
+    with pytest.raises(RankError, match=r"another order of samples \(data.train, data.split, data.keep"):
         run_ranks(train_in_process, 1, tree | {"run_dir": str(tmp_path / "all"), "data": tree["data"] | {"keep": None}})
     config = str(write_config(tmp_path / "run.yaml", tree | {"run_dir": str(tmp_path / "new")}))
     status, stderr, stdout = run_ranks(shown, 1, "train", config, "--dry-run")[0]
@@ -191,7 +191,7 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "a corpus that is not there": (["data.train=/nowhere/web"], "/nowhere/web"),
     "a store that is not there": (["filter.base=/nowhere"], "filter.base is /nowhere, but it holds no manifest.json"),
     "a store of other corpora": (["data.train=CORPORA/web"], "it holds no scores of"),
-    "a store of another tokenizer": (["data.train=CORPORA/other"], "filter.base is STORES/base, but its tokens are of"),
+    "a store of another tokenizer": (["data.train=CORPORA/other"], "filter.base is STORES/base, but it was scored"),
     "a store of samples": (["filter.reference=PACKED"], "filter.reference is PACKED, but it is of kind packed"),
     "too few to keep": (["filter.keep=0.001"], "filter.keep is 0.001, but it keeps none of the"),
     "one store twice": (

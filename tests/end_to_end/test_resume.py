@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if it had not been."""
+"""Resumed runs, which equal uninterrupted ones."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records,
 
 DEADLY = {"score": "tests.end_to_end.deadly:excess_until_killed"}
 CALLS_TO_STEP_7 = 2 * 6 + 1
-"""The first of two micro-steps of step 7: killed inside an accumulation, two steps after a checkpoint."""
+"""The first of two micro-steps of step 7, so that the kill is inside an accumulation, after a checkpoint."""
 SHORT = {"train_tokens": 10 * 8 * 32, "save_interval": 5}
 
 
@@ -54,7 +54,7 @@ def test_a_killed_run_of_one_process_resumes_bitwise_without_a_launcher(corpora:
 
 
 @pytest.mark.parametrize(("stage", "backward"), [(1, "exact"), (2, "exact"), (3, "rows"), (3, "replay")])
-def test_a_killed_run_resumes_bitwise_at_the_other_stages_and_in_the_other_ways(
+def test_a_killed_run_resumes_bitwise_at_the_other_stages_and_with_each_backward(
     corpora: Path, tmp_path: Path, stage: int, backward: str
 ) -> None:
     selection = DEADLY | {"backward": backward}
@@ -78,13 +78,13 @@ AGREE = {
 
 
 def train_deadly_after_the_start(world: World, tree: dict[str, Any], mark: str) -> dict[str, Any]:
-    """Killed in step 13; no score is asked for in the first fifth of the steps."""
+    """Train, and die in step 13. The first fifth of the steps computes no score."""
     os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(2 * (12 - 4) + 1)}
     return train_in_process(world, tree)
 
 
 @pytest.mark.parametrize("selection", [TURNS, AGREE], ids=["a schedule", "an intersection"])
-def test_a_run_killed_while_its_rule_is_on_the_move_resumes_bitwise(
+def test_a_run_killed_while_its_selection_rule_changes_resumes_bitwise(
     corpora: Path, tmp_path: Path, selection: dict[str, Any]
 ) -> None:
     whole, killed = (config_tree(corpora, tmp_path / name, stage=0) | {"selection": selection} for name in ("a", "b"))
@@ -113,7 +113,7 @@ def test_a_run_killed_while_its_rule_is_on_the_move_resumes_bitwise(
 
 
 def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -> None:
-    """Die in the second checkpoint, on one rank, at one of the moments that it passes through."""
+    """Train, and die on one rank at one of the moments of writing the second checkpoint."""
     from megatron_slm.training import checkpoints
 
     owner, name, rank = {
@@ -151,7 +151,7 @@ def train_killed_while_saving(world: World, tree: dict[str, Any], moment: str) -
         ("before old checkpoints are removed", 4),
     ],
 )
-def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
+def test_a_run_killed_while_it_writes_a_checkpoint_resumes_from_the_previous_one(
     corpora: Path, tmp_path: Path, moment: str, survivor: int
 ) -> None:
     short = {"train_tokens": 4 * 8 * 32, "save_interval": 2, "keep_checkpoints": 1}
@@ -166,7 +166,7 @@ def test_a_kill_while_a_checkpoint_is_written_falls_back_to_the_one_before(
     assert not list(latest.parent.glob(".writing-*"))
 
 
-def test_a_damaged_checkpoint_is_left_for_the_one_before(corpora: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_damaged_checkpoint_resumes_from_the_previous_one(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run", stage=0)
     run_ranks(train_in_process, 1, tree)
     weights = next((tmp_path / "run" / "checkpoints" / "step_00000020").rglob("*model_states.pt"))
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(corpora: Path, tmp_path
     assert "is damaged" in (tmp_path / "run" / "log-rank0000.txt").read_text()
 
 
-def test_a_torn_manifest_or_a_lost_latest_loses_nothing(corpora: Path, tmp_path: Path) -> None:
+def test_a_truncated_manifest_or_a_missing_latest_file_loses_no_records(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run", stage=0)
     run_ranks(train_in_process, 1, tree)
     whole, folder = records(tmp_path / "run"), tmp_path / "run" / "checkpoints"
@@ -191,7 +191,7 @@ def test_a_torn_manifest_or_a_lost_latest_loses_nothing(corpora: Path, tmp_path:
     assert (folder / "latest").read_text() == "step_00000020"
 
 
-def test_without_a_whole_checkpoint_nothing_is_started_over(corpora: Path, tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_incomplete_does_not_start_over(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=2 * 8 * 32)
     run_ranks(train_in_process, 1, tree)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -214,8 +214,8 @@ def test_curves_have_each_step_once_after_a_kill_before_the_first_checkpoint(cor
     assert [scalar.step for scalar in events.Scalars("loss/all")] == list(range(1, 21))
 
 
-def test_data_and_selection_go_on_at_another_number_of_ranks(corpora: Path, tmp_path: Path) -> None:
-    """Stage 0 keeps whole weights, so its runs show it: 10 steps on 2 ranks and 10 on 1 are 20 on 1."""
+def test_data_and_selection_continue_on_another_number_of_ranks(corpora: Path, tmp_path: Path) -> None:
+    """At stage 0, whose checkpoints any number of ranks can load, 10 steps on 2 ranks and 10 on 1 equal 20 on 1."""
     one, other = (config_tree(corpora, tmp_path / name, stage=0) for name in ("a", "b"))
     one["training"]["micro_batch_size"] = 4
     run_ranks(train_in_process, 1, one)
@@ -230,7 +230,7 @@ def test_data_and_selection_go_on_at_another_number_of_ranks(corpora: Path, tmp_
 
 
 def train_half(world: World, tree: dict[str, Any]) -> None:
-    """Stop after the checkpoint of step 10."""
+    """Train, and stop after the checkpoint of step 10."""
     from megatron_slm.build.run import build_run
     from megatron_slm.config import parse_config
 
@@ -250,22 +250,22 @@ def train_half(world: World, tree: dict[str, Any]) -> None:
     raise AssertionError("the run went past step 10")
 
 
-def test_a_longer_run_says_how_its_learning_rate_moves(corpora: Path, tmp_path: Path) -> None:
+def test_a_longer_run_logs_how_its_learning_rate_changes(corpora: Path, tmp_path: Path) -> None:
     short = config_tree(corpora, tmp_path / "run", stage=0, train_tokens=2 * 8 * 32, micro_batch_size=4)
     config = str(write_config(tmp_path / "run.yaml", short))
     assert run_ranks(command_line, 1, "train", config)[0][0] == 0
-    status, heard = run_ranks(command_line, 1, "train", config, f"training.train_tokens={4 * 8 * 32}")[0]
-    assert status == 0, heard
+    status, output = run_ranks(command_line, 1, "train", config, f"training.train_tokens={4 * 8 * 32}")[0]
+    assert status == 0, output
     rates = [record["lr"] for record in records(tmp_path / "run")]
     assert rates[1] == 0 and rates[2] > 0
-    assert f"learning rate of step 3 is {rates[2]:.3g};" in heard
-    # Resumed once more with the same length, nothing moves.
+    assert f"learning rate of step 3 is {rates[2]:.3g};" in output
+    # Resumed once more with the same length, the learning rate does not change.
     again = run_ranks(command_line, 1, "train", config, "training.train_tokens=1024")[0][1]
     assert "learning rate of step" not in again
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
-def test_paths_with_characters_of_patterns_are_paths(corpora: Path, tmp_path: Path, stage: int) -> None:
+def test_glob_characters_in_paths_are_literal(corpora: Path, tmp_path: Path, stage: int) -> None:
     folder = tmp_path / "a[b] *?"
     shutil.copytree(corpora, folder / "corpora [1]")
     tree = config_tree(folder / "corpora [1]", folder / "run [1]", stage, **SHORT)

@@ -411,9 +411,9 @@ BAD_STORES: dict[str, tuple[Change, str]] = {
     "not completed": (_remove_manifest, "holds no manifest.json"),
     "corrupted": (_flip, "books.scores, but it is corrupted: the values of its tokens 0 to 4095"),
     "of other tokens": (_other_corpus, r"it holds no scores of .*web, only of .*books, .*held_out"),
-    "of another tokenizer": (_other_tokenizer, "its tokens are of a different tokenizer"),
-    "of another model": (_other_model, r"the weights of reference.path .*changed differ"),
-    "imported, beside a model": (_imported, "scores of no model, but imported, and the weights of reference.path"),
+    "of another tokenizer": (_other_tokenizer, "it was scored with a different tokenizer"),
+    "of another model": (_other_model, r"the weights of reference.path .*changed"),
+    "imported, beside a model": (_imported, "scores from imported files, not from a model with"),
     "beside a model of the hub that is not here": (_hub_name, "reference.path is nobody/nothing, but it cannot"),
     "without entropies": (_entropy, "it holds no entropy"),
 }
@@ -432,8 +432,8 @@ def test_a_store_that_does_not_belong_is_refused(
 
 
 PACKED_CHANGES = {
-    "another seed": ({"seed": 5}, "of another order of samples"),
-    "another length": ({"data": {"seq_length": 16}}, "of another order of samples"),
+    "another seed": ({"seed": 5}, "another order of samples"),
+    "another length": ({"data": {"seq_length": 16}}, "another order of samples"),
     "attention within documents": ({"data": {"reset_attention": True}}, "data.reset_attention=false"),
     "a longer run": ({"training": {"train_tokens": 40 * 8 * 32}, "data": {"order_tokens": 20 * 8 * 32}}, "ends after"),
 }

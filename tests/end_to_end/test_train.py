@@ -1,4 +1,4 @@
-"""The command line, whole: launchers, records, evaluation, export."""
+"""Whole runs from the command line: launchers, records, evaluation, export."""
 
 import json
 import os
@@ -31,13 +31,13 @@ ALWAYS += ("loss/all", "lr", "grad_norm", "mfu")
 
 @pytest.fixture(scope="module")
 def run(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished selective run on two ranks."""
+    """Return the run directory of a finished selective run on two ranks."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     run_ranks(train_in_process, 2, config_tree(corpora, folder))
     return folder
 
 
-def test_a_run_directory_explains_itself(run: Path) -> None:
+def test_a_run_directory_holds_its_configuration_environment_records_and_checkpoints(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     expected = {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "log-rank0001.txt"}
     assert expected <= names
@@ -45,7 +45,7 @@ def test_a_run_directory_explains_itself(run: Path) -> None:
     assert (run / "checkpoints" / "latest").read_text() == "step_00000020"
 
 
-def test_records_hold_the_keys_of_the_contract(run: Path) -> None:
+def test_records_hold_the_documented_keys(run: Path) -> None:
     lines = records(run)
     assert [record["step"] for record in lines] == list(range(1, 21))
     for record in lines:
@@ -74,7 +74,7 @@ def test_tensorboard_shows_the_records(run: Path) -> None:
 
 
 def exported_losses(world: World, folder: str, corpora: str, tied: bool) -> dict[str, float]:
-    """Evaluate an exported folder as a stranger would: `from_pretrained`, full logits, windows of the stream."""
+    """Evaluate an exported folder without this package: `from_pretrained`, full logits, windows of the stream."""
     import numpy as np
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,7 +90,7 @@ def exported_losses(world: World, folder: str, corpora: str, tied: bool) -> dict
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_exported_folder_loads_to_the_evaluated_loss(corpora: Path, tmp_path: Path, tied: bool, run: Path) -> None:
+def test_an_exported_folder_has_the_evaluated_loss(corpora: Path, tmp_path: Path, tied: bool, run: Path) -> None:
     if tied:
         ended = megatron_slm("export", str(run), str(tmp_path / "out"))
         assert ended.returncode == 0, ended.stderr
@@ -139,7 +139,7 @@ def test_the_deepspeed_launcher_trains(corpora: Path, tmp_path: Path) -> None:
 
 
 def train_as_a_task(world: World, job: str, config: str) -> tuple[int, str]:
-    """As srun starts it: one process a task, and nothing but SLURM's variables."""
+    """Train as a task of srun, with no variables but Slurm's."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     os.environ |= {"SLURM_JOB_ID": job, "SLURM_STEP_ID": "0", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}
@@ -148,15 +148,15 @@ def train_as_a_task(world: World, job: str, config: str) -> tuple[int, str]:
 
 
 def test_srun_trains(corpora: Path, tmp_path: Path) -> None:
-    """The number of the job, from which the port follows, is that of nobody else here."""
+    """The job id, from which the port follows, is the process id, so that no other test uses the same port."""
     config = str(write_config(tmp_path / "run.yaml", config_tree(corpora, tmp_path / "run", train_tokens=8 * 32)))
-    for status, heard in run_ranks(train_as_a_task, 2, str(os.getpid()), config):
-        assert status == 0, heard
+    for status, output in run_ranks(train_as_a_task, 2, str(os.getpid()), config):
+        assert status == 0, output
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["starts"][0]["ranks"] == 2
 
 
 def train_on_poison(world: World, tree: dict[str, Any], what: str, step: int) -> str:
-    """Train with a student that gives one NaN in a step: in the loss of rank 1, or in its gradient."""
+    """Train with a student that returns one NaN on rank 1 in a step, in the loss or in its gradient."""
     from megatron_slm.models import student as exact
     from megatron_slm.models.causal_lm import score_batch
 
@@ -180,7 +180,7 @@ def train_on_poison(world: World, tree: dict[str, Any], what: str, step: int) ->
     return ""
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_where(corpora: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_samples(corpora: Path, tmp_path: Path) -> None:
     tree = config_tree(corpora, tmp_path / "run", train_tokens=5 * 8 * 32, save_interval=2)
     for sentence in run_ranks(train_on_poison, 2, tree, "loss", 4):
         assert "loss is not finite, but step 4" in sentence and "rank 1, samples [26, 27]" in sentence

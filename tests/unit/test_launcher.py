@@ -1,4 +1,4 @@
-"""The rank of a process by the variables of each launcher, and the sets of variables that are refused."""
+"""The rank of a process from the variables of each launcher, and the sets of variables that are errors."""
 
 import pytest
 
@@ -35,9 +35,9 @@ def test_rank_0_runs_on_the_first_host_of_slurms_list(hosts: str, first: str) ->
     assert first_host(hosts) == first
 
 
-def test_torchrun_is_taken_at_its_word() -> None:
+def test_the_variables_of_torchrun_come_first() -> None:
     assert launcher_variables(TORCHRUN) == TORCHRUN
-    # Also inside of what started it: one torchrun per node, by srun or mpirun.
+    # Also if srun or mpirun started one torchrun per node.
     assert launcher_variables(TORCHRUN | TASK | OPEN_MPI) == TORCHRUN
 
 
@@ -46,7 +46,7 @@ def test_a_task_of_srun_is_a_rank() -> None:
     assert meeting(TASK) == ("10.0.0.1", str(20000 + (50007 + 2 * 7919) % 20000))
     assert meeting(TASK | {"SLURM_STEP_NODELIST": "gpu[007-009,12]"})[0] == "gpu007"
     assert meeting(TASK | {"MASTER_ADDR": "h", "SLURM_STEP_NODELIST": "n1"})[0] == "h"
-    # srun --mpi=pmi2 describes the rank in its own words too.
+    # srun --mpi=pmi2 also sets PMI's variables.
     assert place(TASK | {"PMI_RANK": "9", "PMI_SIZE": "16"}) == ("9", "16", "1")
 
 
@@ -56,13 +56,13 @@ def test_a_process_of_mpirun_is_a_rank(mpi: dict[str, str]) -> None:
     assert place(one_host) == ("3", "4", "1")
     assert meeting(one_host)[0] == "127.0.0.1"
     assert meeting(mpi | {"MASTER_ADDR": "h", "MASTER_PORT": "7"}) == ("h", "7")
-    # Under Slurm, mpirun starts its daemons by srun: their variables are not the ranks'.
+    # Under Slurm, mpirun starts its daemons with srun, whose variables do not describe the ranks.
     daemon = TASK | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     assert place(daemon | mpi | {"MASTER_ADDR": "h"}) == ("3", "4", "1")
     assert not is_main_process(daemon | mpi)
 
 
-def test_the_deepspeed_launcher_gives_the_number_of_ranks_to_mpich() -> None:
+def test_under_mpich_the_deepspeed_launcher_sets_the_number_of_ranks() -> None:
     exported = {"PMI_RANK": "3", "MPI_LOCALRANKID": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
     assert place(exported) == ("3", "4", "1")
 
@@ -110,7 +110,7 @@ INCOMPLETE = {
 
 
 @pytest.mark.parametrize("mistake", INCOMPLETE)
-def test_an_incomplete_set_of_variables_never_makes_one_process_alone(mistake: str) -> None:
+def test_an_incomplete_set_of_variables_is_an_error(mistake: str) -> None:
     environment, variable, reason = INCOMPLETE[mistake]
     with pytest.raises(UserError) as caught:
         launcher_variables(environment)

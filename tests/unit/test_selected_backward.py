@@ -69,7 +69,7 @@ def make_module(family: str, dtype: torch.dtype = torch.float64) -> CausalLM:
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(tiny_config(family, **FAMILIES[family]), attn_implementation="sdpa")
     if family == "olmoe":
-        lm.set_experts_implementation("eager")  # the fused one knows no float64
+        lm.set_experts_implementation("eager")  # the fused experts do not support float64
     return CausalLM(lm.to(dtype).train(), head_chunk=11)
 
 
@@ -163,14 +163,14 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_gradient_is_that_of_autograd_with_all_other_rows_detached(way: str, family: str) -> None:
+def test_the_gradient_equals_that_of_autograd_with_all_other_rows_detached(way: str, family: str) -> None:
     module, batch = make_module(family), make_batch()
     weights = some_weights(batch, 0.5)
     assert_same(gradient(module, way, batch, weights), detached(module, batch, weights))
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_where_all_valid_tokens_are_selected_the_gradient_is_exact(way: str) -> None:
+def test_the_gradient_is_exact_if_all_valid_tokens_are_selected(way: str) -> None:
     module, batch = make_module("qwen3"), make_batch()
     weights = some_weights(batch, 1.1)
     assert_same(gradient(module, way, batch, weights), gradient(module, "exact", batch, weights))
@@ -191,7 +191,7 @@ def test_the_gradient_is_exact_in_the_last_layer_and_approximate_below(way: str)
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("empty", [(0,), (1, 2), (0, 1, 2)], ids=str)
-def test_sequences_without_a_selected_token_add_nothing(way: str, empty: tuple[int, ...]) -> None:
+def test_sequences_without_a_selected_token_do_not_change_the_gradient(way: str, empty: tuple[int, ...]) -> None:
     module, batch = make_module("llama"), make_batch()
     weights = some_weights(batch, 0.4, empty)
     found = gradient(module, way, batch, weights)
@@ -209,7 +209,7 @@ def test_packed_documents_do_not_attend_to_each_other(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["exact", *WAYS])
-def test_a_forward_that_was_not_kept_is_run_again_with_the_same_gradient(way: str) -> None:
+def test_a_forward_that_was_not_kept_is_repeated_with_the_same_gradient(way: str) -> None:
     module, batch = make_module("llama"), make_batch()
     weights = some_weights(batch, 0.5)
     assert_same(gradient(module, way, batch, weights, keep=False), gradient(module, way, batch, weights))
@@ -236,7 +236,7 @@ def test_the_bf16_gradient_is_the_float64_one_up_to_rounding(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_scores_are_those_of_the_exact_student(way: str) -> None:
+def test_scores_equal_those_of_the_exact_student(way: str) -> None:
     module, batch = make_module("llama"), make_batch()
     expected = student_of("exact", module).score(batch, ("entropy",), keep=False)[0]
     found = student_of(way, module).score(batch, ("entropy",), keep=True)[0]
@@ -351,7 +351,7 @@ def test_a_tape_is_freed_before_the_next_pool_is_scored_and_before_the_update(wa
         gc.enable()
 
 
-def test_the_backward_of_rows_multiplies_the_selected_rows_alone() -> None:
+def test_rows_gathers_and_scatters_the_selected_rows_only() -> None:
     rows = Rows(make_batch().position_ids_BT, None)
     mask = torch.rand(SEQUENCES, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.3
     rows.select(mask)
@@ -414,7 +414,7 @@ def test_an_unusual_attention_is_refused_by_replay_and_not_packed_by_rows() -> N
 
 
 @pytest.mark.parametrize("family", ["phimoe", "qwen2_moe"])
-def test_a_window_that_is_no_argument_of_attention_is_found_in_sequences_beyond_it(family: str) -> None:
+def test_a_window_that_is_not_passed_to_attention_is_detected_in_longer_sequences(family: str) -> None:
     options = {"num_local_experts": 4, "num_key_value_heads": 2, "sliding_window": LENGTH - 8}
     options |= {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4} if family == "qwen2_moe" else {}
     module = fresh_module(family, **options)
@@ -422,7 +422,7 @@ def test_a_window_that_is_no_argument_of_attention_is_found_in_sequences_beyond_
     assert learner_of("rows", module)._packed is None
 
 
-def test_a_model_that_counts_positions_itself_is_refused_by_replay() -> None:
+def test_a_model_that_ignores_position_ids_is_refused_by_replay() -> None:
     module = fresh_module("marian")
     refused_learner("replay", module, "position_ids")
 
@@ -434,7 +434,7 @@ def test_a_model_that_reads_the_name_of_its_kernel_is_refused() -> None:
     refused_learner("rows", module, "reads the name")
 
 
-def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
+def test_a_linear_with_its_own_forward_keeps_it() -> None:
     module, batch = make_module("llama"), make_batch()
 
     class Scaled(nn.Linear):
@@ -449,7 +449,7 @@ def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
     assert down.forward is own
 
 
-def test_replay_runs_a_model_that_takes_a_view_of_its_attention() -> None:
+def test_replay_supports_a_model_that_views_the_output_of_its_attention() -> None:
     learner_of("replay", fresh_module("afmoe", num_key_value_heads=2, head_dim=8, num_experts=4, num_dense_layers=2))
 
 
@@ -467,7 +467,7 @@ def test_the_backward_of_rows_costs_the_selected_share(family: str) -> None:
     assert cost("rows") < 0.4 * cost("exact")
 
 
-def test_linears_use_their_own_backward_for_rows_in_another_order() -> None:
+def test_linears_whose_input_has_another_order_of_rows_use_their_own_backward() -> None:
     module, batch = make_module("llama"), make_batch()
     mlp = module.lm.model.layers[0].mlp
     mlp.forward = lambda hidden: type(mlp).forward(mlp, hidden.flatten(0, 1).flip(0)).flip(0).view_as(hidden)
@@ -475,7 +475,7 @@ def test_linears_use_their_own_backward_for_rows_in_another_order() -> None:
     assert_same(gradient(module, "rows", batch, weights), detached(module, batch, weights))
 
 
-def test_kept_keys_and_values_do_not_hold_the_memory_of_fused_queries() -> None:
+def test_kept_keys_and_values_do_not_retain_the_memory_of_fused_queries() -> None:
     for family in ("gpt2", "phi3"):
         module, batch = make_module(family) if family in FAMILIES else fresh_module(family), make_batch()
         student = student_of("replay", module)
@@ -485,7 +485,7 @@ def test_kept_keys_and_values_do_not_hold_the_memory_of_fused_queries() -> None:
         assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == sum(tensor.nbytes for tensor in kept)
 
 
-def test_an_attention_outside_of_the_registry_is_refused() -> None:
+def test_an_attention_that_is_not_registered_is_refused() -> None:
     module = make_module("llama")
     module.lm.config._attn_implementation = "eager"
     with pytest.raises(UserError) as caught:
