@@ -1,6 +1,8 @@
 """Errors that the user can correct, as data: the setting, its value, the reason and the remedy."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +47,28 @@ class UserError(ValueError):
 
 class AgreedError(UserError):
     """A user error that every rank raises; only rank 0 prints it."""
+
+
+@dataclass
+class Mistakes:
+    """The user errors of several checks, collected so that all of them are reported at once."""
+
+    errors: list[UserError] = field(default_factory=list)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep a UserError that the block raises, and continue after the block."""
+        try:
+            yield
+        except UserError as error:
+            if error.args not in [other.args for other in self.errors]:
+                self.errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise the errors that were kept, if any, as one UserError."""
+        if self.errors:
+            first, *others = self.errors
+            raise UserError(*first.args, *others)
 
 
 def agreed(work: Callable[[], T]) -> T:

@@ -201,7 +201,7 @@ def _weights_of_stages_1_and_2(
 
 
 def _refuse_rest(held: list[Extent], used: int, alignment: int) -> None:
-    """Raise a UserError if numbers other than padding are left over: the layout is not the one that this file reads."""
+    """Raise a ValueError if more than padding is left over: the layout is not the one that this file reads."""
     there = sum(part.numel for part in held)
     if -(-there // alignment) != -(-used // alignment):
         raise ValueError(f"the checkpoint holds {there} numbers in a group of which {used} were expected")

@@ -114,7 +114,7 @@ def make_samples(data: DataSettings, seed: int, corpora: Corpora, plan: Plan, ca
         corpora.train,
         seed=seed,
         order_tokens=data.order_tokens or 0,
-        total_samples=plan.total_steps * plan.samples_per_step,
+        total_samples=plan.total_samples,
         cache=agree(lambda: _make_cache_folder(data.cache, cache)),
         world=world,
         kept=corpora.kept,

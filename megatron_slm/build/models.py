@@ -14,9 +14,9 @@ from megatron_slm.errors import UserError
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.checks import check_dropout, check_dropout_settings, check_head, check_length, check_packing
 from megatron_slm.models.configuration import model_config
-from megatron_slm.models.pretrained import load_pretrained
+from megatron_slm.models.pretrained import load_pretrained, refuse_untied_files
 from megatron_slm.models.router import check_own_losses, find_router_loss
-from megatron_slm.models.sparse_backward.attention import open_attention, packed_attention
+from megatron_slm.models.sparse_backward.attention import open_attention, packed_attention, require_registered
 from megatron_slm.models.sparse_backward.checks import (
     check_attention,
     check_opening,
@@ -51,6 +51,28 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     if config.objective == "slm":
         check_dropout_settings(hf_config)
     return hf_config
+
+
+def refuse_unregistered_attention(config: Config) -> None:
+    """Raise an error for an attention kernel that the sparse backward does not support.
+
+    If no kernel is named, Hugging Face chooses one when the model is loaded, and it is checked then.
+    """
+    kernel = config.model.attn_implementation
+    if config.objective == "slm" and config.selection.backward != "exact" and kernel is not None:
+        require_registered(kernel, "the student")
+
+
+def checked_student(config: Config, corpora: Corpora) -> PretrainedConfig:
+    """Return `student_config`, after checking that a folder whose weights are tied does not hold two of them.
+
+    Raises:
+        UserError: as `student_config`, or the two weights of the folder differ.
+    """
+    student = student_config(config, corpora)
+    if config.model.path is not None:
+        refuse_untied_files(student, config.model.path, config.model.trust_remote_code)
+    return student
 
 
 def make_backend(config: Config, world: World) -> Backend:

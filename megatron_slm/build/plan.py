@@ -7,6 +7,8 @@ from megatron_slm.build.corpora import Corpora
 from megatron_slm.config import Config
 from megatron_slm.data.samples import tokens_per_epoch
 from megatron_slm.errors import UserError
+from megatron_slm.run_directory import RunDirectory
+from megatron_slm.training.checkpoints import saved_steps
 from megatron_slm.training.optimizer import learning_rate
 from megatron_slm.training.settings import TrainingSettings
 from megatron_slm.training.state import Plan
@@ -70,8 +72,28 @@ def learning_rate_at(training: TrainingSettings, plan: Plan, tokens: int) -> flo
     )
 
 
-def schedule_warning(before: tuple[Config, Plan], now: tuple[Config, Plan], step: int) -> str | None:
-    """Return a warning if a run that resumes after `step` steps has another length, which changes its schedules."""
+def schedule_warning(
+    config: Config, plan: Plan, corpora: Corpora, directory: RunDirectory, device: str, rollback: int | None
+) -> str | None:
+    """Return a warning if the run resumes with another length than it had, which changes its schedules.
+
+    Args:
+        config, plan: resolved.
+        corpora: of the run.
+        directory: its run directory.
+        device: type of the device, `cpu` or `cuda`.
+        rollback: step of the checkpoint to resume from; None for the newest.
+    """
+    stored, steps = directory.stored(), saved_steps(directory.checkpoints)
+    if stored is None or not steps:
+        return None
+    # The defaults of a stored configuration are resolved, so the kind of its store has no effect.
+    before = settle(stored, corpora, device, reads_document_store=False)
+    return _changed_schedules(before, (config, plan), steps[-1] if rollback is None else rollback)
+
+
+def _changed_schedules(before: tuple[Config, Plan], now: tuple[Config, Plan], step: int) -> str | None:
+    """Return the warning for a run that resumes after `step` steps; None if its schedules stay as they were."""
     (old, old_plan), (config, plan) = before, now
     if old_plan.total_steps == plan.total_steps or step == 0:
         return None

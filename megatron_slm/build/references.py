@@ -15,16 +15,20 @@ from megatron_slm.build.corpora import Corpora, require_tokenizer
 from megatron_slm.build.models import frozen_model
 from megatron_slm.config import Config
 from megatron_slm.data.corpus import Corpus
+from megatron_slm.data.loader import position_after
+from megatron_slm.data.samples import order_fingerprint
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.data.tokenizer import TokenizerIdentity
-from megatron_slm.dist import agree, gather_objects
+from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.models.checks import check_length
-from megatron_slm.models.pretrained import pretrained_config, weights_fingerprint
+from megatron_slm.models.pretrained import pretrained_config, refuse_pickles, weights_fingerprint
 from megatron_slm.reference.references import LiveReference, MixedReference, NoReference, Reference, StoredReference
 from megatron_slm.reference.settings import PartSettings
 from megatron_slm.reference.store import ORDER, ScoreFile, Store, open_store
+from megatron_slm.selection.rule import Rule
 from megatron_slm.signals import COLUMNS, columns_of
+from megatron_slm.training.state import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +81,6 @@ def check_reference(settings: PartSettings, corpora: Corpora, seq_length: int) -
     model = pretrained_config(path, "reference", settings.trust_remote_code)
     check_length(model, "reference", seq_length)
     return CheckedReference(settings, model=model)
-
-
-def refuse_pickles(setting: str, path: str | None) -> None:
-    """Raise a UserError if a model's folder holds no `*.safetensors`; loading would refuse it, but later."""
-    if path and Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
-        raise UserError(f"{setting}.path", path, "it holds no *.safetensors", "Save the model as safetensors")
 
 
 def self_reference_warning(references: Sequence[CheckedReference], config: Config) -> str | None:
@@ -149,6 +147,26 @@ def stored_reference(
     else:
         files = document_files(store, corpora.train)
     return StoredReference(files, manifest.columns, manifest.kind == "packed")
+
+
+def planned_order(config: Config, plan: Plan, corpora: Corpora) -> Order:
+    """Return the order of samples that a store of kind `packed` must hold."""
+    data = config.data
+    fingerprint = order_fingerprint(data, corpora.train, config.seed, data.order_tokens or 0, corpora.kept)
+    return Order(fingerprint, position_after(data.skip_samples, 0, plan.total_samples))
+
+
+def with_signals(
+    config: Config, reference: CheckedReference, corpora: Corpora, order: Order, rule: Rule | None, world: World
+) -> CheckedReference:
+    """Add the signals of a reference that is a store, after checking that they are those of this run."""
+    if reference.store is None:
+        return reference
+    # Rank 0 only: hashing the weights takes long, and all ranks would read the same files.
+    if world.is_main and config.reference is not None and config.reference.path is not None:
+        refuse_other_model(reference.store, config.reference.path)
+    needs = rule.needs if rule is not None else ()
+    return replace(reference, signals=stored_reference(reference.store, config.data, corpora, order, needs))
 
 
 def refuse_other_model(store: Store, path: str) -> None:

@@ -136,7 +136,7 @@ def _data_lines(config: Config, corpora: Corpora) -> list[str]:
 def _plan_lines(config: Config, plan: Plan, corpora: Corpora, world: World) -> list[str]:
     training = config.training
     micro_steps = accumulation_steps(plan.global_batch_size, training.micro_batch_size, world.data.size)
-    read = plan.total_steps * plan.samples_per_step * plan.seq_length
+    read = plan.total_samples * plan.seq_length
     passes = read / tokens_per_epoch(config.data, corpora.train, corpora.kept)
     candidates = f", the best of {plan.samples_per_step} candidates" if plan.candidates > 1 else ""
     checkpointed = ", activations checkpointed" if training.activation_checkpointing == "full" else ""

@@ -52,7 +52,7 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         # Rank 0 alone hashes the weights.
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
-        end = position_after(config.data.skip_samples, 0, plan.total_steps * plan.samples_per_step)
+        end = position_after(config.data.skip_samples, 0, plan.total_samples)
         journal = Journal(staging, _deciding_settings(config, settings, manifest, corpora, end))
         # Opened before the model is loaded, so that unfinished work with other settings is refused at once.
         writer = open_writer(manifest, staging, journal, world)

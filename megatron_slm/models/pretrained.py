@@ -62,6 +62,12 @@ def load_pretrained(path: str, setting: str, trust_remote_code: bool, **options:
     return model
 
 
+def refuse_pickles(setting: str, path: str | None) -> None:
+    """Raise a UserError if a model's folder holds no `*.safetensors`; loading would refuse it, but later."""
+    if path and Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
+        raise UserError(f"{setting}.path", path, "it holds no *.safetensors", "Save the model as safetensors")
+
+
 def refuse_untied_files(config: PretrainedConfig, path: str, trust_remote_code: bool) -> None:
     """Raise the UserError of `load_pretrained` about tied weights, without loading the model of a local folder.
 

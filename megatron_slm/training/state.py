@@ -37,6 +37,11 @@ class Plan:
         """Samples that a step reads, over all ranks: candidates, of which some are trained on."""
         return self.global_batch_size * self.candidates
 
+    @property
+    def total_samples(self) -> int:
+        """Samples that the run reads, over all ranks."""
+        return self.total_steps * self.samples_per_step
+
 
 @dataclass(frozen=True)
 class Requested:
