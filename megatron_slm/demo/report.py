@@ -103,7 +103,7 @@ def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, s
     `names` and `held_out` hold the titles of runs and evaluation sets by name.
     """
     columns = [f"{title}: {unit}" for title in held_out.values() for unit in ("loss", "bits/byte")]
-    lines = [f"| run | tokens that count | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    lines = [f"| run | tokens in the loss | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, title in names.items():
         last = run_records(runs, name)[-1]
         figures = [last[f"eval/{key}/{unit}"] for key in held_out for unit in ("loss", "bits_per_byte")]

@@ -29,7 +29,7 @@ class StoredLosses(NamedTuple):
 class DocumentExcess(NamedTuple):
     """The excess loss (base minus reference) of the D documents of one corpus; see `document_excess`.
 
-    total_D  float64 `[D]`: sum over the document's tokens that count, in nats
+    total_D  float64 `[D]`: sum over the document's tokens that count toward the loss, in nats
     count_D  int64 `[D]`: number of these tokens
     """
 
