@@ -11,7 +11,7 @@ from megatron_slm import score
 from tests.gloo import run_ranks
 from tests.steps import LENGTH, Case, assert_same_run, continued_length, flat, flipped, run_steps, valid_length
 
-TEN = Case(steps=10)
+SIX = Case(steps=6)
 
 
 def on_ranks(world_size: int, case: Case) -> dict:
@@ -25,19 +25,19 @@ def on_ranks(world_size: int, case: Case) -> dict:
 
 
 @cache
-def ten_steps(world_size: int, micro_batch_size: int, pool: str = "micro_step") -> dict:
-    return on_ranks(world_size, replace(TEN, micro_batch_size=micro_batch_size, pool=pool))
+def six_steps(world_size: int, micro_batch_size: int, pool: str = "micro_step") -> dict:
+    return on_ranks(world_size, replace(SIX, micro_batch_size=micro_batch_size, pool=pool))
 
 
 @pytest.mark.parametrize("pool", ["micro_step", "step"])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_do_not_change_the_run(world_size: int, pool: str) -> None:
-    assert_same_run(ten_steps(1, 4, pool), ten_steps(world_size, 4 // world_size, pool))
+    assert_same_run(six_steps(1, 4, pool), six_steps(world_size, 4 // world_size, pool))
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_accumulation_does_not_change_a_run_that_pools_the_step(micro_batch_size: int) -> None:
-    assert_same_run(ten_steps(1, 4, "step"), ten_steps(2, micro_batch_size, "step"))
+    assert_same_run(six_steps(1, 4, "step"), six_steps(2, micro_batch_size, "step"))
 
 
 def test_three_ranks_share_six_samples() -> None:
@@ -47,7 +47,7 @@ def test_three_ranks_share_six_samples() -> None:
 
 @pytest.mark.parametrize("stage", [None, 0, 1, 2])
 def test_stages_and_the_plain_backend_do_what_zero_3_does(stage: int | None) -> None:
-    assert_same_run(ten_steps(2, 2), on_ranks(2, replace(TEN, micro_batch_size=2, stage=stage)))
+    assert_same_run(six_steps(2, 2), on_ranks(2, replace(SIX, micro_batch_size=2, stage=stage)))
 
 
 def test_a_replicated_reference_scores_as_a_sharded_one() -> None:

@@ -13,31 +13,38 @@ import torch
 from megatron_slm.dist import World
 from tests.end_to_end.test_bad_input import command_line
 from tests.gloo import RankError, run_ranks
-from tests.runs import assert_bitwise_equal, config_tree, megatron_slm, records, train_in_process, write_config
+from tests.runs import (
+    LLAMA,
+    assert_bitwise_equal,
+    config_tree,
+    megatron_slm,
+    records,
+    train_in_process,
+    write_config,
+)
 
 DEADLY = {"score": "tests.end_to_end.deadly:excess_until_killed"}
-CALLS_TO_STEP_7 = 2 * 6 + 1
-"""The first of two micro-steps of step 7, so that the kill is inside an accumulation, after a checkpoint."""
-SHORT = {"train_tokens": 10 * 8 * 32, "save_interval": 5}
+CALLS_TO_STEP_5 = 2 * 4 + 1
+"""The first of two micro-steps of step 5: killed inside an accumulation, one step after the checkpoint of step 3."""
+SHORT = {"train_tokens": 6 * 8 * 32, "save_interval": 3}
 
 
 def train_deadly(world: World, tree: dict[str, Any], mark: str) -> dict[str, Any]:
-    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_7)}
+    os.environ |= {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_5)}
     return train_in_process(world, tree)
 
 
 def test_a_killed_run_resumes_bitwise_under_torchrun(corpora: Path, tmp_path: Path) -> None:
     whole, killed = (config_tree(corpora, tmp_path / name, **SHORT) | {"selection": DEADLY} for name in ("a", "b"))
-    environment = {"DEADLY_MARK": str(tmp_path / "mark"), "DEADLY_CALL": str(CALLS_TO_STEP_7)}
-    config = str(write_config(tmp_path / "b.yaml", killed))
-    first = megatron_slm("train", config, ranks=2, **environment)
-    assert first.returncode != 0 and (tmp_path / "mark").exists()
-    assert max(record["step"] for record in records(tmp_path / "b")) == 6
-    second = megatron_slm("train", config, ranks=2, **environment)
-    assert second.returncode == 0, second.stderr
-    assert [record["step"] for record in records(tmp_path / "b")] == list(range(1, 11))
-    run_ranks(train_deadly, 2, whole, environment["DEADLY_MARK"])
-    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 10)
+    mark = str(tmp_path / "mark")
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(train_deadly, 2, killed, mark)
+    assert max(record["step"] for record in records(tmp_path / "b")) == 4
+    ended = megatron_slm("train", str(write_config(tmp_path / "b.yaml", killed)), ranks=2, DEADLY_MARK=mark)
+    assert ended.returncode == 0, ended.stderr
+    assert [record["step"] for record in records(tmp_path / "b")] == list(range(1, 7))
+    run_ranks(train_deadly, 2, whole, mark)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 6)
 
 
 def test_a_killed_run_of_one_process_resumes_bitwise_without_a_launcher(corpora: Path, tmp_path: Path) -> None:
@@ -46,11 +53,11 @@ def test_a_killed_run_of_one_process_resumes_bitwise_without_a_launcher(corpora:
     mark = str(tmp_path / "mark")
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(train_deadly, 1, killed, mark)
-    assert max(record["step"] for record in records(tmp_path / "b")) == 6
+    assert max(record["step"] for record in records(tmp_path / "b")) == 4
     ended = megatron_slm("train", str(write_config(tmp_path / "b.yaml", killed)), DEADLY_MARK=mark)
     assert ended.returncode == 0, ended.stderr
     run_ranks(train_deadly, 1, whole, mark)
-    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 10)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 6)
 
 
 @pytest.mark.parametrize(("stage", "backward"), [(1, "exact"), (2, "exact"), (3, "rows"), (3, "replay")])
@@ -59,14 +66,15 @@ def test_a_killed_run_resumes_bitwise_at_the_other_stages_and_with_each_backward
 ) -> None:
     selection = DEADLY | {"backward": backward}
     whole, killed = (
-        config_tree(corpora, tmp_path / name, stage, **SHORT) | {"selection": selection} for name in ("a", "b")
+        config_tree(corpora, tmp_path / name, stage, **SHORT) | {"selection": selection, "model": {"config": LLAMA}}
+        for name in ("a", "b")
     )
     mark = str(tmp_path / "mark")
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(train_deadly, 2, killed, mark)
     run_ranks(train_deadly, 2, killed, mark)
     run_ranks(train_deadly, 2, whole, mark)
-    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 10)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 6)
 
 
 TURNS = {"start": 0.2, "schedule": "linear", "schedule_tokens": 12 * 256, "ratio": 0.3} | DEADLY
@@ -274,6 +282,6 @@ def test_glob_characters_in_paths_are_literal(corpora: Path, tmp_path: Path, sta
     half = (f"training.train_tokens={5 * 8 * 32}", f"data.order_tokens={10 * 8 * 32}", "training.schedule=constant")
     for arguments in (half, half[1:]):
         assert run_ranks(command_line, 1, "train", config, *arguments)[0][0] == 0
-    assert [record["step"] for record in records(folder / "run [1]")] == list(range(1, 11))
+    assert [record["step"] for record in records(folder / "run [1]")] == list(range(1, 7))
     assert run_ranks(command_line, 1, "export", str(folder / "run [1]"), str(folder / "out [1]"))[0][0] == 0
     assert (folder / "out [1]" / "model.safetensors").exists()
