@@ -37,6 +37,14 @@ PRELOADED = [
     "megatron_slm.backend.deepspeed",
     "megatron_slm.models.causal_lm",
     "megatron_slm.build.run",
+    # Libraries import these late, and every rank would do it again.
+    "transformers.models.auto.tokenization_auto",
+    "megatron.core.datasets.helpers",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "tests.warm",
 ]
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",

@@ -15,18 +15,18 @@ from megatron_slm.run_directory import HEADER
 from tests.end_to_end.test_dry_run import shown
 from tests.end_to_end.test_score import score_in_process
 from tests.gloo import RankError, run_ranks
-from tests.runs import assert_bitwise_equal, config_tree, records, train_in_process, write_config
+from tests.runs import LLAMA, assert_bitwise_equal, config_tree, records, train_in_process, write_config
 
 TIMES, TOKENS = 3, 8 * 32
 """Candidates a sample, and tokens of a step that are trained on."""
 
 
 def candidates_tree(corpora: Path, run_dir: Path, times: int = TIMES, **training: Any) -> dict[str, Any]:
-    """A run of 10 steps that warms up for 3, and whose ratio moves for 5."""
+    """A run of 10 steps that warms up for 3, whose ratio moves for 5, and whose student is as large as the reference."""
     length = {"train_tokens": 10 * TOKENS, "warmup_tokens": 3 * TOKENS, "save_interval": 5}
     tree = config_tree(corpora, run_dir, stage=0, **(length | training))
     schedule = {"schedule": "linear", "schedule_tokens": 5 * TOKENS}
-    return tree | {"selection": {"candidates": times} | schedule}
+    return tree | {"selection": {"candidates": times} | schedule, "model": {"config": LLAMA}}
 
 
 @pytest.fixture(scope="module")
