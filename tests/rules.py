@@ -82,7 +82,7 @@ def random_settings(chance: random.Random) -> SelectionSettings:
 
 
 def expected(case: Case, ranks: list[list[int]]) -> tuple[Grid, Grid, int]:
-    """Return mask, weights and planned k of a case whose rows are divided among ranks in this way."""
+    """Return mask, weights and planned k of a case; `ranks` lists the rows of each rank."""
     together = {
         "global": [[row for rank in ranks for row in rank]],
         "rank": ranks,

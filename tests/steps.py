@@ -143,7 +143,7 @@ class Recorder:
 
 
 def run_steps(world: World, case: Case) -> dict[str, Any]:
-    """Train, and return on every rank weights before and after, the first gradient, selections and sums per step."""
+    """Train, and return on every rank weights before and after, the first gradient, and the selection of each step."""
     backend = make_backend(world, case)
     module, hf_config = make_student(backend, case)
     write_weights(backend, module, case.initial or {})

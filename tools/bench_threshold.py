@@ -80,7 +80,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 def check(scores: Tensor, valid: Tensor, ratio: float) -> None:
-    """Exit if the masks differ. They may also differ in a tie at the threshold, which sorting values does not break."""
+    """Exit if the masks differ: by a bug, or by a tie at the threshold, which sorting the values does not break."""
     masks = [way(scores, valid, ratio) for way in WAYS.values()]
     if any(not torch.equal(mask, masks[0]) for mask in masks):
         sys.exit("The masks differ: a bug, or a tie at the threshold.")
@@ -121,10 +121,10 @@ def report(seconds: dict[str, list[float]], options: argparse.Namespace, world: 
     print(
         f"{world.size} ranks x {options.scores:,} scores on {world.device.type}, {options.rounds} rounds, milliseconds"
     )
-    print(f"{'':18}{'median':>9}{'fastest':>9}{'slowest':>9}   radix takes")
+    print(f"{'':18}{'median':>9}{'fastest':>9}{'slowest':>9}   radix/this")
     for name, row in rows.items():
         times = "".join(f"{row[key]:9.1f}" for key in ("median_ms", "fastest_ms", "slowest_ms"))
-        print(f"{name:18}{times}{row['radix_relative']:11.2f} of it")
+        print(f"{name:18}{times}{row['radix_relative']:13.2f}")
 
 
 if __name__ == "__main__":

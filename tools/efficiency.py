@@ -187,7 +187,7 @@ class Chain:
             "ratio": RATIO,
             "backward": ARMS[arm].backward,
             "candidates": ARMS[arm].candidates,
-            # The figures of docs/efficiency.md were measured with 0; these models are too small for it to matter.
+            # The figures of docs/benchmarks.md were measured with 0; these models are too small for it to matter.
             "min_context": 0,
         }
         if ARMS[arm].documents:

@@ -51,7 +51,7 @@ class StoredWeight:
                 for start in range(0, extent.numel, size):
                     piece = buffer[: min(size, extent.numel - start)]
                     if file.readinto(piece.view(torch.uint8).numpy().data) != piece.nbytes:
-                        raise OSError(f"{extent.file} ends before its weights do")
+                        raise OSError(f"{extent.file} is truncated: it is shorter than its weights")
                     yield position, piece
                     position += len(piece)
 
@@ -88,7 +88,7 @@ def read_layout(file: Path, *, weights_only: bool) -> Any:
 
 
 def extent(file: Path, tensor: Tensor) -> Extent:
-    """Return the place of a tensor of `read_layout` in its file.
+    """Return the place in the file of a tensor that `read_layout` returned.
 
     Raises:
         ValueError: its place in the file is unknown.

@@ -64,10 +64,10 @@ def refuse_unregistered_attention(config: Config) -> None:
 
 
 def checked_student(config: Config, corpora: Corpora) -> PretrainedConfig:
-    """Return `student_config`, after checking that a folder whose weights are tied does not hold two of them.
+    """Return `student_config`, after checking that weights which it ties do not differ in the model's files.
 
     Raises:
-        UserError: as `student_config`, or the two weights of the folder differ.
+        UserError: as `student_config`, or tied weights differ in the files.
     """
     student = student_config(config, corpora)
     if config.model.path is not None:
@@ -121,7 +121,7 @@ def make_student(
 
 
 def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_length: int) -> Student:
-    """Build the student as a step uses it, by `score` and `backward`; every rank calls it.
+    """Build the student with the methods that a step calls, `score` and `backward`; every rank calls it.
 
     Args:
         backward: `selection.backward`; `exact` for a run without selection.

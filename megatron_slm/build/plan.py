@@ -14,7 +14,7 @@ from megatron_slm.training.settings import TrainingSettings
 from megatron_slm.training.state import Plan
 
 MIN_CONTEXT = 64
-"""Largest default of `selection.min_context` with a store of kind `document`; docs/score.md has the measurement."""
+"""Largest default of `selection.min_context` with a store of kind `document`; measured in docs/benchmarks.md."""
 
 
 def settle(config: Config, corpora: Corpora, device: str, *, reads_document_store: bool) -> tuple[Config, Plan]:

@@ -24,7 +24,7 @@ EXAMPLES = r"""examples:
     megatron-slm prepare --input web/ --tokenizer T --end-token '<|endoftext|>' --output data/web
   one corpus per source, data/web-wikipedia, data/web-arxiv, ...:
     megatron-slm prepare --input web.parquet --by meta.source --tokenizer T --output data/web
-  a data set from the hub, streamed:
+  a dataset from the hub, streamed:
     megatron-slm prepare --dataset open-web-math/open-web-math --tokenizer T --output data/owm
   for fine-tuning: questions and answers, or chats, as the tokenizer's template writes them:
     megatron-slm prepare --input gsm8k.jsonl --format prompt-completion --prompt-key question --completion-key answer \
@@ -70,9 +70,9 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
         nargs="+",
         help="files, read in this order, and folders, whose files are read in sorted order",
     )
-    source.add_argument("--dataset", metavar="NAME", help="a Hugging Face data set, streamed; a hub name or a folder")
-    group.add_argument("--dataset-config", metavar="C", help="its configuration, if it has several")
-    group.add_argument("--dataset-split", metavar="S", help="its split (default: train)")
+    source.add_argument("--dataset", metavar="NAME", help="a Hugging Face dataset, streamed; a hub name or a folder")
+    group.add_argument("--dataset-config", metavar="C", help="configuration of the dataset, if it has several")
+    group.add_argument("--dataset-split", metavar="S", help="split of the dataset (default: train)")
     group.add_argument(
         "--format", choices=tuple(_FORMATS),
         help="content of a record: a text (default), a prompt and its completion, or the messages of a chat; in the "
@@ -116,7 +116,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--workers", metavar="N", type=int,
-        help=f"processes that encode (default: one per core, here {_cores()}); the result does not depend on them",
+        help=f"processes that encode (default: one per core, here {_cores()}); the result does not depend on N",
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if "--output" not in given:
         raise UserError("--output", None, "every corpus needs a prefix", "Set it, for example to data/corpus")
     if not given & {"--input", "--dataset"}:
-        raise UserError("--input", None, "there is nothing to prepare", "Name files, or a data set with --dataset")
+        raise UserError("--input", None, "there is nothing to prepare", "Name files, or a dataset with --dataset")
     if not given & {"--tokenizer", "--train-tokenizer"}:
         raise UserError("--tokenizer", None, "a corpus needs one", "Name one, or train one with --train-tokenizer")
     if given >= {"--train-tokenizer", "--end-token"}:

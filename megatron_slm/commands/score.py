@@ -1,4 +1,4 @@
-"""Score every token of a run, or of a corpus, with the reference once, so that training reads the losses.
+"""Score every token of a run, or of a corpus, with the reference once, so that training can read the losses.
 
 By default, the samples of the run that CONFIG.yaml describes are scored in the context that a live reference would see.
 With score.kind=document, the corpora are scored document by document, for any order of samples; data.train,
@@ -116,7 +116,7 @@ def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> None
     try:
         if imports and world.size > 1:
             paths = ", ".join(map(str, imports))
-            reason = f"{world.size} ranks were started, and one process reads imports"
+            reason = f"{world.size} ranks were started, and an import runs in one process"
             raise AgreedError("--import", paths, reason, "Start one process")
         score_corpora(config, settings, world, imports)
     finally:

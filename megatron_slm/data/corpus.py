@@ -46,7 +46,7 @@ def counts(documents: int, tokens: int, num_bytes: int) -> Counts:
 
 
 def add_label(tally: Tally, label: str, more: Counts) -> None:
-    """Add ``more`` to the counts of a label. After MAX_LABELS labels, ``other`` stands for every new one."""
+    """Add ``more`` to the counts of a label. After MAX_LABELS labels, new ones count as ``other``."""
     if label not in tally and len(tally) >= MAX_LABELS:
         label = _OTHER
     before = tally.get(label, counts(0, 0, 0))
@@ -108,7 +108,7 @@ def read_pointers(path: Path, index: Index) -> Iterator[np.ndarray]:
 
 
 def read_boundaries(path: Path, index: Index) -> Iterator[np.ndarray]:
-    """Yield the first sequence of each document, and at last the number of sequences, int64, a block at a time."""
+    """Yield the first sequence of each document, and finally the number of sequences, int64, a block at a time."""
     yield from _blocks(path, np.dtype(np.int64), _HEADER.size + (4 + 8) * index.sequences, index.boundaries)
 
 

@@ -1,7 +1,7 @@
 """The adapter to megatron-core: its packing, blending and shuffling, with the offset of every token.
 
 Checked against megatron-core 0.16. The attributes `shuffle_index`, `sample_index`, `document_index`, `dataset` and
-`dataset_id` of its data sets, the reader behind `dataset.index`, and `split_matrix` of its configuration are not
+`dataset_id` of its datasets, the reader behind `dataset.index`, and `split_matrix` of its configuration are not
 documented. tests/unit/test_megatron.py fails if one of them changes.
 """
 

@@ -53,7 +53,7 @@ class Samples:
     """The samples of a run; each is read by its ordinal, in O(1).
 
     Args:
-        build_cycle: builds the data set of a cycle from its number, counted from 0; every rank calls it.
+        build_cycle: builds the dataset of a cycle from its number, counted from 0; every rank calls it.
         cycle_length: samples per cycle.
         fingerprint: SHA-256 of everything that the order depends on.
         masks: uint8 `[num_tokens]` per corpus of the blend, 1 for tokens that count toward the loss; None if all do.

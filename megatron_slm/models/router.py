@@ -19,7 +19,7 @@ from megatron_slm.models.checks import evaluating, some_tokens, straight
 from megatron_slm.models.transformers_internals import router_loss_function, token_loss_replaced
 
 TOLERANCE = 2e-2
-"""Relative difference that round-off can cause: in bf16 it may route to other experts."""
+"""Relative difference that round-off can cause: in bf16, it may change which experts a token is routed to."""
 
 
 @dataclass(frozen=True)

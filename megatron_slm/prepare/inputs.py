@@ -1,4 +1,4 @@
-"""Inputs: files and Hugging Face data sets, read as documents in chunks."""
+"""Inputs: files and Hugging Face datasets, read as documents in chunks."""
 
 import contextlib
 import logging
@@ -126,18 +126,18 @@ class InputFile:
 
 @dataclass(frozen=True)
 class DatasetShard:
-    """One shard of a Hugging Face data set, streamed."""
+    """One shard of a Hugging Face dataset, streamed."""
 
     dataset: "IterableDataset"
     title: str
     index: int
     shards: int
     links: "tempfile.TemporaryDirectory[str] | None" = None
-    """Links to the files of the data set under plain names; they must exist as long as this object."""
+    """Links to the files of the dataset under plain names; they must exist as long as this object."""
 
     @property
     def name(self) -> str:
-        """Return the data set's name and the shard's number."""
+        """Return the dataset's name and the shard's number."""
         return f"{self.title} shard {self.index + 1} of {self.shards}"
 
     def stamp(self) -> list[int]:
@@ -175,10 +175,10 @@ def find_files(names: list[str], option: str = "--input") -> list[Input]:
 
 
 def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
-    """Return the shards of a Hugging Face data set: a hub name, or a local folder.
+    """Return the shards of a Hugging Face dataset: a hub name, or a local folder.
 
     Raises:
-        UserError: the data set, its configuration or its split is not found, or the hub cannot be reached.
+        UserError: the dataset, its configuration or its split is not found, or the hub cannot be reached.
     """
     from datasets import load_dataset
 
@@ -190,7 +190,7 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
     except ConnectionError as error:
         remedy = "Check the name and the connection, or fetch its files and give them with --input"
         raise UserError("--dataset", name, f"it cannot be reached ({_first_line(error)})", remedy) from error
-    except Exception as error:  # the errors of each format's reader, or of a data set that comes with code
+    except Exception as error:  # the errors of each format's reader, or of a dataset that comes with code
         reason = f"its split '{split}' cannot be opened ({_first_line(error)})"
         remedy = "Check the name, --dataset-config and --dataset-split"
         raise UserError("--dataset", name, reason, remedy) from error

@@ -165,7 +165,7 @@ def _refuse_changed_tokenizer(
     given: "PreTrainedTokenizerFast | None",
     begun: "PreTrainedTokenizerFast",
 ) -> None:
-    """Raise a UserError if the tokenizer has the pieces of that of the unfinished work, but gives other ids."""
+    """Raise a UserError if the tokenizer gives other ids than that of the unfinished work, with the same pieces."""
     if given is not None and tokenizer_probe(given) != tokenizer_probe(begun):
         reason = f"it splits text differently than the tokenizer of the unfinished work in {folder}"
         remedy = "Give that tokenizer, or remove that folder to start again"
@@ -239,7 +239,7 @@ def _compare_sample(inputs: list[Input], options: Options, tokenizer: "PreTraine
     sample = islice(chain.from_iterable(_first_texts(source, options) for source in inputs), _SAMPLE_MOST)
     compared = compare_with_sentencepiece(Path(str(options.tokenizer)), tokenizer, sample)
     logger.info(
-        "--tokenizer %s gives the ids of sentencepiece in %d documents of the input (%d characters)",
+        "--tokenizer %s gives the same ids as sentencepiece in %d documents of the input (%d characters)",
         options.tokenizer, compared.documents, compared.characters,
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ class ScoreSettings:
 
     output        folder to create, for `reference.store` [path; ours]
     kind          packed: losses of the samples of this run, exactly as a live reference gives them; document: losses of
-                  the corpora, each token given its own document, for any order of samples [; ours]
+                  the corpora, each token in the context of its own document, for any order of samples [; ours]
     encoding      fixed16: two bytes per loss, exact to 0.00025 nats; float32: four bytes, as computed [; ours]
     entropy       also store the entropy of each prediction, for the score reference_entropy [; the paper, section 3.4]
     shard_tokens  tokens to write and flush at once; a restart repeats at most this many [tokens; ours]

@@ -70,7 +70,7 @@ def plan_pools(
     Returns:
         int64 `[P]`, equal on all ranks.
     """
-    # Scope `global` needs k of the summed count, the others the sum of the ranks' k, which rounding makes different.
+    # Scope `global` takes k of the summed count; the other scopes sum the k of each rank. Rounding makes these differ.
     own_P2 = torch.stack([torch.stack([part.sum(), own_k(part, ratio, scope)]) for part in valid])
     valid_P, k_P = Ranks(group).sum(own_P2).unbind(-1)
     return plan_k(valid_P, ratio) if scope == "global" else k_P

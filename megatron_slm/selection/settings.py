@@ -44,16 +44,17 @@ class SelectionSettings:
     temperature      temperature of the weightings stochastic and soft [of the score; ours]
     schedule         constant: always ratio; linear or cosine: from 1 to ratio over schedule_tokens; steps: as in
                      ratio_steps [; ours]
-    schedule_tokens  with schedule linear or cosine: tokens over which the ratio falls, from start on [tokens; ours]
+    schedule_tokens  with schedule linear or cosine: tokens over which the ratio falls, counted from the end of start
+                     [tokens; ours]
     ratio_steps      with schedule steps: [[tokens, ratio], ...]; each ratio applies from that number of trained tokens,
                      and 1 before the first [; ours]
-    min_context      with a store of kind document: do not select a token of a document that began before the sample if
-                     fewer tokens precede it in the sample; default: 64, or a quarter of data.seq_length if that is less
-                     [tokens; ours]
+    min_context      with a store of kind document: number of tokens that must precede a token in its sample before it
+                     can be selected, if its document began before the sample; default: 64, or a quarter of
+                     data.seq_length if that is less [tokens; ours]
     candidates       samples to score, without gradients, per sample to train on; each rank trains on its best ones
                      [samples; RHO-LOSS]
-    start            share of training.train_tokens at the start of the run that trains on all tokens, without running
-                     the reference [share; ours]
+    start            share of training.train_tokens, at the start of the run, for which the run trains on all tokens and
+                     does not run the reference [share; ours]
     """
 
     score: str = "excess"

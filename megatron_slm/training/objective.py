@@ -61,8 +61,8 @@ def competing_tokens(batch: Batch, min_context: int) -> Tensor:
     """Return the valid tokens that may be selected, bool `[B, T]`.
 
     In a store of kind `document`, the reference scored each token with the whole document before it. If a sample begins
-    in the middle of a document, the student lacks that context. Its loss is higher for this reason alone, and the
-    excess loss does not show what there is to learn.
+    in the middle of a document, the student lacks that context. Its loss is higher for this reason alone, so the
+    excess loss does not measure what there is to learn.
 
     Args:
         batch: a micro-batch or a pool of this rank.
@@ -124,8 +124,8 @@ class SelectiveLanguageModeling:
         self._group = group
 
     def plan(self, pools: list[Batch]) -> Tensor:
-        # N * k% of equation 5, where N counts the competing tokens: tokens without context are in neither part of the
-        # ratio.
+        # N * k% of equation 5. N counts only competing tokens: a token without context counts neither in N nor in the
+        # selection.
         competing = [competing_tokens(pool, self._min_context) for pool in pools]
         return self._rule.plan(competing, self._ratio, group=self._group)
 

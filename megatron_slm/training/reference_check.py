@@ -176,7 +176,8 @@ def report(sums: dict[str, float]) -> None:
     agreement = sums["both"] / sums["selected"] if "both" in sums else 1.0
     if "live" in sums:
         live = sums["live"] / sums["valid"]
-        line += f"; the model that wrote it has {live:.4f} here and selects {agreement:.0%} of the same tokens"
+        line += f"; on these samples, the model that wrote the store has {live:.4f}"
+        line += f" and selects {agreement:.0%} of the same tokens"
     log.info(line)
     if stored >= student:
         log.warning(

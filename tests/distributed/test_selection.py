@@ -1,4 +1,4 @@
-"""The same scores on any number of ranks give the same selection, bit for bit, and that of a sort."""
+"""Selection over 1 to 4 ranks: it equals that of a sort, and is the same on any number of ranks, bit for bit."""
 
 import math
 import random
@@ -22,9 +22,10 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 class Case:
     """A pool, and its split over the ranks.
 
-    `cuts` are where rank 1, 2 and 3 begin, as shares of the pool: for fewer ranks the later ones
-    do not count, so ranks differ in size and some are empty. `positions` None deals in this order
-    and leaves positions to the default; otherwise tokens are dealt one by one, in turn.
+    cuts       shares of the pool at which ranks 1, 2 and 3 begin, so that ranks differ in size and some are empty; with
+               fewer ranks, the later cuts are ignored
+    positions  position of each token; its tokens are then dealt to the ranks one by one, in turn. None to split the
+               pool at the cuts and use the default positions
     """
 
     name: str
@@ -142,7 +143,7 @@ def test_mask_threshold_and_counts_equal_a_sort_of_all_scores(size):
 
 
 @pytest.mark.parametrize("size", WORLD_SIZES[1:])
-def test_the_number_of_ranks_changes_no_bit(size):
+def test_the_selection_is_bitwise_the_same_on_any_number_of_ranks(size):
     for case, alone, split in zip(cases(), answers(1, "global"), answers(size, "global"), strict=True):
         assert torch.equal(joined_mask(case, alone), joined_mask(case, split)), case.name
         for answer in split:
@@ -161,7 +162,7 @@ def test_quantiles_are_over_the_scores_of_all_ranks(size):
 
 
 @pytest.mark.parametrize("scope", ["rank", "sequence"])
-def test_a_narrow_scope_sorts_the_scores_of_one_rank_and_counts_those_of_all(scope):
+def test_scopes_rank_and_sequence_select_on_each_rank_and_count_over_all_ranks(scope):
     for case, ranks in zip(cases(), answers(2, scope), strict=True):
         for rank, answer in enumerate(ranks):
             held = case.held(rank, 2)
@@ -173,7 +174,7 @@ def test_a_narrow_scope_sorts_the_scores_of_one_rank_and_counts_those_of_all(sco
 
 
 def select_in_pairs(world: World) -> list[tuple[bool, ...]]:
-    """Two groups select at once, and all scores of one are below those of the other."""
+    """Select in two groups at once; all scores of one group are below those of the other."""
     pairs = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
     scores = torch.arange(4.0) + 4 * world.rank
     selection = select_tokens(scores, torch.ones(4).bool(), 0.5, group=pairs[world.rank // 2])

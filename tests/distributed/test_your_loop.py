@@ -1,4 +1,4 @@
-"""The loops in examples/your_loop: several ranks with unequal counts equal one rank with a sort."""
+"""The loops in examples/your_loop: several ranks with unequal counts train like one rank that selects by a sort."""
 
 import importlib.util
 import runpy
@@ -86,7 +86,7 @@ def fsdp2_gradient(world: World, rule: str) -> Tensor:
     return torch.cat([parameter.grad.full_tensor().flatten() for parameter in student.parameters()])
 
 
-def test_the_plain_loop_has_the_gradient_of_a_sort() -> None:
+def test_the_plain_loop_has_the_gradient_of_a_selection_by_sorting() -> None:
     torch.testing.assert_close(run_ranks(plain_gradient, 1, "hard")[0], sorted_gradient())
 
 
@@ -112,7 +112,7 @@ def weights(model: nn.Module) -> Tensor:
 
 
 def plain_weights(_: World, rule: str, micro_steps: int) -> dict[str, Any]:
-    """Return the weights after six micro-batches, so many per step, by the plain loop with SGD."""
+    """Return the weights after six micro-batches of the plain loop with SGD, `micro_steps` per step."""
     student, reference = causal_lm(1), causal_lm(2)
     start, losses = weights(student), []
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -127,7 +127,7 @@ def plain_weights(_: World, rule: str, micro_steps: int) -> dict[str, Any]:
 
 
 def hugging_face_weights(world: World, rule: str, folder: str, micro_steps: int) -> dict[str, Any]:
-    """Return the same by Hugging Face's Trainer, and its loss on all tokens beside that of the unchanged Trainer."""
+    """Return the same from Hugging Face's Trainer, and the evaluation losses of this and of the unchanged Trainer."""
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainingArguments
 
@@ -168,7 +168,7 @@ def hugging_face_weights(world: World, rule: str, folder: str, micro_steps: int)
 def test_hugging_faces_trainer_takes_the_steps_of_the_plain_loop(
     rule: str, micro_steps: int, ranks: int, tmp_path: Path
 ) -> None:
-    """With four micro-batches per step, the last of six has only two."""
+    """With four micro-batches per step, the second step has only the remaining two of six."""
     plain = run_ranks(plain_weights, 1, rule, micro_steps)[0]
     moved = (plain["weights"] - plain["start"]).norm()
     for found in run_ranks(hugging_face_weights, ranks, rule, str(tmp_path), micro_steps):
@@ -179,7 +179,7 @@ def test_hugging_faces_trainer_takes_the_steps_of_the_plain_loop(
 
 
 def steps_of_a_stream(_: World, folder: str) -> int:
-    """An epoch has three steps and five are wanted, so the Trainer asks for batches beyond the end."""
+    """Return the number of steps trained: five, although an epoch of the stream ends after three."""
     from torch.utils.data import IterableDataset
     from transformers import TrainingArguments
 
@@ -198,7 +198,7 @@ def steps_of_a_stream(_: World, folder: str) -> int:
     return trainer.train().global_step
 
 
-def test_hugging_faces_trainer_reads_a_stream_to_its_end_and_again(tmp_path: Path) -> None:
+def test_hugging_faces_trainer_restarts_a_stream_that_has_ended(tmp_path: Path) -> None:
     assert run_ranks(steps_of_a_stream, 1, str(tmp_path)) == [5]
 
 

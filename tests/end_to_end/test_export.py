@@ -235,7 +235,7 @@ def test_an_untied_reference_has_the_losses_of_plain_transformers(corpora: Path,
 
 
 def export_with_fault(world: World, place: str, what: str) -> tuple[int, str]:
-    """Export while writing the weights fails in some way."""
+    """Export, and damage the exported folder while it is written: `what` is damaged or missing."""
     from transformers import PreTrainedModel
 
     save = PreTrainedModel.save_pretrained
@@ -279,7 +279,7 @@ def test_shards_hold_the_same_weights(corpora: Path, tmp_path: Path) -> None:
     assert run_ranks(export_in_shards, 1, str(tmp_path))[0][0] == 0
     assert run_ranks(export, 1, str(tmp_path), "run", "whole")[0][0] == 0
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
-    for folder in ("sharded", "whole"):  # Others may read the weights if they may read the rest.
+    for folder in ("sharded", "whole"):  # The weights have the permissions of the other files.
         assert len({path.stat().st_mode for path in (tmp_path / folder).iterdir()}) == 1
     one, other = (run_ranks(loaded, 1, str(tmp_path / name))[0] for name in ("sharded", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -288,13 +288,13 @@ def test_shards_hold_the_same_weights(corpora: Path, tmp_path: Path) -> None:
 
 
 def bytes_of_weights(folder: Path) -> int:
-    """Return the size of the one file, without its header."""
+    """Return the size of model.safetensors, without its header."""
     file = folder / "model.safetensors"
     with file.open("rb") as opened:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
-def test_weights_that_an_earlier_version_trained_apart_are_not_exported_as_tied(
+def test_weights_that_an_earlier_version_trained_separately_are_not_exported_as_tied(
     corpora: Path, tmp_path: Path, untied: Path
 ) -> None:
     """Earlier versions did not refuse such a configuration."""

@@ -22,7 +22,7 @@ SHAPES = {
 
 
 def tiny_config(model_type: str, *, tied: bool = False, **options) -> PretrainedConfig:
-    """Return a model of two layers of 32, with weights large enough for gradients that differ visibly."""
+    """Return the configuration of two layers of 32, with weights large enough for gradients that differ visibly."""
     return AutoConfig.for_model(
         model_type,
         vocab_size=VOCAB,

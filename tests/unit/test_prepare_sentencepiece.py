@@ -38,7 +38,7 @@ def test_a_corpus_of_a_unigram_model_has_the_ids_of_sentencepiece(unigram, tmp_p
     tokens = open_tokens(corpus)
     assert [tokens[i].tolist() for i in range(len(tokens))] == [[*theirs.encode_as_ids(t), 2] for t in texts]
     compared = sum(len(text[:2000]) for text in texts[:16])
-    assert f"gives the ids of sentencepiece in 16 documents of the input ({compared} characters)" in caplog.text
+    assert f"gives the same ids as sentencepiece in 16 documents of the input ({compared} characters)" in caplog.text
     verify_corpus(corpus.prefix)
 
 

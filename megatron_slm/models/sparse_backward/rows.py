@@ -6,7 +6,7 @@ every layer, so their rows can be left out, and the products have R rows instead
     linear     y = x W'      grad_x = grad_y W,   grad_W = grad_y' x        over the selected rows of x and grad_y
     attention  runs the selected queries again, over the keys and values of all positions
 
-Below the last layer, this approximates the gradient of the selected loss (docs/efficiency.md measures the error): the
+Below the last layer, this approximates the gradient of the selected loss (docs/benchmarks.md has the error): the
 exact gradient also flows through the keys and values of positions that were not selected.
 
 Suffixes: B sequences of T positions, N = B * T, R selected positions, I and O input and output size of a linear,
