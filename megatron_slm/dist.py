@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -9,6 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import launcher_variables, one_process, refuse_several_ranks
@@ -94,13 +97,14 @@ def _join(timeout_minutes: float) -> World:
     device = _device(local_rank)
     # DeepSpeed searches for an accelerator when it is imported, and warns if there is none.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=rank,
             world_size=size,
-            store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
-            timeout=datetime.timedelta(minutes=timeout_minutes),
+            store=_rendezvous(rank, size, timeout),
+            timeout=timeout,
         )
     except dist.DistError as error:
         raise UserError(
@@ -111,6 +115,53 @@ def _join(timeout_minutes: float) -> World:
             f"Start all {size} ranks with one launcher, at a port that is free",
         ) from error
     return World(rank, size, local_rank, device)
+
+
+def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> Store:
+    if size == 1:
+        return HashStore()
+    store: Store = next(rendezvous("env://", rank, size, timeout=timeout))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return store_of_this_start(store, rank, size, timeout)
+    return store
+
+
+def store_of_this_start(store: Store, rank: int, size: int, timeout: datetime.timedelta) -> Store:
+    """Return the part of a store that only the ranks of this start use.
+
+    torchrun keeps one store while it restarts the ranks, and the addresses of the dead ranks stay in it: a rank that
+    reads one of these fails to connect (pytorch/pytorch#135712). TORCHELASTIC_RESTART_COUNT cannot tell starts apart,
+    because each host counts for itself. So rank 0 names the start, and gives the name to each rank in exchange for a
+    random word of that rank, which it cannot have from an earlier start.
+
+    Args:
+        store: shared by all starts.
+        rank, size: of this process, and of the run.
+        timeout: how long to wait for the other ranks.
+
+    Raises:
+        torch.distributed.DistStoreError: a rank did not come; rank 0 names the missing ranks.
+    """
+    starts = PrefixStore("megatron_slm/starts", store)
+    word = uuid.uuid4().hex
+    if rank != 0:
+        starts.set(f"word/{rank}", word)
+        starts.wait([f"name/{word}"], timeout)
+        name = starts.get(f"name/{word}").decode()
+        starts.set(f"{name}/joined/{rank}", "")
+        return PrefixStore(name, starts)
+    name, missing, deadline = word, set(range(1, size)), time.monotonic() + timeout.total_seconds()
+    while missing:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"ranks {sorted(missing)} did not come within {timeout}")
+        for other in sorted(missing):
+            # The word of an earlier start is answered, too; the rank of this start will replace it.
+            if starts.check([f"word/{other}"]):
+                starts.set(f"name/{starts.get(f'word/{other}').decode()}", name)
+            if starts.check([f"{name}/joined/{other}"]):
+                missing.remove(other)
+        time.sleep(0.02)
+    return PrefixStore(name, starts)
 
 
 def _number(name: str) -> int:

@@ -1,6 +1,7 @@
 """Resumed runs, which equal uninterrupted ones."""
 
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -15,8 +16,10 @@ from tests.end_to_end.test_bad_input import command_line
 from tests.gloo import RankError, run_ranks
 from tests.runs import (
     LLAMA,
+    TORCHRUN,
     assert_bitwise_equal,
     config_tree,
+    in_a_process,
     megatron_slm,
     records,
     train_in_process,
@@ -43,6 +46,19 @@ def test_a_killed_run_resumes_bitwise_under_torchrun(corpora: Path, tmp_path: Pa
     ended = megatron_slm("train", str(write_config(tmp_path / "b.yaml", killed)), ranks=2, DEADLY_MARK=mark)
     assert ended.returncode == 0, ended.stderr
     assert [record["step"] for record in records(tmp_path / "b")] == list(range(1, 7))
+    run_ranks(train_deadly, 2, whole, mark)
+    assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 6)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_ranks_of_a_killed_run_and_they_resume_bitwise(corpora: Path, tmp_path: Path) -> None:
+    whole, killed = (config_tree(corpora, tmp_path / name, **SHORT) | {"selection": DEADLY} for name in ("a", "b"))
+    mark = str(tmp_path / "mark")
+    environment = {"DEADLY_MARK": mark, "DEADLY_CALL": str(CALLS_TO_STEP_5), "DEADLY_RANK": "1"}
+    command = [*TORCHRUN, "2", "--max-restarts", "1", "-m", "megatron_slm", "train"]
+    ended = in_a_process([*command, str(write_config(tmp_path / "b.yaml", killed))], **environment)
+    assert ended.returncode == 0, ended.stderr
+    assert len(json.loads((tmp_path / "b" / "environment.json").read_text())["starts"]) == 2
     run_ranks(train_deadly, 2, whole, mark)
     assert_bitwise_equal(tmp_path / "a", tmp_path / "b", 6)
 
