@@ -22,7 +22,7 @@ TIMES, TOKENS = 3, 8 * 32
 
 
 def candidates_tree(corpora: Path, run_dir: Path, times: int = TIMES, **training: Any) -> dict[str, Any]:
-    """A run of 10 steps that warms up for 3, whose ratio moves for 5, and whose student is as large as the reference."""
+    """A run of 10 steps that warms up for 3, whose ratio moves for 5, with a student of the reference's size."""
     length = {"train_tokens": 10 * TOKENS, "warmup_tokens": 3 * TOKENS, "save_interval": 5}
     tree = config_tree(corpora, run_dir, stage=0, **(length | training))
     schedule = {"schedule": "linear", "schedule_tokens": 5 * TOKENS}
