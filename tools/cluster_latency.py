@@ -38,6 +38,9 @@ class Network:
 
     NCCL chooses its algorithms by a model of this kind, in `src/graph/tuning.cc` (read at commit b647562). The defaults
     are the latencies of its tree with the LL protocol, which it uses for messages of this size.
+
+    On 256 A100s in 32 nodes, NCCL's all-reduces of 8 to 128 bytes were measured at 62 to 66 us (NVIDIA/nccl#652). The
+    model gives 65 us.
     """
 
     gpus_per_node: int = _parameter(8, "DGX H100")
