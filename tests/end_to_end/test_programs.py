@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,27 @@ def test_the_step_benchmark_prints_one_line_of_json(tmp_path: Path) -> None:
     for row in found["modes"].values():
         assert {"seconds", "of_clm", "of_checkpointed", "peak_bytes"} <= row.keys()
     assert found["clm"] > 0 and found["clm_checkpointed"] > 0 and found["optimizer"] > 0
+
+
+def test_the_simulated_cluster_selects_exactly_and_counts_its_bytes(tmp_path: Path) -> None:
+    options = ["--ranks", "8", "40", "--tokens", "600", "--plot", "cluster.png", "--json"]
+    ended = run(sys.executable, str(ROOT / "tools" / "simulate_cluster.py"), *options, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "cluster.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(ended.stdout)
+    assert [(r["ranks"], r["scores"]) for r in found["simulation"]] == list(product((8, 40), ("distinct", "tied")))
+    for result in found["simulation"]:
+        assert result["exact"], result
+        tied = result["scores"] == "tied"
+        assert (result["tied_at_threshold"] > 1) == tied
+        # 3 rounds of 16 kB for the threshold, 2 for the positions of ties, and a few bytes of counts.
+        rounds = [call for call in result["calls"] if call["size"] == 2048 * 8]
+        assert len(rounds) == result["rounds"] == (5 if tied else 3)
+        assert result["bytes_per_rank"] == result["rounds"] * 2048 * 8 + (16 + 24 + (8 + 16 if tied else 0))
+    # By hand, on one node by a ring: 6.8 us + 14 steps of 0.6 us for each of the 5 all-reduces, and 3 times 14/8 of
+    # 16 kB at a quarter of 450 GB/s.
+    assert found["model"][0]["network"] == pytest.approx(5 * 15.2e-6 + 3 * 14 / 8 * 16384 / 112.5e9, rel=1e-3)
+    assert found["model"][0]["gather_size"] == 8 * 600 * 4
 
 
 @pytest.mark.slow

@@ -1,0 +1,201 @@
+"""The time of collectives on a cluster of GPUs, by an alpha-beta model, and its chart.
+
+A message of n bytes takes alpha + n * beta on a link: alpha is the latency of the link, beta the inverse of its
+bandwidth. NVLink joins the GPUs of a node, a network joins the nodes. The model knows no congestion and no stragglers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MICRO, GIGA = 1e-6, 1e9
+PEAK = "H100"
+MFU = 0.4
+"""Model FLOPs utilisation of a 7B model at 4,096 tokens on H100s with full sharding: 40.42 % in MPT's table."""
+MFU_SOURCE = "mosaicml/llm-foundry, scripts/train/benchmarking/README.md, 7b at 4,096 tokens on H100"
+LAYERS, WIDTH, WEIGHTS = 32, 4096, 6_607_343_616
+"""Llama-2-7B: layers, hidden size, and weights that are multiplied (all but the embedding of 32,000 x 4,096)."""
+TARGET = 0.005
+"""The largest share of a step that the selection may take."""
+
+
+class Collective(NamedTuple):
+    """One all-reduce: `sum` or `max`, and the bytes that each rank contributes."""
+
+    operation: str
+    size: int
+
+
+def _parameter(default: float, source: str) -> Any:
+    return field(default=default, metadata={"source": source})
+
+
+@dataclass(frozen=True)
+class Network:
+    """The links of a cluster; each field names the source of its default.
+
+    NCCL chooses its algorithms by a model of this kind, in `src/graph/tuning.cc` (read at commit b647562). The defaults
+    are the latencies of its tree with the LL protocol, which it uses for messages of this size.
+
+    On 256 A100s in 32 nodes, NCCL's all-reduces of 8 to 128 bytes were measured at 62 to 66 us (NVIDIA/nccl#652). The
+    model gives 65 us.
+    """
+
+    gpus_per_node: int = _parameter(8, "DGX H100")
+    launch_us: float = _parameter(6.8, "NCCL tuning.cc, baseLat, tree, LL")
+    nvlink_us: float = _parameter(0.6, "NCCL tuning.cc, hwLat, NVLink, tree, LL")
+    network_us: float = _parameter(5.0, "NCCL tuning.cc, hwLat, network, tree, LL")
+    nvlink_gb: float = _parameter(450.0, "NVLink 4: 900 GB/s per GPU in both directions (H100 datasheet)")
+    network_gb: float = _parameter(50.0, "NDR InfiniBand: 400 Gb/s, one adapter per GPU (DGX H100)")
+    ll_efficiency: float = _parameter(0.25, "NCCL tuning.cc: LL reaches about 1/4 of the bandwidth")
+
+    def all_reduce(self, ranks: int, size: int, algorithm: str) -> float:
+        """Return the seconds of an all-reduce of `size` bytes; `best` takes the faster algorithm, as NCCL does."""
+        if ranks == 1:
+            return 0.0
+        times = {"tree": self._tree(ranks, size), "ring": self._ring(ranks, size)}
+        return min(times.values()) if algorithm == "best" else times[algorithm]
+
+    def gather_ring(self, ranks: int, size: int) -> float:
+        """Return the seconds of a ring all-gather of `size` bytes per rank: NCCL's, with several GPUs per node."""
+        between = self._nodes(ranks) - 1
+        latency = between * self.network_us + (ranks - 1 - between) * self.nvlink_us
+        return self._streamed(latency, ranks, (ranks - 1) * size)
+
+    def gather_logarithmic(self, ranks: int, size: int) -> float:
+        """Return the seconds of an all-gather by recursive doubling: a lower bound for any algorithm."""
+        local = min(ranks, self.gpus_per_node)
+        latency = _doublings(local) * self.nvlink_us + _doublings(self._nodes(ranks)) * self.network_us
+        return self._streamed(latency, ranks, (ranks - 1) * size)
+
+    def _tree(self, ranks: int, size: int) -> float:
+        # A chain within each node and a binary tree of the nodes, up and down. Every hop waits for the whole message;
+        # NCCL pipelines chunks and uses all adapters of a node, so this is an upper bound.
+        chain, depth = min(ranks, self.gpus_per_node) - 1, _doublings(self._nodes(ranks))
+        nvlink = self.nvlink_us * MICRO + size / (self.ll_efficiency * self.nvlink_gb * GIGA)
+        network = self.network_us * MICRO + size / (self.ll_efficiency * self.network_gb * GIGA)
+        return self.launch_us * MICRO + 2 * (chain * nvlink + depth * network)
+
+    def _ring(self, ranks: int, size: int) -> float:
+        nodes, steps = self._nodes(ranks), 2 * (ranks - 1)
+        between = 2 * nodes if nodes > 1 else 0
+        latency = between * self.network_us + (steps - between) * self.nvlink_us
+        return self._streamed(latency, ranks, steps * size / ranks / self.ll_efficiency)
+
+    def _streamed(self, latency_us: float, ranks: int, size: float) -> float:
+        # NCCL runs one ring per adapter, so a node has the bandwidth of all its adapters.
+        between = self.gpus_per_node * self.network_gb if self._nodes(ranks) > 1 else math.inf
+        return (self.launch_us + latency_us) * MICRO + size / (min(self.nvlink_gb, between) * GIGA)
+
+    def _nodes(self, ranks: int) -> int:
+        return -(-ranks // self.gpus_per_node)
+
+
+def _doublings(count: int) -> int:
+    return (count - 1).bit_length()
+
+
+def step_seconds(tokens: int, mfu: float) -> float:
+    """Return the seconds of a plain forward and backward of Llama-2-7B, of `tokens` tokens per GPU in one sequence."""
+    # DeepSpeed, which this import loads, is slow to start, and `--help` does not need it.
+    from megatron_slm.training.cost import DENSE_BF16_PEAKS, TokenFlops
+
+    flops = TokenFlops(weights=2.0 * WEIGHTS, attention=4.0 * LAYERS * WIDTH * tokens)
+    return tokens * flops.training / (mfu * DENSE_BF16_PEAKS[PEAK])
+
+
+class Estimate(NamedTuple):
+    """The modelled times of one selection in seconds, and the bytes that each rank holds or contributes.
+
+    network             all-reduces of the selection
+    operators           PyTorch operators of the selection, at an assumed time each
+    gather_ring         all-gather of all scores, by a ring
+    gather_logarithmic  all-gather of all scores, by recursive doubling
+    step                forward and backward of the micro-batch
+    size                bytes that a rank contributes to the all-reduces
+    gather_size         bytes of the gathered scores on each rank
+    """
+
+    ranks: int
+    scores: str
+    network: float
+    operators: float
+    gather_ring: float
+    gather_logarithmic: float
+    step: float
+    size: int
+    gather_size: int
+
+    @property
+    def share(self) -> float:
+        """The share of the step that the all-reduces take."""
+        return self.network / self.step
+
+    @property
+    def whole_share(self) -> float:
+        """The share of the step that the all-reduces and the operators take."""
+        return (self.network + self.operators) / self.step
+
+
+def draw(estimates: Sequence[Estimate], tokens: int, path: Path) -> None:
+    """Draw times and bytes over the number of GPUs, on logarithmic axes."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    tied = [e for e in estimates if e.scores == "tied"]
+    distinct = [e for e in estimates if e.scores == "distinct"]
+    figure = Figure(figsize=(9.6, 4.3), layout="constrained")
+    times, sizes = figure.subplots(1, 2)
+    _line(times, tied, [e.gather_ring for e in tied], RING)
+    _line(times, tied, [e.gather_logarithmic for e in tied], LOWER_BOUND)
+    _line(times, tied, [e.network for e in tied], TIED)
+    _line(times, distinct, [e.network for e in distinct], DISTINCT)
+    _line(sizes, tied, [e.gather_size for e in tied], RING)
+    _line(sizes, tied, [e.size for e in tied], TIED)
+    _line(sizes, distinct, [e.size for e in distinct], DISTINCT)
+    limit = TARGET * tied[0].step
+    times.axhline(limit, color="0.4", linewidth=1)
+    text = f"{100 * TARGET:g} % of a step of a 7B model"
+    times.annotate(text, (tied[0].ranks, limit), xytext=(0, 4), textcoords="offset points", fontsize=9)
+    times.set(title="Time on the network (modelled)", ylabel="time per selection")
+    sizes.set(title="Data of each GPU (counted)", ylabel="size per selection")
+    for axis, unit in ((times, "s"), (sizes, "B")):
+        axis.set(xscale="log", yscale="log", xlabel=f"GPUs, each with {tokens:,} tokens")
+        axis.set_xticks([e.ranks for e in tied], [f"{e.ranks:,}" for e in tied])
+        axis.yaxis.set_major_formatter(EngFormatter(unit=unit))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    times.set_ylim(top=2 * max(limit, *(e.gather_ring for e in tied)))
+    handles, labels = times.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3.5)
+    figure.savefig(path, dpi=110)
+
+
+class Look(NamedTuple):
+    """The label, colour, line and marker of a curve."""
+
+    label: str
+    colour: str
+    style: str
+    marker: str
+
+
+RING = Look("all scores gathered, by a ring", "#b05000", ":", "s")
+LOWER_BOUND = Look("all scores gathered, lower bound", "#803080", "-.", "D")
+TIED = Look("this package, ties at the threshold", "0.1", "-", "o")
+DISTINCT = Look("this package, no ties", "#0060a0", "--", "^")
+
+
+def _line(axis: Any, estimates: Sequence[Estimate], values: Sequence[float], look: Look) -> None:
+    axis.plot(
+        [e.ranks for e in estimates],
+        values,
+        color=look.colour,
+        linestyle=look.style,
+        marker=look.marker,
+        markersize=5,
+        linewidth=1.7,
+        label=look.label,
+    )
