@@ -11,6 +11,7 @@ from tests.texts import encode_here
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many processes as cores run at once
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ def check_device(*options: str, folder: Path) -> subprocess.CompletedProcess[str
     return run(sys.executable, "-m", "megatron_slm", "check-device", *options, cwd=folder, CUDA_VISIBLE_DEVICES="")
 
 
+@pytest.mark.slow
 def test_the_device_check_passes_on_a_cpu(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     ended = check_device("--output", str(report), folder=tmp_path)
@@ -81,6 +82,7 @@ def test_the_help_of_the_device_check_lists_its_presets() -> None:
     assert tuple(PRESETS) == check_device_verb._PRESETS
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_prints_one_line_of_json(tmp_path: Path) -> None:
     options = ["--preset", "tiny", "--rounds", "1", "--ratios", "0.6", "--json"]
     ended = run(sys.executable, str(ROOT / "tools" / "bench_step.py"), *options, cwd=tmp_path)
