@@ -5,7 +5,7 @@
 #     HOSTFILE=hostfile examples/launch/mpirun.sh run.yaml
 #
 # mpirun restarts nothing. To resume, run the script again. To save and stop, send SIGUSR2 to mpirun, which forwards it
-# to all ranks.
+# to all ranks. Do not send SIGTERM: mpirun kills the ranks before they can save.
 #
 # MPICH and Intel MPI write the hostfile as `node1:8`, and the last command as
 #     mpiexec -f "$HOSTFILE" -genvall -genv MASTER_ADDR "$MASTER_ADDR" -genv MASTER_PORT "$MASTER_PORT" python -m ...

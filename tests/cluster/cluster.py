@@ -290,9 +290,9 @@ class Cluster:
         for number in range(8):
             os.mknod(slurm / f"gpu{number}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
         (slurm / "cgroup.conf").write_text(CGROUP_CONFIG)
-        key = self.folder / "munge" / "key"
-        key.touch(0o600)
-        key.write_bytes(os.urandom(128))
+        secret = self.folder / "munge" / "key"
+        secret.touch(0o600)
+        secret.write_bytes(os.urandom(128))
 
     def _boot(self, name: str, address: str) -> Host:
         # `--pdeathsig` ends the host if this process is killed; `--kill-child` ends all processes of the host.
