@@ -39,7 +39,7 @@ test: lint types test-only
 
 test-all: lint types
 	$(RUN)/python -m pip install --quiet --editable ".[dev,slow]"
-	$(PYTEST)
+	$(PYTEST) -rs
 
 demo: $(STAMP)
 	$(RUN)/megatron-slm demo --output demo
