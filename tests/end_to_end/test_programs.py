@@ -28,9 +28,21 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=900, check=False)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda path: path.parent.name)
+EXAMPLES = sorted((ROOT / "examples").rglob("*.yaml"))
+MANIFESTS = sorted((ROOT / "examples" / "launch").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in EXAMPLES if path not in MANIFESTS], ids=lambda path: path.parent.name
+)
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
     assert load_config(str(path), []).run_dir == yaml.safe_load(path.read_text())["run_dir"]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_every_manifest_is_yaml_that_starts_training(path: Path) -> None:
+    assert all(isinstance(document, dict) for document in yaml.safe_load_all(path.read_text()))
+    assert "megatron_slm" in path.read_text() and "train" in path.read_text()
 
 
 def check_device(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
