@@ -23,7 +23,7 @@ Look at   {folder}/demo.png       held-out losses over training tokens
 Continue  {bin}megatron-slm export {folder}/runs/slm {folder}/models/slm
           exports the selectively trained model for transformers
           {folder}/runs/slm.yaml  is its configuration: change it and its run_dir, and train with `megatron-slm train`
-          README.md, "Your own text, from the laptop to the cluster"
+          README.md, "Your own text, from laptop to cluster"
 """
 
 
