@@ -94,6 +94,11 @@ def refuse_missing_folder(setting: str, path: str) -> None:
         raise UserError(setting, path, "the path does not exist", "Check the path")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the message of a library's error."""
+    return str(error).strip().partition("\n")[0]
+
+
 def _shown(value: Any) -> str:
     """Return a value as a sentence shows it: text without quotes, unless its ends could not be seen."""
     if isinstance(value, str):

@@ -17,6 +17,7 @@ from megatron_slm.data.corpus import open_corpus, open_documents
 from megatron_slm.demo.chain import SEQ_LENGTH
 from megatron_slm.demo.report import run_records
 from megatron_slm.reporting.charts import Curve, draw_curves
+from megatron_slm.reporting.tables import markdown_table
 from megatron_slm.training.cost import token_flops
 
 HELD_OUT = {"math": "Held-out mathematics", "held_out": "Held-out general text"}
@@ -120,14 +121,13 @@ def write_report(folder: Path, seeds: list[int]) -> str:
 
 def losses_table(runs: dict[str, list[Run]]) -> str:
     """Return a Markdown table of final losses by arm, and their difference from the exact run of the same seed."""
-    lines = ["| run | mathematics | from exact, by seed | general text | tokens selected |", "|---" * 5 + "|"]
+    rows = []
     for arm, found in runs.items():
         ends = {name: [run.points[-1].losses[name] for run in found] for name in HELD_OUT}
         exact = [run.points[-1].losses["math"] for run in runs["exact"]]
         apart = ", ".join(f"{own - other:+.3f}" for own, other in zip(ends["math"], exact, strict=True))
-        columns = [ARMS[arm].title, spread(ends["math"]), apart, spread(ends["held_out"]), f"{found[0].selected:,}"]
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+        rows.append([ARMS[arm].title, spread(ends["math"]), apart, spread(ends["held_out"]), f"{found[0].selected:,}"])
+    return markdown_table(["run", "mathematics", "from exact, by seed", "general text", "tokens selected"], rows)
 
 
 def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
@@ -139,10 +139,10 @@ def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
     }
     titles = ["run", "TFLOP", "scoring", "s per step"]
     titles += [f"{unit} to {target}" for target in targets for unit in ("TFLOP", "s")]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    rows = []
     for arm, found in runs.items():
         flops = fmean(run.points[-1].flops for run in found) / TERA
-        columns = [f"{flops:.2f}", f"{scoring * ARMS[arm].scorers / TERA:.2f}"]
+        columns = [ARMS[arm].title, f"{flops:.2f}", f"{scoring * ARMS[arm].scorers / TERA:.2f}"]
         seconds = [run.step_seconds for run in found]
         columns.append(f"{median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})")
         for ends in targets.values():
@@ -150,8 +150,8 @@ def cost_table(runs: dict[str, list[Run]], scoring: float) -> str:
             columns.append(_mean([reached(*pair, lambda point: point.flops / TERA) for pair in pairs]))
             steps = [reached(*pair, lambda point: point.step) for pair in pairs]
             columns.append(_mean([step and step * median(seconds) for step in steps], digits=0))
-        lines.append(f"| {ARMS[arm].title} | {' | '.join(columns)} |")
-    return "\n".join(lines)
+        rows.append(columns)
+    return markdown_table(titles, rows)
 
 
 def draw(runs: dict[str, list[Run]], scoring: float, path: Path) -> None:

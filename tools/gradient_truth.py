@@ -33,6 +33,7 @@ from megatron_slm.io.progress import Meter
 from megatron_slm.models.causal_lm import CausalLM, build_student, initialize_weights
 from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.models.settings import ModelSettings
+from megatron_slm.reporting.tables import markdown_table
 from megatron_slm.selection.rule import Rule
 from megatron_slm.types import Batch
 
@@ -153,24 +154,24 @@ def load(path: str | None, like: str, config: Config, world: World) -> PreTraine
     return model
 
 
+TITLES = ("part", "rows cosine", "rows norm", "summed", "other batch", "all tokens")
+
+
 def table(found: dict[str, Any]) -> str:
     """Return Markdown with a table for each model and ratio."""
     lines: list[str] = []
     for name, ratios in found.items():
         for ratio, parts in ratios.items():
-            lines += [
-                f"\n{name}, ratio {ratio}\n",
-                "| part | rows cosine | rows norm | summed | other batch | all tokens |",
-            ]
-            lines += ["|---" * 6 + "|", *(_line(part, values) for part, values in parts.items())]
+            rows = [_row(part, values) for part, values in parts.items()]
+            lines += [f"\n{name}, ratio {ratio}\n", markdown_table(TITLES, rows)]
     return "\n".join(lines) + "\n"
 
 
-def _line(part: str, values: dict[str, Any]) -> str:
-    pair = " | ".join(spread(values[f"rows {what}"]) for what in ("cosine", "norm"))
+def _row(part: str, values: dict[str, Any]) -> list[str]:
+    pair = [spread(values[f"rows {what}"]) for what in ("cosine", "norm")]
     summed = values["sum of batches"]["rows cosine"][0]
-    rest = " | ".join(spread(values[f"{what} cosine"]) for what in ("other batch", "all tokens"))
-    return f"| {part} | {pair} | {summed:.3f} | {rest} |"
+    rest = [spread(values[f"{what} cosine"]) for what in ("other batch", "all tokens")]
+    return [part, *pair, f"{summed:.3f}", *rest]
 
 
 def parse_arguments() -> argparse.Namespace:

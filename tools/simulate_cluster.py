@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_slm.io.progress import Meter
+from megatron_slm.reporting.tables import markdown_table
 from megatron_slm.selection import select, select_tokens
 from megatron_slm.selection.threshold import DIGIT_BITS, Ranks
 
@@ -287,34 +288,27 @@ def estimate(result: Simulated, network: Network, options: argparse.Namespace) -
 
 def simulation_table(results: Sequence[Simulated]) -> str:
     """Return a Markdown table of the simulated selections."""
-    lines = [
-        "| ranks | scores | tokens | at the threshold | equal to a sort | all-reduces | of 16 kB | bytes per rank "
-        "| ms per rank | seconds in all |",
-        "|---" * 10 + "|",
-    ]
+    titles = ["ranks", "scores", "tokens", "at the threshold", "equal to a sort", "all-reduces", "of 16 kB"]
+    titles += ["bytes per rank", "ms per rank", "seconds in all"]
+    rows = []
     for r in results:
-        exact = "yes" if r.exact else "NO"
-        lines.append(
-            f"| {r.ranks:,} | {r.scores} | {r.tokens:,} | {r.tied_at_threshold:,} | {exact} | {len(r.calls)} "
-            f"| {r.rounds} | {r.size:,} | {r.rank_ms:.2f} | {r.seconds:.1f} |"
-        )
-    return "\n".join(lines)
+        row = [f"{r.ranks:,}", r.scores, f"{r.tokens:,}", f"{r.tied_at_threshold:,}", "yes" if r.exact else "NO"]
+        row += [str(len(r.calls)), str(r.rounds), f"{r.size:,}", f"{r.rank_ms:.2f}", f"{r.seconds:.1f}"]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def model_table(estimates: Sequence[Estimate]) -> str:
     """Return a Markdown table of modelled times."""
-    lines = [
-        "| GPUs | scores | all-reduces, ms | of the step | with operators, ms | of the step | links may be slower by "
-        "| gather, ring, ms | gather, lower bound, ms | gathered per rank |",
-        "|---" * 10 + "|",
-    ]
+    titles = ["GPUs", "scores", "all-reduces, ms", "of the step", "with operators, ms", "of the step"]
+    titles += ["links may be slower by", "gather, ring, ms", "gather, lower bound, ms", "gathered per rank"]
+    rows = []
     for e in estimates:
-        lines.append(
-            f"| {e.ranks:,} | {e.scores} | {1e3 * e.network:.2f} | {100 * e.share:.2f} % "
-            f"| {1e3 * (e.network + e.operators):.2f} | {100 * e.whole_share:.2f} % | {TARGET / e.share:.1f}x "
-            f"| {1e3 * e.gather_ring:.2f} | {1e3 * e.gather_logarithmic:.2f} | {e.gather_size / 1e6:,.1f} MB |"
-        )
-    return "\n".join(lines)
+        row = [f"{e.ranks:,}", e.scores, f"{1e3 * e.network:.2f}", f"{100 * e.share:.2f} %"]
+        row += [f"{1e3 * (e.network + e.operators):.2f}", f"{100 * e.whole_share:.2f} %", f"{TARGET / e.share:.1f}x"]
+        row += [f"{1e3 * e.gather_ring:.2f}", f"{1e3 * e.gather_logarithmic:.2f}", f"{e.gather_size / 1e6:,.1f} MB"]
+        rows.append(row)
+    return markdown_table(titles, rows)
 
 
 def assumptions(options: argparse.Namespace, network: Network) -> dict[str, str]:

@@ -30,6 +30,7 @@ from megatron_slm.models.causal_lm import CausalLM
 from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.reference.references import LiveReference
 from megatron_slm.reference.scoring import DocumentWork, ModelSource
+from megatron_slm.reporting.tables import markdown_table
 from megatron_slm.selection.select import select_tokens
 from megatron_slm.signals import decode, encode
 from megatron_slm.training.objective import competing_tokens
@@ -39,8 +40,16 @@ BATCH_TOKENS = 4096
 CONTEXTS = (0, 16, 32, 64, 128, 256)
 POSITIONS = (1, 16, 64, 128, 256, 512, 1024)
 """The first positions of the rows of the second table."""
-SELECTION_HEAD = "samples | store | min_context | masked | agreement | student loss, selected | live excess, selected"
-POSITION_HEAD = "samples | tokens before, in the sample | share | student | live | document"
+SELECTION_TITLES = (
+    "samples",
+    "store",
+    "min_context",
+    "masked",
+    "agreement",
+    "student loss, selected",
+    "live excess, selected",
+)
+POSITION_TITLES = ("samples", "tokens before, in the sample", "share", "student", "live", "document")
 
 
 class Losses(NamedTuple):
@@ -68,8 +77,8 @@ def main() -> None:
         selections += selection_rows(losses, length, options.ratio)
         positions += position_rows(losses, length)
         sys.stderr.write(f"done: samples of {length} tokens\n")
-    print(table(SELECTION_HEAD, selections), end="\n\n")
-    print(table(POSITION_HEAD, positions))
+    print(markdown_table(SELECTION_TITLES, selections), end="\n\n")
+    print(markdown_table(POSITION_TITLES, positions))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -149,11 +158,6 @@ def position_rows(losses: Losses, length: int) -> list[list[str]]:
         for name, part in parts
         if part.any()
     ]
-
-
-def table(head: str, rows: list[list[str]]) -> str:
-    lines = [f"| {head} |", "|---" * len(head.split(" | ")) + "|"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
 if __name__ == "__main__":

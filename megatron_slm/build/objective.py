@@ -46,7 +46,7 @@ def objective_at(
     config: Config, plan: Plan, rule: Rule | None, min_context: int, world: World, tokens: int
 ) -> Objective:
     """Return the objective of the step that begins after `tokens` trained tokens; it is the same on all ranks."""
-    ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_steps * plan.tokens_per_step)
+    ratio = None if rule is None else ratio_at(config.selection, tokens, plan.total_tokens)
     if rule is None or ratio is None:
         return CausalLanguageModeling(world.data.group)
     return SelectiveLanguageModeling(rule, ratio, config.selection.pool == "step", min_context, world.data.group)

@@ -64,7 +64,7 @@ def learning_rate_at(training: TrainingSettings, plan: Plan, tokens: int) -> flo
     """Return the learning rate of the step that ends at `tokens`."""
     return learning_rate(
         tokens,
-        train_tokens=plan.total_steps * plan.tokens_per_step,
+        train_tokens=plan.total_tokens,
         warmup_tokens=training.warmup_tokens,
         lr=training.lr,
         min_lr=training.min_lr,
@@ -108,7 +108,7 @@ def _changed_schedules(before: tuple[Config, Plan], now: tuple[Config, Plan], st
         )
     start = config.selection.start
     if config.objective == "slm" and start:
-        old_start, new_start = (start * one.total_steps * one.tokens_per_step for one in (old_plan, plan))
+        old_start, new_start = (start * one.total_tokens for one in (old_plan, plan))
         changes.append(f"selection.start is reached at token {new_start:,.0f} instead of {old_start:,.0f}")
     if not changes:
         return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.data.sentencepiece_model import read_sentencepiece
-from megatron_slm.errors import UserError, refuse_missing_folder
+from megatron_slm.errors import UserError, first_line, refuse_missing_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -201,7 +201,7 @@ def _from_hugging_face(path: str) -> "PreTrainedTokenizerFast":
     if failure is not None:
         logger.info(
             "tokenizer %s: AutoTokenizer cannot load it (%s), so its tokenizer.json is used directly",
-            path, _first_line(failure),
+            path, first_line(failure),
         )  # fmt: skip
         return tokenizer
     _copy_special_tokens(tokenizer, theirs)
@@ -226,11 +226,7 @@ def _read(path: str, work: Callable[[], Any]) -> Any:
 
 def _unreadable(path: str, error: Exception) -> UserError:
     remedy = "Give a Hugging Face folder, a hub name, or a sentencepiece model file"
-    return UserError("tokenizer", path, f"it cannot be loaded ({_first_line(error)})", remedy)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return UserError("tokenizer", path, f"it cannot be loaded ({first_line(error)})", remedy)
 
 
 def _copy_special_tokens(tokenizer: "PreTrainedTokenizerFast", theirs: "PreTrainedTokenizerFast") -> None:

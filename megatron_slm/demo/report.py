@@ -19,6 +19,7 @@ from megatron_slm.models.causal_lm import CausalLM, score_batch
 from megatron_slm.models.pretrained import load_pretrained
 from megatron_slm.reporting.charts import Curve, draw_curves
 from megatron_slm.reporting.records import read_records
+from megatron_slm.reporting.tables import markdown_table
 from megatron_slm.reporting.tokens import Token, escape_html, legend_html, page_html, token_texts, tokens_html
 from megatron_slm.selection import select_tokens
 from megatron_slm.types import Batch
@@ -103,13 +104,13 @@ def results_table(runs: Path, names: Mapping[str, str], held_out: Mapping[str, s
     `names` and `held_out` hold the titles of runs and evaluation sets by name.
     """
     columns = [f"{title}: {unit}" for title in held_out.values() for unit in ("loss", "bits/byte")]
-    lines = [f"| run | tokens in the loss | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    rows = []
     for name, title in names.items():
         last = run_records(runs, name)[-1]
         figures = [last[f"eval/{key}/{unit}"] for key in held_out for unit in ("loss", "bits_per_byte")]
         counted = last.get("consumed_selected_tokens", last["consumed_tokens"])
-        lines.append(f"| {title} | {counted:,} | {' | '.join(f'{figure:.3f}' for figure in figures)} |")
-    return "\n".join(lines)
+        rows.append([title, f"{counted:,}", *(f"{figure:.3f}" for figure in figures)])
+    return markdown_table(["run", "tokens in the loss", *columns], rows)
 
 
 def overtaking(runs: Path, held_out: str) -> str:
@@ -128,11 +129,11 @@ def selected_table(runs: Path) -> str:
     """Return a Markdown table of the share that SLM selected of each source, over all logged steps and at the end."""
     records = run_records(runs, "slm")
     sources = [key.removeprefix(SELECTED) for key in records[-1] if key.startswith(SELECTED)]
-    lines = ["| source | selected, whole run | last fifth |", "|---|---|---|"]
+    rows = []
     for source in sources:
         shares = [r[SELECTED + source] for r in records if r[SELECTED + source] is not None]
-        lines.append(f"| {source} | {fmean(shares):.0%} | {fmean(shares[-max(1, len(shares) // 5) :]):.0%} |")
-    return "\n".join(lines)
+        rows.append([source, f"{fmean(shares):.0%}", f"{fmean(shares[-max(1, len(shares) // 5) :]):.0%}"])
+    return markdown_table(["source", "selected, whole run", "last fifth"], rows)
 
 
 def draw_held_out(runs: Path, names: Mapping[str, str], held_out: Mapping[str, str], path: Path) -> None:

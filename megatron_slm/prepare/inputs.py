@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from megatron_slm.errors import UserError, refuse_missing_folder
+from megatron_slm.errors import UserError, first_line, refuse_missing_folder
 from megatron_slm.prepare.decompress import SUFFIXES, decompressed, make_fsspec_strict
 from megatron_slm.prepare.documents import Fields, RawDocument
 
@@ -115,7 +115,7 @@ class InputFile:
                         number += 1
                         yield RawDocument(self.name, number, row), size * number // rows
         except (ArrowException, UnicodeError) as error:
-            reason = f"it is not a valid parquet file ({_first_line(error)})"
+            reason = f"it is not a valid parquet file ({first_line(error)})"
             raise DamagedError(self.option, self.name, reason, "Fetch or write it again") from error
 
     def _unreadable(self, error: Exception) -> UserError:
@@ -161,7 +161,7 @@ class DatasetShard:
         except UserError:
             raise
         except Exception as error:  # the errors of each format's reader
-            reason = f"it cannot be read ({_first_line(error)})"
+            reason = f"it cannot be read ({first_line(error)})"
             raise UserError("--dataset", self.name, reason, "Fetch its files again") from error
 
 
@@ -189,9 +189,9 @@ def find_dataset(name: str, config: str | None, split: str) -> list[Input]:
         dataset = load_dataset(links.name if links else name, config, split=split, streaming=True)
     except ConnectionError as error:
         remedy = "Check the name and the connection, or fetch its files and give them with --input"
-        raise UserError("--dataset", name, f"it cannot be reached ({_first_line(error)})", remedy) from error
+        raise UserError("--dataset", name, f"it cannot be reached ({first_line(error)})", remedy) from error
     except Exception as error:  # the errors of each format's reader, or of a dataset that comes with code
-        reason = f"its split '{split}' cannot be opened ({_first_line(error)})"
+        reason = f"its split '{split}' cannot be opened ({first_line(error)})"
         remedy = "Check the name, --dataset-config and --dataset-split"
         raise UserError("--dataset", name, reason, remedy) from error
     title = ":".join(filter(None, (name, config, split)))
@@ -302,10 +302,6 @@ def _size(content: bytes | dict[str, Any] | UserError) -> int:
     if isinstance(content, UserError):
         return 0
     return sum(len(value) for value in content.values() if isinstance(value, str))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def link_plain_names(folder: Path) -> "tempfile.TemporaryDirectory[str] | None":

@@ -38,6 +38,11 @@ class Plan:
         return self.global_batch_size * self.candidates
 
     @property
+    def total_tokens(self) -> int:
+        """Tokens that the run trains on, over all ranks."""
+        return self.total_steps * self.tokens_per_step
+
+    @property
     def total_samples(self) -> int:
         """Samples that the run reads, over all ranks."""
         return self.total_steps * self.samples_per_step

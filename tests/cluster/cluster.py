@@ -233,6 +233,7 @@ class Cluster:
     def __init__(self, hosts: int = 3, slurm: bool = True) -> None:
         self._size = hosts
         self._slurm = slurm
+        self._addresses = {f"node{n}": f"10.77.0.{n}" for n in range(1, hosts + 1)} | {"head": "10.77.0.254"}
         self.nodes: list[Host] = []
 
     def __enter__(self) -> "Cluster":
@@ -241,13 +242,13 @@ class Cluster:
         self._lock = _lock(self.folder)
         try:
             self._write_files()
-            self.head = self._boot("head", "10.77.0.254")
+            self.head = self._boot("head")
             _as_root_of_network(self.head, "ip link add bridge0 type bridge")
             _as_root_of_network(self.head, f"ip addr add {self.head.address}/24 dev bridge0")
             _as_root_of_network(self.head, "ip link set bridge0 up")
             _as_root_of_network(self.head, "ip link set lo up")
             for number in range(1, self._size + 1):
-                self.nodes.append(self._boot(f"node{number}", f"10.77.0.{number}"))
+                self.nodes.append(self._boot(f"node{number}"))
                 self._connect(self.nodes[-1], f"port{number}")
                 self.nodes[-1].start(["/usr/sbin/sshd", "-D", "-e"])
             wait_for(lambda: all(self._answers(host) for host in self.nodes), "a login to each host")
@@ -273,18 +274,17 @@ class Cluster:
         for key in ("id", "hostkey"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(ssh / key)], check=True)
         kind, public, *_ = (ssh / "hostkey.pub").read_text().split()
-        names = {f"node{number}": f"10.77.0.{number}" for number in range(1, self._size + 1)} | {"head": "10.77.0.254"}
-        (ssh / "known_hosts").write_text("".join(f"{n},{a} {kind} {public}\n" for n, a in names.items()))
+        (ssh / "known_hosts").write_text("".join(f"{n},{a} {kind} {public}\n" for n, a in self._addresses.items()))
         (ssh / "ssh_config").write_text(SSH_CONFIG)
         (ssh / "sshd_config").write_text(SSHD_CONFIG)
-        hosts = "".join(f"{address} {name}\n" for name, address in names.items())
+        hosts = "".join(f"{address} {name}\n" for name, address in self._addresses.items())
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{hosts}")
         nodes = [
             f"NodeName={name} NodeAddr={address} CPUs=2 RealMemory=1000 Gres=gpu:8 State=UNKNOWN\n"
-            for name, address in names.items()
+            for name, address in self._addresses.items()
             if name != "head"
         ]
-        config = SLURM_CONFIG.format(folder=self.folder, head=names["head"])
+        config = SLURM_CONFIG.format(folder=self.folder, head=self._addresses["head"])
         (slurm / "slurm.conf").write_text(config.replace("PartitionName", "".join(nodes) + "PartitionName", 1))
         (slurm / "gres.conf").write_text(f"Name=gpu File={slurm}/gpu[0-7]\n")
         for number in range(8):
@@ -294,7 +294,7 @@ class Cluster:
         secret.touch(0o600)
         secret.write_bytes(os.urandom(128))
 
-    def _boot(self, name: str, address: str) -> Host:
+    def _boot(self, name: str) -> Host:
         # `--pdeathsig` ends the host if this process is killed; `--kill-child` ends all processes of the host.
         command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--uts", "--ipc", "--mount", "--pid"]
         command += ["--fork", "--kill-child", "--mount-proc", "bash", "-c", FIRST, "bash", name, str(self.folder)]
@@ -308,7 +308,7 @@ class Cluster:
             if process.poll() is not None:
                 raise RuntimeError(f"{name} did not start: {log.read_text()}")
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            return Host(name, address, self.folder, process, int(children[0]))
+            return Host(name, self._addresses[name], self.folder, process, int(children[0]))
         except BaseException:
             process.kill()
             process.wait()

@@ -45,7 +45,7 @@ def on_one_host(corpora: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 
 def gated(tree: dict[str, Any], folder: Path, step: int) -> dict[str, Any]:
-    """Return the configuration of a run that waits after a step until `opened` is called."""
+    """Return the configuration of a run that waits after a step until the file `open` exists in the folder."""
     folder.mkdir()
     return tree | {"callbacks": [{"class": "tests.cluster.gate:Gate", "args": {"folder": str(folder), "step": step}}]}
 
