@@ -200,6 +200,11 @@ class Host:
         """Connect the host to the network again."""
         self.run(["ip", "link", "set", "eth0", "up"]).check_returncode()
 
+    def entered(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> list[str]:
+        """Return the command line that runs a command on this host, in its environment and no other."""
+        variables = [f"{name}={value}" for name, value in self._environment(env).items()]
+        return self._enter(["env", "--ignore-environment", *variables, *command])
+
     def _enter(self, command: Sequence[str]) -> list[str]:
         namespaces = ["--net", "--uts", "--ipc", "--mount", "--pid"]
         return ["nsenter", "--target", str(self.pid), *namespaces, "env", f"--chdir={ROOT}", *command]
