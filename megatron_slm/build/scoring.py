@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,30 @@ from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import refuse_taken
+from megatron_slm.io.shards import OPTION as SHARD_OPTION
+from megatron_slm.io.shards import Plan as ShardPlan
+from megatron_slm.io.shards import Shards, WorkShard
 from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.models.pretrained import weights_fingerprint
 from megatron_slm.reference.imports import OPTION, open_import
 from megatron_slm.reference.scoring import DOCUMENT_CONTEXT, PACKED_CONTEXT, DocumentWork, ModelSource, PackedWork, Work
 from megatron_slm.reference.settings import PartSettings, ScoreSettings
-from megatron_slm.reference.store import ORDER, Manifest
+from megatron_slm.reference.store import ORDER, FileEntry, Manifest
+from megatron_slm.reference.store_parts import finish_part, open_parts, part_of, plan_facts, refuse_small_parts
 from megatron_slm.reference.store_writer import NewFile, open_writer, write_store
 from megatron_slm.signals import ENCODINGS, column_flags, stored_columns
 
+NamedWork = tuple[str, Corpus | None, Work]
+"""The name of a file of a store, the corpus that it scores (None for an order of samples), and its batches."""
 
-def score_corpora(config: Config, settings: ScoreSettings, world: World, imports: Sequence[Path] = ()) -> None:
+
+def score_corpora(
+    config: Config,
+    settings: ScoreSettings,
+    world: World,
+    imports: Sequence[Path] = (),
+    shard: WorkShard | None = None,
+) -> None:
     """Write a store, resuming from the shards that are on the disk; every rank calls it.
 
     Args:
@@ -36,13 +50,15 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         settings: the store to write.
         world: this rank.
         imports: files of log-probabilities, one for each corpus of `data.train`; empty to run the reference.
+        shard: the part of the store to write; None for the whole store.
 
     Raises:
         AgreedError: an error that the user can correct, the same on every rank.
     """
-    staging = Staging(Path(settings.output), "score.output", "scoring")
+    parts = open_parts(settings.output)
+    staging = parts.staging(shard) if shard else Staging(Path(settings.output), "score.output", "scoring")
     with ExitStack() as stack:
-        agree(lambda: _open(staging, stack) if world.is_main else None)
+        agree(lambda: _open(Path(settings.output), staging, stack) if world.is_main else None)
         packed = settings.kind == "packed"
         corpora = agree(lambda: open_run_corpora(config.data) if packed else open_corpora(config.data))
         config, plan = agree(lambda: settle(config, corpora, world.device.type, reads_document_store=False))
@@ -53,16 +69,38 @@ def score_corpora(config: Config, settings: ScoreSettings, world: World, imports
         origin = gather_objects(agree(lambda: _origin(config, imports) if world.is_main else {}))[0]
         manifest = _manifest(config, settings, corpora, origin, order)
         end = position_after(config.data.skip_samples, 0, plan.total_samples)
-        journal = Journal(staging, _deciding_settings(config, settings, manifest, corpora, end))
+        deciding = _deciding_settings(config, settings, manifest, corpora, end)
+        works = [] if imported else _works(config, settings, corpora, order, end)
+        finish = None
+        if shard:
+            begun = agree(lambda: _begin_part(parts, shard, deciding, manifest, works) if world.is_main else None)
+            deciding |= {SHARD_OPTION: str(shard)}
+            if gather_objects(world.is_main and parts.is_finished(shard))[0]:
+                return
+            if begun:
+                finish = partial(finish_part, shards=parts, staging=staging, plan=begun)
+        journal = Journal(staging, deciding)
         # Opened before the model is loaded, so that unfinished work with other settings is refused at once.
         writer = open_writer(manifest, staging, journal, world)
-        files = imported or _model_files(config, settings, corpora, order, end, world)
-        write_store(files, writer, staging, world)
+        files = imported or _model_files(config, settings, corpora, works, world)
+        write_store(part_of(files, shard) if shard else files, writer, staging, world, finish)
 
 
-def _open(staging: Staging, stack: ExitStack) -> None:
-    refuse_taken(staging.setting, staging.output)
+def _open(output: Path, staging: Staging, stack: ExitStack) -> None:
+    refuse_taken("score.output", output)
     stack.enter_context(staging.open())
+
+
+def _begin_part(
+    parts: Shards, shard: WorkShard, deciding: dict[str, Any], manifest: Manifest, works: list[NamedWork]
+) -> ShardPlan:
+    """Record or compare the plan of all parts, before the model is loaded."""
+    entries = [
+        FileEntry(name, work.rows, *((corpus.prefix, corpus.sha256) if corpus else ())) for name, corpus, work in works
+    ]
+    counts = [work.num_shards for _, _, work in works]
+    refuse_small_parts(sum(counts), shard)
+    return parts.begin(shard, deciding, plan_facts(manifest, entries, counts))
 
 
 def _origin(config: Config, imports: Sequence[Path]) -> dict[str, Any]:
@@ -154,24 +192,28 @@ def _imported_files(corpora: Corpora, imports: Sequence[Path], settings: ScoreSe
     ]
 
 
-def _model_files(
-    config: Config, settings: ScoreSettings, corpora: Corpora, order: Samples | None, end: int, world: World
-) -> list[NewFile]:
-    """Load the model, and return the files of the store to write; every rank calls it."""
+def _works(
+    config: Config, settings: ScoreSettings, corpora: Corpora, order: Samples | None, end: int
+) -> list[NamedWork]:
+    """Return the name, the corpus and the batches of each file of the store; every rank calls it."""
     part, length = _model(config), config.data.seq_length
-    works: list[tuple[str, Corpus | None, Work]]
     if order is not None:
         order.reach(end)
         reset = config.data.reset_attention
-        work = PackedWork(order, end, length, part.micro_batch_size, settings.shard_tokens, reset)
-        works = [(ORDER, None, work)]
-    else:
-        eod, batch = corpora.tokenizer.eos_token_id, part.micro_batch_size * length
-        works = [
-            (name, corpus, DocumentWork(corpus, eod, length, batch, settings.shard_tokens))
-            for name, corpus in _named(corpora)
-        ]
-    agree(lambda: check_reference(part, corpora, length))
+        return [(ORDER, None, PackedWork(order, end, length, part.micro_batch_size, settings.shard_tokens, reset))]
+    eod, batch = corpora.tokenizer.eos_token_id, part.micro_batch_size * length
+    return [
+        (name, corpus, DocumentWork(corpus, eod, length, batch, settings.shard_tokens))
+        for name, corpus in _named(corpora)
+    ]
+
+
+def _model_files(
+    config: Config, settings: ScoreSettings, corpora: Corpora, works: list[NamedWork], world: World
+) -> list[NewFile]:
+    """Load the model, and return the files of the store to write; every rank calls it."""
+    part = _model(config)
+    agree(lambda: check_reference(part, corpora, config.data.seq_length))
     engine, _ = frozen_model(config, part, make_backend(config, world))
     columns = stored_columns(settings)
     return [NewFile(name, corpus, ModelSource(engine, work, columns, world)) for name, corpus, work in works]

@@ -15,6 +15,7 @@ from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import UserError, agreed
+from megatron_slm.io.shards import HELP, parse_shard
 from megatron_slm.launcher import refuse_several_ranks
 from megatron_slm.reference.settings import FilterSettings
 
@@ -24,6 +25,9 @@ EXAMPLES = """examples:
   megatron-slm filter run.yaml filter.base=scores/base filter.reference=scores/reference \\
       filter.keep=0.5 filter.output=keep/web.safetensors
   megatron-slm train run.yaml data.keep=keep/web.safetensors
+  on many nodes: each task of a Slurm array reads one shard of the losses, and the last command ranks the documents:
+    megatron-slm filter run.yaml filter.output=keep/web.safetensors --shard 0/8
+    megatron-slm filter run.yaml filter.output=keep/web.safetensors --merge
 """
 
 
@@ -31,14 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the verb."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="configuration of a run; filter reads a part of it")
     parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace those in the file")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--shard", metavar="I/N", help=HELP)
+    modes.add_argument("--merge", action="store_true", help="rank the documents by the sums that --shard has made")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Rank the documents, and write the keep-list."""
     config, settings = agreed(lambda: _read(arguments))
-    from megatron_slm.build.filtering import filter_documents
+    shard = parse_shard(arguments.shard, os.environ)
+    from megatron_slm.build.filtering import filter_documents, filter_shard
 
-    filter_documents(config, settings)
+    if shard is None:
+        filter_documents(config, settings, merge=arguments.merge)
+    else:
+        filter_shard(config, settings, shard)
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Config, FilterSettings]:

@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING
 
 from megatron_slm.errors import UserError
+from megatron_slm.io.shards import HELP, parse_shard
 
 if TYPE_CHECKING:
     from megatron_slm.prepare.documents import Fields
@@ -32,7 +33,10 @@ EXAMPLES = r"""examples:
     megatron-slm prepare --input chats.jsonl --format messages --tokenizer T --output data/chats
   skip up to 100 bad documents, and report overlaps with evaluation files in data/web.contamination.json:
     megatron-slm prepare --input web/ --tokenizer T --output data/web --skip-bad 100 --contamination test.jsonl
-  merge shards that were made on several machines:
+  on many nodes: each task of a Slurm array encodes one shard, and the last command merges them:
+    megatron-slm prepare --input web/ --tokenizer T --output data/web --shard 0/8
+    megatron-slm prepare --merge --output data/web
+  merge corpora that were prepared separately:
     megatron-slm prepare --merge shards/a shards/b --output data/web
   describe, in place, a .bin/.idx pair that Megatron's own tools wrote:
     megatron-slm prepare --adopt data/old --tokenizer T
@@ -55,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_input(parser.add_argument_group("input"))
     _add_output(parser.add_argument_group("output"))
     modes = parser.add_argument_group("existing corpora").add_mutually_exclusive_group()
-    modes.add_argument("--merge", metavar="PREFIX", nargs="+", help="merge these corpora, in this order, into --output")
+    modes.add_argument(
+        "--merge", metavar="PREFIX", nargs="*",
+        help="merge these corpora, in this order, into --output; without PREFIX, the shards of --shard",
+    )  # fmt: skip
     modes.add_argument(
         "--adopt", metavar="PREFIX", help="describe Megatron's PREFIX.bin and PREFIX.idx, made with --tokenizer"
     )
@@ -114,6 +121,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--contamination", metavar="EVAL", nargs="+",
         help="evaluation files; report in PREFIX.contamination.json which of their 13-word runs occur in the input",
     )  # fmt: skip
+    group.add_argument("--shard", metavar="I/N", help=HELP)
     group.add_argument(
         "--workers", metavar="N", type=int,
         help=f"processes that encode (default: one per core, here {_cores()}); the result does not depend on N",
@@ -131,6 +139,10 @@ def run(arguments: argparse.Namespace) -> None:
         from megatron_slm.prepare.merge import merge_corpora
 
         merge_corpora(arguments.merge, arguments.output)
+    elif arguments.merge is not None:
+        from megatron_slm.prepare.sharded import merge_shards
+
+        merge_shards(arguments.output)
     elif arguments.adopt:
         from megatron_slm.prepare.adopt import adopt_corpus
 
@@ -144,6 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    shard = parse_shard(arguments.shard, os.environ)
     from megatron_slm.prepare.inputs import find_dataset, find_files
     from megatron_slm.prepare.prepare import Options, prepare_corpora
 
@@ -160,7 +173,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         inputs = find_dataset(arguments.dataset, arguments.dataset_config, arguments.dataset_split or "train")
     else:
         inputs = find_files(arguments.input)
-    prepare_corpora(inputs, arguments.output, options)
+    if shard is None:
+        prepare_corpora(inputs, arguments.output, options)
+    else:
+        from megatron_slm.prepare.sharded import prepare_shard
+
+        prepare_shard(inputs, arguments.output, options, shard)
 
 
 def _fields(arguments: argparse.Namespace) -> "Fields":

@@ -18,7 +18,8 @@ from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
-from megatron_slm.launcher import is_main_process
+from megatron_slm.io.shards import HELP, WorkShard, parse_shard
+from megatron_slm.launcher import is_main_process, refuse_several_ranks
 from megatron_slm.reference.settings import ScoreSettings
 
 EXAMPLES = """examples:
@@ -28,6 +29,9 @@ EXAMPLES = """examples:
   megatron-slm score run.yaml score.output=scores/web score.kind=document
   megatron-slm score run.yaml score.output=scores/web score.kind=document --import logprobs.npy
   megatron-slm score run.yaml score.output=scores/run --verify
+  on many nodes: each task of a Slurm array writes one part, and the last command merges them:
+    torchrun --nproc-per-node 8 -m megatron_slm score run.yaml score.output=scores/run --shard 0/8
+    megatron-slm score run.yaml score.output=scores/run --merge
 
 --import: for each corpus of data.train, in the same order, one .npy (a log-probability in nats for every token of
 PREFIX.bin) or .jsonl (a line {"logprobs": [...]} per document, its end-of-document token included).
@@ -47,22 +51,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="store log-probabilities that were computed elsewhere; give it once for each corpus",
     )
+    parser.add_argument("--shard", metavar="I/N", help=HELP)
+    parser.add_argument("--merge", action="store_true", help="merge the shards that --shard has made")
     parser.add_argument("--verify", action="store_true", help="check all checksums of an existing store")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Write a store from a model or from imported files, or verify an existing one."""
+    shard = agreed(lambda: parse_shard(arguments.shard, os.environ))
     config, settings = agreed(lambda: _read(arguments))
     if arguments.verify:
         _verify(settings.output)
+    elif arguments.merge:
+        from megatron_slm.reference.store_parts import merge_store
+
+        merge_store(settings.output)
     else:
-        _score(config, settings, arguments.imports)
+        _score(config, settings, arguments.imports, shard)
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
+    _check_modes(arguments)
     tree = read_tree(arguments.config, arguments.overrides)
     score = tree.get("score")
-    packed = isinstance(score, dict) and not arguments.verify and score.get("kind", "packed") == "packed"
+    reads_only = arguments.verify or arguments.merge
+    packed = isinstance(score, dict) and not reads_only and score.get("kind", "packed") == "packed"
     if packed and "training" not in tree:
         reason = "it scores the samples of one run, and the configuration has no group training"
         remedy = "Add the group training of the run, or set score.kind=document, which serves any order of samples"
@@ -76,12 +89,26 @@ def _read(arguments: argparse.Namespace) -> tuple[Config, ScoreSettings]:
     return config, config.score
 
 
+def _check_modes(arguments: argparse.Namespace) -> None:
+    """Raise a UserError if options contradict each other."""
+    if arguments.merge:
+        refuse_several_ranks("score --merge", os.environ)
+    given = [
+        ("--shard", arguments.shard),
+        ("--merge", arguments.merge or None),
+        ("--verify", arguments.verify or None),
+        ("--import", ", ".join(map(str, arguments.imports)) or None),
+    ]
+    present = [(option, value) for option, value in given if value is not None]
+    if len(present) > 1:
+        (other, _), (option, value) = present[:2]
+        raise UserError(option, value, f"{other} is also given", "Give one of the two options")
+
+
 def _check_imports(arguments: argparse.Namespace, settings: ScoreSettings) -> None:
     paths = ", ".join(map(str, arguments.imports))
     if not paths:
         return
-    if arguments.verify:
-        raise UserError("--import", paths, "--verify only reads an existing store", "Give one of the two options")
     if settings.kind != "document":
         reason = f"score.kind is {settings.kind}, and imports hold one loss per token of each corpus"
         raise UserError("--import", paths, reason, "Set score.kind=document")
@@ -102,7 +129,7 @@ def _verify(path: str) -> None:
     logging.getLogger(__name__).info("%s is intact: %d tokens", path, tokens)
 
 
-def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> None:
+def _score(config: Config, settings: ScoreSettings, imports: list[Path], shard: WorkShard | None) -> None:
     if is_main_process(os.environ):
         logging.getLogger(__name__).info("loading the libraries, the corpora and the model")
     from transformers.utils.logging import disable_progress_bar
@@ -118,6 +145,6 @@ def _score(config: Config, settings: ScoreSettings, imports: list[Path]) -> None
             paths = ", ".join(map(str, imports))
             reason = f"{world.size} ranks were started, and an import runs in one process"
             raise AgreedError("--import", paths, reason, "Start one process")
-        score_corpora(config, settings, world, imports)
+        score_corpora(config, settings, world, imports, shard)
     finally:
         disconnect()

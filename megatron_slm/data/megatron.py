@@ -1,16 +1,19 @@
 """The adapter to megatron-core: its packing, blending and shuffling, with the offset of every token.
 
-Checked against megatron-core 0.16. The attributes `shuffle_index`, `sample_index`, `document_index`, `dataset` and
-`dataset_id` of its datasets, the reader behind `dataset.index`, and `split_matrix` of its configuration are not
-documented. tests/unit/test_megatron.py fails if one of them changes.
+Checked against megatron-core 0.16. The attributes `shuffle_index`, `sample_index`, `document_index`, `indices`,
+`dataset` and `dataset_id` of its datasets, their methods `_build_document_sample_shuffle_indices` and `_build_indices`,
+the readers behind `dataset.index` and `dataset.bin_reader`, and `split_matrix` of its configuration are not documented.
+tests/unit/test_megatron.py fails if one of them changes.
 """
 
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -46,6 +49,20 @@ class PackedDocuments(GPTDataset):  # type: ignore[misc]
         if dataset_path in config.kept:
             indexed_indices = indexed_indices[config.kept[dataset_path][indexed_indices]]
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+        # Only building reads them. Every rank would keep four bytes per document.
+        self.indices = np.zeros(0, np.int32)
+        # Samples are far apart. Without this advice, the kernel reads megabytes around every page of a sample.
+        indexed_dataset.bin_reader._bin_buffer_mmap._mmap.madvise(mmap.MADV_RANDOM)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[NDArray[Any], ...]:
+        """Build the indices, or map those in the cache.
+
+        After building them, megatron-core keeps them in the memory of rank 0. A second call maps the files, whose pages
+        all ranks of a host share.
+        """
+        super()._build_document_sample_shuffle_indices()
+        indices: tuple[NDArray[Any], ...] = super()._build_document_sample_shuffle_indices()
+        return indices
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the fields `text`, `offset`, `position` and `continued` of a `Sample`, see data/samples.py."""
@@ -115,6 +132,8 @@ def build_packed_documents(
     config.split_matrix = [config.split_matrix[0], None, None]
     builder = BlendedMegatronDatasetBuilder(PackedDocuments, [num_samples, 0, 0], lambda: True, config)
     train: PackedDocuments = builder.build()[0]
+    if isinstance(train, BlendedDataset):  # on rank 0, as in `_build_document_sample_shuffle_indices`
+        train.dataset_index, train.dataset_sample_index = train._build_indices()
     return train
 
 

@@ -140,19 +140,15 @@ class Journal:
             return None
         except (ValueError, KeyError, AttributeError) as error:
             raise self.unusable(f"the journal {staging.journal} cannot be read ({error})") from error
-        differences = [
-            _difference(name, settings.get(name), self._settings.get(name))
-            for name in settings | self._settings
-            if settings.get(name) != self._settings.get(name)
-        ]
-        if differences and any(progress.values()):
+        found = differences(settings, self._settings)
+        if found and any(progress.values()):
             raise UserError(
                 staging.setting,
                 staging.output,
-                f"{staging.folder} holds unfinished work with other settings: {'; '.join(differences)}",
+                f"{staging.folder} holds unfinished work with other settings: {'; '.join(found)}",
                 f"Set them back to resume it, or remove {staging.folder} to start again",
             )
-        return None if differences else progress
+        return None if found else progress
 
     def write(self, progress: Mapping[str, Any]) -> None:
         """Replace the journal durably."""
@@ -168,14 +164,28 @@ class Journal:
         return UserError(staging.setting, staging.output, reason, f"Remove {staging.folder} to start again")
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe each setting whose JSON value differs; a setting that is absent counts as null."""
+    return [
+        _difference(name, before.get(name), now.get(name))
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
 def _difference(name: str, before: Any, now: Any) -> str:
     """Describe how a setting differs; of two lists, show only the entries that the other lacks, if there are any."""
     if isinstance(before, list) and isinstance(now, list):
-        gone = [entry for entry in before if entry not in now]
-        new = [entry for entry in now if entry not in before]
+        gone, new = _without(before, now), _without(now, before)
         if gone or new:
             before, now = gone, new
     return f"{name} was {_shortened(before)} and is {_shortened(now)}"
+
+
+def _without(entries: list[Any], others: list[Any]) -> list[Any]:
+    """Return the entries that are not among the others; compared as text, because there may be many."""
+    known = {json.dumps(other) for other in others}
+    return [entry for entry in entries if json.dumps(entry) not in known]
 
 
 def _shortened(value: Any) -> str:

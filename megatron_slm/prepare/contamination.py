@@ -23,6 +23,7 @@ _WORD = re.compile(r"[^\W_]+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no bit of a word's hash is lost
 OPTION = "--contamination"
 REPORT_SUFFIX = ".contamination.json"
+MARKS = "found.npy"  # in the staging folder
 _FORMAT_VERSION = 1
 _WORST = 20
 
@@ -83,7 +84,7 @@ class ContaminationReport:
 
     def begin(self, folder: Path) -> str:
         """Load the marks from a staging folder, if it has any, and write the file of n-grams that workers read."""
-        self._marks = folder / "found.npy"
+        self._marks = folder / MARKS
         if self._marks.exists():
             self._found = np.load(self._marks, allow_pickle=False)
         np.save(folder / "evaluation.npy", self._ngrams)
@@ -92,6 +93,10 @@ class ContaminationReport:
     def add(self, places: np.ndarray) -> None:
         """Mark the n-grams at these indices as found."""
         self._found[places] = True
+
+    def add_marks(self, path: Path) -> None:
+        """Add the marks that `save` has written for another part of the input."""
+        self._found |= np.load(path, allow_pickle=False)
 
     def save(self) -> None:
         """Save the marks durably. They may be ahead of the journal, because encoding a document again repeats them."""

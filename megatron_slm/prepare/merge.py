@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -40,23 +40,65 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
         UserError: a corpus is missing, has changed or is given twice; corpora differ in their tokenizer, or only some
             have a mask; or something exists at ``output``.
     """
-    corpora = [open_corpus(str(Path(prefix)), "--merge") for prefix in prefixes]
-    indices = [read_index(Path(f"{corpus.prefix}.idx"), "--merge", corpus.prefix) for corpus in corpora]
-    described = _describe_common_tokenizer(corpora)
-    _refuse_unlike(corpora, indices)
-    prefix = Path(output)
-    settings = {"--merge": [[corpus.prefix, corpus.sha256] for corpus in corpora]}
+    parts = open_parts([str(Path(prefix)) for prefix in prefixes])
+    corpora, prefix = parts.corpora, Path(output)
+    skipped = sum(corpus.skipped for corpus in corpora)
     make_at_once(
         Staging(prefix, "--output", "preparing"),
-        settings,
+        {"--merge": parts.identity()},
         refuse=lambda: refuse_existing(prefix),
-        make=lambda ready: _stage(corpora, indices, described, ready, prefix.name),
+        make=lambda ready: stage_merged(parts, ready, prefix.name, skipped),
     )
     merged = open_corpus(str(prefix))
     logger.info(
         "%s: %d corpora, %d documents, %d tokens", output, len(corpora), merged.num_documents, merged.num_tokens
     )
     return merged
+
+
+class Parts(NamedTuple):
+    """Corpora that can be merged: their indices, and the description of their common tokenizer."""
+
+    corpora: list[Corpus]
+    indices: list[Index]
+    described: dict[str, Any]
+
+    def identity(self) -> list[Any]:
+        """Return the prefix and the checksums of each corpus."""
+        return [[corpus.prefix, corpus.sha256] for corpus in self.corpora]
+
+
+def open_parts(prefixes: list[str]) -> Parts:
+    """Open corpora that are to be merged.
+
+    Raises:
+        UserError: as `merge_corpora`, except for its output.
+    """
+    corpora = [open_corpus(prefix, "--merge") for prefix in prefixes]
+    indices = [read_index(Path(f"{corpus.prefix}.idx"), "--merge", corpus.prefix) for corpus in corpora]
+    described = _describe_common_tokenizer(corpora)
+    _refuse_unlike(corpora, indices)
+    return Parts(corpora, indices, described)
+
+
+def stage_merged(parts: Parts, ready: Path, name: str, skipped: int) -> None:
+    """Write the merged corpus to a folder of files to publish.
+
+    Args:
+        parts: the corpora, in order.
+        ready: the folder.
+        name: the basename of the merged corpus.
+        skipped: documents of the whole input that could not be read.
+
+    Raises:
+        UserError: a corpus has changed since it was written.
+    """
+    corpora, indices, described = parts
+    staged = StagedCorpus(ready, name, indices[0].dtype, corpora[0].masked)
+    for corpus, index in zip(corpora, indices, strict=True):
+        logger.info("adding %s: %d tokens", corpus.prefix, corpus.num_tokens)
+        _append(staged, corpus, index)
+    write_description(staged.finish(corpus_tokenizer_path(corpora[0]), described, skipped))
 
 
 def _describe_common_tokenizer(corpora: list[Corpus]) -> dict[str, Any]:
@@ -89,15 +131,6 @@ def _refuse_unlike(corpora: list[Corpus], indices: list[Index]) -> None:
         if index.dtype != indices[0].dtype:
             reason = f"its tokens are {index.dtype}, and those of {corpora[0].prefix} are {indices[0].dtype}"
             raise UserError("--merge", corpus.prefix, reason, AGAIN)
-
-
-def _stage(corpora: list[Corpus], indices: list[Index], described: dict[str, Any], ready: Path, name: str) -> None:
-    staged = StagedCorpus(ready, name, indices[0].dtype, corpora[0].masked)
-    for corpus, index in zip(corpora, indices, strict=True):
-        logger.info("adding %s: %d tokens", corpus.prefix, corpus.num_tokens)
-        _append(staged, corpus, index)
-    skipped = sum(corpus.skipped for corpus in corpora)
-    write_description(staged.finish(corpus_tokenizer_path(corpora[0]), described, skipped))
 
 
 def _append(staged: StagedCorpus, corpus: Corpus, index: Index) -> None:

@@ -91,7 +91,7 @@ def prepare_corpora(inputs: list[Input], output: str, options: Options) -> list[
     """
     staging = Staging(Path(output), "--output", "preparing")
     with staging.open():
-        progress = _make(inputs, staging, options)
+        progress = make_corpora(inputs, staging, options)
         staging.publish_beside(last=DESCRIPTION)
     return [_open(str(staging.output.with_name(state["name"]))) for state in progress.corpora.values()]
 
@@ -119,8 +119,14 @@ def _counts(corpus: Corpus) -> tuple[int, int, int, str]:
     return corpus.num_documents, corpus.num_tokens, corpus.num_bytes, "answers" if corpus.masked else "text"
 
 
-def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
-    """Make the files to publish, resuming from the journal."""
+def make_corpora(inputs: list[Input], staging: Staging, options: Options, *, may_be_empty: bool = False) -> Progress:
+    """Make the files to publish in an open staging folder, resuming from its journal; see `prepare_corpora`.
+
+    Args:
+        inputs, options: as in `prepare_corpora`.
+        staging: the open staging folder.
+        may_be_empty: make no corpus, instead of raising an error, if the inputs hold no text.
+    """
     if not staging.journal.exists():
         _refuse_existing(staging.output, options)
     report = ContaminationReport(list(options.evaluation)) if options.evaluation else None
@@ -128,7 +134,7 @@ def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
     _refuse_missing_template(given, options)
     _warn_of_turns(given, options)
     stamps = [[source.name, *source.stamp()] for source in inputs]
-    journal = Journal(staging, _settings(options, stamps, given, report))
+    journal = Journal(staging, deciding_settings(options, stamps, given, report))
     progress = read_progress(journal) or _begin(inputs, staging, journal, options, given)
     folder = staging.folder / _TOKENIZER
     tokenizer = load_tokenizer(str(folder))
@@ -143,7 +149,7 @@ def _make(inputs: list[Input], staging: Staging, options: Options) -> Progress:
     encoder = EncoderSettings(tokenizer_file, tokenizer.eos_token_id, dtype, options.fields, ngrams)
     corpora = StagedCorpora(staging, journal, progress, dtype, options.fields, options.skip_bad, report)
     _encode(inputs, stamps, encoder, corpora, options.workers)
-    if not corpora.by_value:
+    if not corpora.by_value and not may_be_empty:
         journal.remove()
         names = " ".join(source.name for source in inputs[:3])
         raise UserError("--input", names, "it holds no text", "Give files with text")
@@ -194,7 +200,7 @@ def _refuse_existing(output: Path, options: Options) -> None:
     refuse_existing(output, corpus + report)
 
 
-def _settings(
+def deciding_settings(
     options: Options,
     stamps: list[list[Any]],
     tokenizer: "PreTrainedTokenizerFast | None",
@@ -283,5 +289,4 @@ def _encode(
         corpora.add(encoded)
         if chunk.finished is not None:
             corpora.commit(stamps[: chunk.finished])
-    if corpora.by_value:
-        corpora.commit_now(stamps)
+    corpora.commit_now(stamps)

@@ -1,6 +1,7 @@
 """The excess loss of documents, and the choice of the documents to keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -27,7 +28,7 @@ class StoredLosses(NamedTuple):
 
 
 class DocumentExcess(NamedTuple):
-    """The excess loss (base minus reference) of the D documents of one corpus; see `document_excess`.
+    """The excess loss (base minus reference) of the D documents of one corpus; see `stretch_excess`.
 
     total_D  float64 `[D]`: sum over the document's tokens that count toward the loss, in nats
     count_D  int64 `[D]`: number of these tokens
@@ -49,40 +50,73 @@ class DocumentExcess(NamedTuple):
         return float(self.total_D[document_D].sum() / count) if count else float("nan")
 
 
-def document_excess(
-    corpus: Corpus,
-    base: StoredLosses,
-    reference: StoredLosses,
-    report: Callable[[int], None],
-    stretch: int = STRETCH,
-) -> DocumentExcess:
-    """Sum base loss minus reference loss over each document.
+class Stretch(NamedTuple):
+    """The tokens of a corpus at offsets `first` to `last - 1`, and the slice of the documents that they belong to."""
+
+    first: int
+    last: int
+    documents: slice
+
+
+class Measured(NamedTuple):
+    """One corpus whose documents are ranked, and its losses in two stores."""
+
+    corpus: Corpus
+    base: StoredLosses
+    reference: StoredLosses
+
+
+def stretches(corpus: Corpus, size: int = STRETCH) -> list[Stretch]:
+    """Divide the tokens of a corpus into stretches of `size` tokens, the last of which may be shorter."""
+    documents = open_documents(corpus)
+    bounds = [*range(0, corpus.num_tokens, size), corpus.num_tokens]
+    return [Stretch(first, last, documents.between(first, last)) for first, last in pairwise(bounds)]
+
+
+def stretch_excess(measured: Measured, stretch: Stretch) -> DocumentExcess:
+    """Sum base loss minus reference loss over the part of each document that lies in a stretch.
 
     A token counts unless PREFIX.mask excludes it or one of its losses is not finite.
-
-    Args:
-        corpus: the corpus whose documents are ranked.
-        base, reference: its losses in two stores.
-        report: called with the number of finished tokens.
-        stretch: number of tokens to read at a time.
 
     Raises:
         UserError: a store is damaged.
     """
-    documents, mask_N = open_documents(corpus), open_mask(corpus)
-    excess = DocumentExcess(np.zeros(corpus.num_documents), np.zeros(corpus.num_documents, dtype=np.int64))
-    for first in range(0, corpus.num_tokens, stretch):
-        last = min(first + stretch, corpus.num_tokens)
-        excess_N = base.read(first, last) - reference.read(first, last)
-        counts_N = np.isfinite(excess_N)
-        if mask_N is not None:
-            counts_N &= mask_N[first:last] != 0
-        here = documents.between(first, last)
-        begin_D = np.maximum(documents.starts(here) - first, 0)
-        excess.total_D[here] += _sums(np.where(counts_N, excess_N, 0.0), begin_D)
-        excess.count_D[here] += _sums(counts_N.astype(np.int64), begin_D)
-        report(last)
-    return excess
+    first, last, here = stretch
+    excess_N = measured.base.read(first, last) - measured.reference.read(first, last)
+    counts_N = np.isfinite(excess_N)
+    if (mask_N := open_mask(measured.corpus)) is not None:
+        counts_N &= mask_N[first:last] != 0
+    begin_D = np.maximum(open_documents(measured.corpus).starts(here) - first, 0)
+    return DocumentExcess(_sums(np.where(counts_N, excess_N, 0.0), begin_D), _sums(counts_N.astype(np.int64), begin_D))
+
+
+def add_stretches(corpus: Corpus, parts: Iterable[tuple[Stretch, DocumentExcess]]) -> DocumentExcess:
+    """Return the excess loss of all documents of a corpus from that of all its stretches, in order."""
+    whole = DocumentExcess(np.zeros(corpus.num_documents), np.zeros(corpus.num_documents, dtype=np.int64))
+    for stretch, part in parts:
+        whole.total_D[stretch.documents] += part.total_D
+        whole.count_D[stretch.documents] += part.count_D
+    return whole
+
+
+def document_excess(measured: Measured, report: Callable[[int], None], size: int = STRETCH) -> DocumentExcess:
+    """Sum base loss minus reference loss over each document; see `stretch_excess`.
+
+    Args:
+        measured: the corpus whose documents are ranked, and its losses.
+        report: called with the number of finished tokens.
+        size: number of tokens to read at a time.
+
+    Raises:
+        UserError: a store is damaged.
+    """
+
+    def parts() -> Iterator[tuple[Stretch, DocumentExcess]]:
+        for stretch in stretches(measured.corpus, size):
+            yield stretch, stretch_excess(measured, stretch)
+            report(stretch.last)
+
+    return add_stretches(measured.corpus, parts())
 
 
 def _sums(value_N: NDArray[Number], begin_D: NDArray[np.int64]) -> NDArray[Number]:

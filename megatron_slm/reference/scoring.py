@@ -241,6 +241,18 @@ class Source(Protocol):
         """
 
 
+class SourcePart:
+    """The shards `first` to `last - 1` of a source; see `Source`. Its number of rows is an estimate, for progress."""
+
+    def __init__(self, whole: Source, first: int, last: int) -> None:
+        self.num_shards = last - first
+        self.rows = whole.rows * last // whole.num_shards - whole.rows * first // whole.num_shards
+        self._whole, self._first = whole, first
+
+    def values(self, number: int, report: Callable[[int], None]) -> Values:
+        return self._whole.values(self._first + number, report)
+
+
 class ModelSource:
     """A model that computes the values. Of W data-parallel ranks, rank i mod W scores batch i of a shard.
 

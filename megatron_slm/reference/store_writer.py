@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,13 @@ def open_writer(manifest: Manifest, staging: Staging, journal: Journal, world: W
     return _agree_writing(staging, lambda: StoreWriter(manifest, staging, journal) if world.is_main else None)
 
 
-def write_store(files: list[NewFile], writer: "StoreWriter | None", staging: Staging, world: World) -> None:
+def write_store(
+    files: list[NewFile],
+    writer: "StoreWriter | None",
+    staging: Staging,
+    world: World,
+    finish: Callable[["StoreWriter"], None] | None = None,
+) -> None:
     """Compute and write the missing shards, check the store on the disk, and publish it; every rank calls it.
 
     Args:
@@ -69,13 +75,17 @@ def write_store(files: list[NewFile], writer: "StoreWriter | None", staging: Sta
         writer: from `open_writer`.
         staging: the staging folder, open on rank 0.
         world: the rank and world size of this process.
+        finish: publishes the files if they are a part of a store; None for a whole store.
 
     Raises:
         AgreedError: a value is not finite, or the disk is full or returns different bytes than were written.
     """
     _write_shards(files, writer, staging, world)
     _read_back(files, writer, staging)
-    _agree_writing(staging, lambda: writer.publish(files) if writer else None)
+    if finish is None:
+        _agree_writing(staging, lambda: writer.publish(files) if writer else None)
+    else:
+        _agree_writing(staging, lambda: finish(writer) if writer else None)
 
 
 class StoreWriter:
@@ -94,8 +104,8 @@ class StoreWriter:
 
     def finished(self, name: str) -> tuple[int, int]:
         """Return the number of shards of a file on the disk, and the number of their rows."""
-        shards = self._file(name).shards
-        return len(shards), sum(rows for rows, _ in shards)
+        file = self._file(name)
+        return len(file.shards), file.rows
 
     def write(self, name: str, values: Values) -> None:
         """Write the next shard of a file and flush it, then add it to the journal.
@@ -113,7 +123,7 @@ class StoreWriter:
         path.touch()
         with path.open("r+b") as stream:
             # A killed process may have left part of this shard, which the journal does not list.
-            stream.seek(values.start * self._row_bytes)
+            stream.seek(self._file(name).rows * self._row_bytes)
             stream.write(codes)
         sync(path)
         self._add_to_journal(name, values.values_NC, zlib.crc32(codes))
@@ -142,30 +152,22 @@ class StoreWriter:
 
     def publish(self, files: list[NewFile]) -> None:
         """Write the manifest, publish the store, and log its contents."""
-        manifest = replace(self._manifest, files=[self._entry(file) for file in files])
-        (self._staging.ready / MANIFEST).write_text(manifest.text(), encoding="utf-8")
-        publish(self._staging.ready, self._staging.output)
-        for entry in manifest.files:
-            means = ", ".join(f"{column} {value:.4f}" for column, value in entry.mean.items())
-            clipped = f"; values clipped by {manifest.encoding}: {entry.clipped:,}" if entry.clipped else ""
-            logger.info(
-                "%s/%s: %d tokens, mean %s nats%s", self._staging.output, entry.name, entry.rows, means, clipped
-            )
-        logger.info("train with: reference.store=%s", self._staging.output)
+        publish_store(replace(self._manifest, files=[self._entry(file) for file in files]), self._staging)
+
+    def progress(self) -> dict[str, dict[str, Any]]:
+        """Return the fields of `FileProgress` of every file, as JSON values."""
+        return {name: asdict(file) for name, file in self._files.items()}
 
     def _entry(self, new: NewFile) -> FileEntry:
-        file, (_, rows) = self._file(new.name), self.finished(new.name)
-        means = {column: total / rows for column, total in zip(self._manifest.columns, file.sums, strict=True)}
         prefix, sha256 = (new.corpus.prefix, new.corpus.sha256) if new.corpus else ("", {})
-        return FileEntry(new.name, rows, prefix, sha256, self._checksums[new.name], file.clipped, means)
+        entry = FileEntry(new.name, 0, prefix, sha256)
+        return self._file(new.name).complete(entry, self._manifest.columns, self._checksums[new.name])
 
     def _add_to_journal(self, name: str, values_NC: NDArray[np.float32], checksum: int) -> None:
-        file = self._files.setdefault(name, FileProgress())
-        file.shards.append((len(values_NC), checksum))
-        file.clipped += int((values_NC > ENCODINGS[self._manifest.encoding].largest).sum())
+        clipped = int((values_NC > ENCODINGS[self._manifest.encoding].largest).sum())
         totals = values_NC.sum(0, dtype=np.float64).tolist()
-        file.sums = [before + more for before, more in zip(file.sums or [0.0] * len(totals), totals, strict=True)]
-        self._journal.write({"files": {name: asdict(file) for name, file in self._files.items()}})
+        self._files.setdefault(name, FileProgress()).add(len(values_NC), checksum, totals, clipped)
+        self._journal.write({"files": self.progress()})
 
     def _read_journal(self) -> "dict[str, FileProgress]":
         progress = self._journal.read()
@@ -189,11 +191,48 @@ class FileProgress:
     shards   rows and CRC-32 of each finished shard
     clipped  number of values above the largest of the encoding
     sums     sum of each column
+    totals   sum of each column in each finished shard; earlier versions did not write them
     """
 
     shards: list[tuple[int, int]] = field(default_factory=list)
     clipped: int = 0
     sums: list[float] = field(default_factory=list)
+    totals: list[list[float]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows of the finished shards."""
+        return sum(rows for rows, _ in self.shards)
+
+    def add(self, rows: int, checksum: int, totals: list[float], clipped: int) -> None:
+        """Add a finished shard."""
+        self.shards.append((rows, checksum))
+        self.totals.append(totals)
+        self.clipped += clipped
+        # One shard after another, so that a merge of parts gives the same sums to the last bit.
+        self.sums = [before + more for before, more in zip(self.sums or [0.0] * len(totals), totals, strict=True)]
+
+    def complete(self, entry: FileEntry, columns: list[str], checksum: int) -> FileEntry:
+        """Return the entry of the file in the manifest, when all shards are finished.
+
+        Args:
+            entry: the name and the corpus.
+            columns: the names of the columns.
+            checksum: CRC-32 of the checksums of all blocks.
+        """
+        means = {column: total / self.rows for column, total in zip(columns, self.sums, strict=True)}
+        return replace(entry, rows=self.rows, checksum=checksum, clipped=self.clipped, mean=means)
+
+
+def publish_store(manifest: Manifest, staging: Staging) -> None:
+    """Write the manifest beside the files in `ready`, publish the store, and log its contents."""
+    (staging.ready / MANIFEST).write_text(manifest.text(), encoding="utf-8")
+    publish(staging.ready, staging.output)
+    for entry in manifest.files:
+        means = ", ".join(f"{column} {value:.4f}" for column, value in entry.mean.items())
+        clipped = f"; values clipped by {manifest.encoding}: {entry.clipped:,}" if entry.clipped else ""
+        logger.info("%s/%s: %d tokens, mean %s nats%s", staging.output, entry.name, entry.rows, means, clipped)
+    logger.info("train with: reference.store=%s", staging.output)
 
 
 def _write_shards(files: list[NewFile], writer: StoreWriter | None, staging: Staging, world: World) -> None:

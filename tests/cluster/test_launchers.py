@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from megatron_slm.prepare.prepare import prepare_corpus
 from tests.cluster.cluster import SEARCH, Cluster, Host, Program, wait_for, why_not
 from tests.gloo import run_ranks
 from tests.runs import assert_bitwise_equal, config_tree, records, train_in_process, write_config
+from tests.texts import contents, sentence, write_jsonl
 
 REASON = why_not()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -182,6 +184,36 @@ def test_a_preempted_slurm_job_saves_queues_itself_again_and_ends_bitwise(
     assert len(json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]) == 2
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["rank-0.txt", "rank-1.txt"]
     assert_bitwise_equal(on_one_host(2), tmp_path / "run", STEPS)
+
+
+def test_a_slurm_array_prepares_shards_and_the_dependent_job_merges_them_or_names_those_that_lack(
+    cluster: Cluster, model: str, tmp_path: Path
+) -> None:
+    """All tasks of the first array end well. The second array lacks a task, which is submitted later."""
+    for number in range(5):
+        write_jsonl(tmp_path / f"{number}.jsonl", [sentence(100 * number + i) for i in range(30 + number)])
+    files = [str(tmp_path / f"{number}.jsonl") for number in range(5)]
+    prepare_corpus(files, str(tmp_path / "whole"), tokenizer=model)
+    options = ["--partition=low", "--cpus-per-task=1"]
+
+    def submit_shards(tasks: str, output: Path, **env: str) -> Path:
+        """Submit an array and its merge; return the log of the merge when it has ended."""
+        job = submit(
+            cluster, *options, f"--array={tasks}", f"--output={tmp_path}/shard-%a.txt", f"{LAUNCH}/shards.sbatch",
+            "prepare", "--input", *files, "--tokenizer", model, "--workers", "1", "--output", str(output), **env,
+        )  # fmt: skip
+        log = tmp_path / f"merge-{job}.txt"
+        merge = f"python -m megatron_slm prepare --merge --output {output}"
+        merged = submit(cluster, *options, f"--output={log}", f"--dependency=afterany:{job}", "--wrap", merge)
+        wait_for(lambda: job_state(cluster, merged) in ("COMPLETED", "FAILED"), "the end of the merge", 300)
+        return log
+
+    log = submit_shards("1-3", tmp_path / "web")
+    assert contents(tmp_path / "web") == contents(tmp_path / "whole"), log.read_text()
+    log = submit_shards("0,2", tmp_path / "late", SHARDS="3")
+    assert "1 of its 3 shards are missing: 1" in log.read_text() and not (tmp_path / "late.json").exists()
+    log = submit_shards("1", tmp_path / "late", SHARDS="3")
+    assert contents(tmp_path / "late") == contents(tmp_path / "whole"), log.read_text()
 
 
 RANK = """#!/bin/sh

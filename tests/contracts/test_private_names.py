@@ -17,7 +17,7 @@ from megatron_slm.models import transformers_internals
 from megatron_slm.torch_internals import is_compiled, offset_in_file, storage_id
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-ADAPTERS = {"torch_internals.py", "transformers_internals.py", "deepspeed_internals.py"}
+ADAPTERS = {"torch_internals.py", "transformers_internals.py", "deepspeed_internals.py", "megatron.py"}
 OUR_OWN = {"self", "cls"}
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit", "_ArgumentGroup"}
 """Names of the standard library: documented, but for the type of an argument group, which annotations need."""

@@ -45,6 +45,18 @@ def test_every_manifest_is_yaml_that_starts_training(path: Path) -> None:
     assert "megatron_slm" in path.read_text() or "examples/launch/torchrun.sh" in path.read_text()
 
 
+@pytest.mark.slow
+def test_the_data_path_is_measured_on_two_ranks(tmp_path: Path) -> None:
+    options = ["--tokens", "2M", "--documents", "5k", "--ranks", "2", "--reads", "50", "--seq-length", "256", "--json"]
+    program = [sys.executable, str(ROOT / "tools" / "data_path_at_scale.py"), "--folder", str(tmp_path)]
+    ended = run(*program, *options, cwd=tmp_path, DS_ACCELERATOR="cpu")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["indices"] > 4 * 5000 and len(found["ranks"]) == 2
+    assert all(rank["samples"] > 7000 and rank["read_us"] > 0 for rank in found["ranks"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def check_device(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, "-m", "megatron_slm", "check-device", *options, cwd=folder, CUDA_VISIBLE_DEVICES="")
 

@@ -19,7 +19,14 @@ from megatron_slm.data.keep_list import open_keep_list, write_keep_list
 from megatron_slm.data.samples import order_fingerprint
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
-from megatron_slm.reference.filtering import DocumentExcess, StoredLosses, document_excess, highest, least_share
+from megatron_slm.reference.filtering import (
+    DocumentExcess,
+    Measured,
+    StoredLosses,
+    document_excess,
+    highest,
+    least_share,
+)
 from megatron_slm.reference.store import BLOCK_ROWS, ScoreFile
 from tests.refusal import refuses
 from tests.unit.test_store import write_scores
@@ -90,9 +97,8 @@ def test_sums_over_documents_equal_those_of_one_document_at_a_time(
     base[draw.random(tokens) < 0.1] = np.inf
     corpus = make_corpus(folder, lengths, mask)
     reports: list[int] = []
-    found = document_excess(
-        corpus, make_losses(folder / "a", base, column=1), make_losses(folder / "b", reference), reports.append, stretch
-    )
+    losses = make_losses(folder / "a", base, column=1), make_losses(folder / "b", reference)
+    found = document_excess(Measured(corpus, *losses), reports.append, stretch)
     counts = np.isfinite(base) & (np.ones(tokens, dtype=bool) if mask is None else np.array(mask))
     expected = brute_force(lengths, base.astype(np.float64) - reference, counts)
     assert found.total_D.tolist() == expected.total_D.tolist()
@@ -107,7 +113,7 @@ def test_a_long_document_is_read_in_stretches_and_a_corrupted_block_is_an_error(
     values = np.random.default_rng(0).integers(0, 64, sum(lengths)).astype(np.float32) / 8
     corpus = make_corpus(tmp_path, lengths)
     base, reference = make_losses(tmp_path / "a", values), make_losses(tmp_path / "b", values[::-1].copy())
-    found = document_excess(corpus, base, reference, lambda _: None, stretch=1000)
+    found = document_excess(Measured(corpus, base, reference), lambda _: None, 1000)
     excess = values.astype(np.float64) - values[::-1]
     assert found.total_D.tolist() == [excess[: lengths[0]].sum(), excess[lengths[0] :].sum()]
     assert found.mean_over(np.array([True, True])) == excess.sum() / len(excess)
@@ -117,7 +123,7 @@ def test_a_long_document_is_read_in_stretches_and_a_corrupted_block_is_an_error(
         stream.write(b"\x00\x00\x80\x40")
     corrupted = StoredLosses(ScoreFile(tmp_path / "b", sum(lengths), 1, "float32"), 0)
     with pytest.raises(UserError) as caught:
-        document_excess(corpus, base, corrupted, lambda _: None)
+        document_excess(Measured(corpus, base, corrupted), lambda _: None)
     assert caught.value.value == tmp_path / "b" and f"tokens {2 * BLOCK_ROWS} to" in caught.value.reason
 
 

@@ -50,13 +50,31 @@ def test_data_sets_have_the_names_that_the_adapter_reads(prefixes: list[str], tm
     assert (stored[item["offset"]] == item["text"]).all()
 
 
-def test_items_of_a_blend_name_their_source(prefixes: list[str], tmp_path: Path) -> None:
+def test_items_of_a_blend_name_their_source_and_its_indices_are_mapped(prefixes: list[str], tmp_path: Path) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         found = build(prefixes, tmp_path)
         assert {int(found[number]["dataset_id"]) for number in range(8)} == {0, 1}
+        assert isinstance(found.dataset_index, np.memmap) and isinstance(found.dataset_sample_index, np.memmap)
     finally:
         dist.destroy_process_group()
+
+
+def test_the_rank_that_builds_indices_keeps_no_copy_of_them(prefixes: list[str], tmp_path: Path) -> None:
+    """Only the pages of files are shared by the ranks of a host."""
+    found = build(prefixes[:1], tmp_path)
+    assert all(
+        isinstance(index, np.memmap) for index in (found.shuffle_index, found.sample_index, found.document_index)
+    )
+    assert len(found.indices) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the flags of mappings are in Linux's /proc")
+def test_tokens_are_mapped_for_random_reads(prefixes: list[str], tmp_path: Path) -> None:
+    found = build(prefixes[:1], tmp_path)
+    mapping = Path("/proc/self/smaps").read_text().partition(f"{prefixes[0]}.bin")[2]
+    assert "rr" in mapping.partition("VmFlags:")[2].partition("\n")[0].split(), "no advice for random reads"
+    assert len(found) >= 8
 
 
 def test_documents_outside_the_split_and_the_keep_list_are_not_read(prefixes: list[str], tmp_path: Path) -> None:
