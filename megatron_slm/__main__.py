@@ -11,9 +11,10 @@ import time
 import warnings
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_slm import __version__
-from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.errors import AgreedError, LostRanksError, UserError
 from megatron_slm.launcher import is_main_process, tell_launcher
 
 COMMANDS = Path(__file__).parent / "commands"
@@ -41,10 +42,15 @@ def program() -> None:
     rank in it, and the launcher would report a failed run.
     """
     main()
+    _exit_now(0)
+
+
+def _exit_now(status: int) -> NoReturn:
+    """End this process without the shutdown of the interpreter, whose threads may wait for lost ranks."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,6 +92,11 @@ def _run(verb: str, arguments: list[str]) -> None:
         # Rank 0 alone prints an error that all ranks raise; a rank prints an error that it alone raises.
         is_printed = is_main_process(os.environ) or not isinstance(error, AgreedError)
         _refuse(verb, error.sentences(), is_printed)
+    except LostRanksError as error:
+        sentence = f"megatron-slm {verb}: error: {error}"
+        tell_launcher(sentence)
+        sys.stderr.write(f"{sentence}\n")
+        _exit_now(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         sys.stderr.write(f"megatron-slm {verb}: interrupted; files that were saved before are unchanged.\n")
         sys.exit(128 + signal.SIGINT)

@@ -88,6 +88,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.micro_batch_size",
     "training.activation_checkpointing",
     "training.timeout_minutes",
+    "training.hang_seconds",
     "reference.micro_batch_size",
     "reference.store",
     "data.skip_samples",

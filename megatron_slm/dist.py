@@ -3,6 +3,7 @@
 import datetime
 import os
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.launcher import launcher_variables, one_process, refuse_several_ranks
 
 T = TypeVar("T")
+
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+"""Folders of the code that runs collective operations."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,22 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Return whether an error, or one that it follows from, came out of a collective operation.
+
+    Gloo and NCCL raise several classes with messages of their own, so the traceback decides.
+    """
+    if not isinstance(error, Exception) or isinstance(error, UserError):
+        return False
+    following = error.__cause__ or error.__context__
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return (
+        isinstance(error, dist.DistError)
+        or any(folder in file for file in frames for folder in COLLECTIVES)
+        or (following is not None and is_collective_failure(following))
+    )
 
 
 def agree(work: Callable[[], T]) -> T:

@@ -45,6 +45,27 @@ class UserError(ValueError):
         return f"{self.setting} {state}, but {self.reason}. {self.remedy}{'' if self.remedy.endswith('?') else '.'}"
 
 
+class LostRanksError(RuntimeError):
+    """The end of this rank because others are lost, or did not come to a collective operation.
+
+    Nothing is wrong with the configuration, and the run resumes from its last checkpoint when it is started again. So
+    the exit status differs from that of a user error.
+
+    Args:
+        found: the ranks, their hosts and phases, as a sentence without its period.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(found)
+        self.found = found
+
+    def __str__(self) -> str:
+        return (
+            f"a collective operation failed: {self.found}. The run resumes from its last checkpoint when its launcher "
+            "restarts it, or when you start it again."
+        )
+
+
 class AgreedError(UserError):
     """A user error that every rank raises; only rank 0 prints it."""
 

@@ -25,6 +25,7 @@ from megatron_slm.training.reference_check import ReferenceCheck, StoreCheck
 from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, TokenTable, open_event_files
 from megatron_slm.training.trainer import Callback
 from megatron_slm.types import Batch
+from megatron_slm.watch.activity import Activity
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,6 +47,7 @@ class Parts:
     reference: Reference
     models: ModelFlops
     world: World
+    activity: Activity
 
 
 def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], step: int) -> list[Callback]:
@@ -73,7 +75,7 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
         *([Spikes(spikes, config.training.spike_sigma)] if config.training.spike_sigma else []),
         Accounting(parts.models),
         Throughput(parts.models, peak and peak * world.size),
-        Evaluation(evaluator),
+        Evaluation(evaluator, parts.activity),
         ExcessHistogram(config.training.histogram_interval, events),
         *_checks(resolved, parts, streams),
         *own,

@@ -24,12 +24,14 @@ from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
+from megatron_slm.reference.references import live_modules
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.training.checkpoints import CheckpointStore, roll_back, save_checkpoint
 from megatron_slm.training.cost import ModelFlops, token_flops
 from megatron_slm.training.state import Requests, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Callback, Trainer
+from megatron_slm.watch.activity import Activity, Phase
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,13 @@ class Run:
         self.backend.close()
 
 
-def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), rollback: int | None = None) -> Run:
+def build_run(
+    config: Config,
+    world: World,
+    callbacks: Sequence[Callback] = (),
+    rollback: int | None = None,
+    activity: Activity | None = None,
+) -> Run:
     """Build a run, and restore its checkpoint if its run directory holds one; every rank calls it.
 
     Args:
@@ -58,6 +66,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         callbacks: of the caller, in addition to those named in the configuration.
         rollback: step of the checkpoint to resume from, None for the newest; later checkpoints and records are moved
             to RUN_DIR/rolled-back.
+        activity: receives the step and phase of this rank, for its heartbeat.
 
     Raises:
         UserError: the same on all ranks, for anything that the user can correct.
@@ -72,7 +81,7 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
         resolved = agree(hold_and_resolve)
         for warning in resolved.warnings if world.is_main else ():
             logger.warning(warning)
-        return _build(resolved, directory, world, callbacks, rollback)
+        return _build(resolved, directory, world, callbacks, rollback, activity or Activity())
     except BaseException:
         logger.debug("the run did not start", exc_info=True)  # for its log file, which `close` closes
         directory.close()
@@ -80,9 +89,15 @@ def build_run(config: Config, world: World, callbacks: Sequence[Callback] = (), 
 
 
 def _build(
-    resolved: Resolved, directory: RunDirectory, world: World, callbacks: Sequence[Callback], rollback: int | None
+    resolved: Resolved,
+    directory: RunDirectory,
+    world: World,
+    callbacks: Sequence[Callback],
+    rollback: int | None,
+    activity: Activity,
 ) -> Run:
     config, plan, corpora, rule = resolved.config, resolved.plan, resolved.corpora, resolved.rule
+    activity.enter(Phase.INDEX)
     samples = make_samples(config.data, config.seed, corpora, plan, directory.cache, world)
     agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints))
     agree(lambda: keep_starting_files(directory, config, corpora, resolved.student) if world.is_main else None)
@@ -96,9 +111,12 @@ def _build(
         world,
         config.data.skip_samples,
     )
+    activity.enter(Phase.MODEL)
     backend = make_backend(config, world)
     student, engine = make_student(config, resolved.student, backend, world)
     reference, reference_flops = make_reference(config, resolved.references, backend)
+    for module in (engine.module, *live_modules(reference)):
+        activity.follow(module)
     backward = config.selection.backward if config.objective == "slm" else "exact"
     step = TrainingStep(
         engine,
@@ -108,14 +126,18 @@ def _build(
         num_sources=len(corpora.train),
         world=world,
         candidates=make_candidates(config, rule, engine, resolved.min_context),
+        activity=activity,
     )
     torch.manual_seed(config.seed + world.rank)
-    store = CheckpointStore(directory.checkpoints, world, config.training.keep_checkpoints, dump_config(config))
+    store = CheckpointStore(
+        directory.checkpoints, world, config.training.keep_checkpoints, dump_config(config), activity
+    )
     state = RunState(plan, samples.fingerprint)
     _restore(state, store, engine, directory, world, rollback)
+    activity.enter(Phase.INDEX)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     models = ModelFlops(token_flops(student, resolved.student, config.data.seq_length), reference_flops, backward)
-    parts = Parts(directory, loader, backend, engine, reference, models, world)
+    parts = Parts(directory, loader, backend, engine, reference, models, world, activity)
     trainer = Trainer(
         loader,
         step,
@@ -125,6 +147,7 @@ def _build(
         partial(save_checkpoint, store, engine),
         config.training.max_skipped_updates,
         Requests(),
+        activity,
     )
     return Run(trainer, state, directory, backend)
 

@@ -9,11 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.errors import UserError, agreed
+from megatron_slm.errors import LostRanksError, UserError, agreed
 from megatron_slm.launcher import is_main_process, ranks_started
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callbac
 
     Raises:
         UserError: for anything that the user can correct.
+        LostRanksError: other ranks are lost; the run resumes when it is started again, in new processes.
     """
     if isinstance(config, str):
         config = load_config(config, [])
@@ -97,23 +99,28 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
 
     from megatron_slm.build.run import build_run
     from megatron_slm.dist import connect, disconnect, gather_objects
+    from megatron_slm.watch.activity import Activity
+    from megatron_slm.watch.heartbeat import watched
 
     world = connect(config.training.timeout_minutes)
     if not (world.is_main and sys.stderr.isatty()):
         disable_progress_bar()
-    try:
-        run = build_run(config, world, callbacks, rollback)
+    activity = Activity()
+    with ExitStack() as closing:
+        closing.callback(disconnect)
         try:
-            run.trainer.fit(run.state)
+            with watched(activity, world, config.training.hang_seconds):
+                run = build_run(config, world, callbacks, rollback, activity)
+                closing.callback(run.close)
+                run.trainer.fit(run.state)
+                # Rank 0 may host the rendezvous store, so it must not exit while another rank still uses it.
+                gather_objects(None)
+        except LostRanksError:
+            closing.pop_all()  # closing what lost ranks share may wait for them
+            raise
         except BaseException:
             logging.getLogger(__name__).debug("the run stopped", exc_info=True)
             raise
-        finally:
-            run.close()
-        # Rank 0 may host the rendezvous store, so it must not exit while another rank still uses it.
-        gather_objects(None)
-    finally:
-        disconnect()
     return run.state
 
 

@@ -100,6 +100,13 @@ class MixedReference:
         return (weight_P11 * column_PBT).sum(0)
 
 
+def live_modules(reference: Reference) -> list[nn.Module]:
+    """Return the engines of the frozen models that a reference runs; none for a store."""
+    if isinstance(reference, MixedReference):
+        return [module for part in reference.parts for module in live_modules(part)]
+    return [reference.engine] if isinstance(reference, LiveReference) else []
+
+
 class StoredReference:
     """A reference that reads its columns from a store.
 

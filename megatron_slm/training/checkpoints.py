@@ -19,10 +19,11 @@ import torch
 
 from megatron_slm.backend import TrainingEngine
 from megatron_slm.backend.deepspeed_internals import whole_shape
-from megatron_slm.dist import World, agree, gather_objects
+from megatron_slm.dist import World, agree, gather_objects, is_collective_failure
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.io.files import publish, sync, write_durably
 from megatron_slm.training.state import RunState
+from megatron_slm.watch.activity import Activity, Phase
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -39,9 +40,13 @@ class CheckpointStore:
         world: the place of this process among all ranks.
         keep: number of newest checkpoints to keep.
         config: the run's configuration as YAML, saved in each checkpoint.
+        activity: receives the phase of this rank, and each file.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int = 1, config: str = "") -> None:
+    def __init__(
+        self, folder: Path, world: World, keep: int = 1, config: str = "", activity: Activity | None = None
+    ) -> None:
+        self._activity = activity or Activity()
         self._config = config
         self._folder = folder
         self._world = world
@@ -53,6 +58,7 @@ class CheckpointStore:
         Raises:
             AgreedError: a rank cannot write. The unfinished files are removed; the previous checkpoint is untouched.
         """
+        self._activity.enter(Phase.CHECKPOINT)
         name = checkpoint_name(progress["step"])
         aside = self._folder / f".writing-{name}"
         try:
@@ -63,6 +69,8 @@ class CheckpointStore:
             manifest = {"format_version": FORMAT_VERSION, "world_size": self._world.size, "files": files}
             agree(lambda: self._publish(aside, name, manifest) if self._world.is_main else None)
         except (OSError, RuntimeError, UserError) as error:
+            if is_collective_failure(error):
+                raise
             agree(self._clear if self._world.is_main else lambda: None)
             reason = str(error)
             if isinstance(error, UserError):
@@ -85,6 +93,7 @@ class CheckpointStore:
         Raises:
             UserError: no checkpoint is complete, or it was written on another number of ranks.
         """
+        self._activity.enter(Phase.RESTORE)
         found = self.newest()
         if found is None:
             return None
@@ -145,7 +154,15 @@ class CheckpointStore:
         everything = only or (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         names = gather_objects(sorted(everything))[0]
         mine = [name for name in names[self._world.rank :: self._world.size] if (folder / name).exists()]
-        sums = agree(lambda: {name: _sum(folder / name, flush) for name in mine})
+
+        def sum_all() -> dict[str, list[Any]]:
+            sums = {}
+            for name in mine:
+                sums[name] = _sum(folder / name, flush)
+                self._activity.advance()
+            return sums
+
+        sums = agree(sum_all)
         return {name: value for part in gather_objects(sums) for name, value in part.items()}
 
     def _make_room(self, aside: Path, engine: TrainingEngine) -> None:

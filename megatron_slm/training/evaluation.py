@@ -12,6 +12,7 @@ from megatron_slm.models.checks import evaluating
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.trainer import Callback
+from megatron_slm.watch.activity import Activity, Phase
 
 
 class Evaluator:
@@ -80,9 +81,12 @@ class Evaluator:
 class Evaluation(Callback):
     """Adds the loss of all evaluation sets, every `eval_interval` steps and after the last one."""
 
-    def __init__(self, evaluator: Evaluator) -> None:
+    def __init__(self, evaluator: Evaluator, activity: Activity | None = None) -> None:
         self._evaluator = evaluator
+        self._activity = activity or Activity()
 
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         if state.is_evaluated and state.record is not None:
+            self._activity.enter(Phase.EVALUATION)
             state.record |= self._evaluator.evaluate()
+            self._activity.enter(Phase.CALLBACKS)

@@ -40,6 +40,8 @@ class TrainingSettings:
                               turns this off [; ours]
     profile_steps             first and last step to profile, such as [10, 12] [steps; ours]
     timeout_minutes           time after which ranks stop waiting for a rank that does not respond [minutes; Megatron]
+    hang_seconds              report a hang, and write the stacks of all ranks to their logs, if no rank makes progress
+                              for this time; 0 turns this off [seconds; ours]
     """
 
     global_batch_size: Positive[Whole]
@@ -68,6 +70,7 @@ class TrainingSettings:
     spike_sigma: NotNegative[Number] | None = 6.0
     profile_steps: tuple[Whole, Whole] | None = None
     timeout_minutes: Positive[Number] = 30.0
+    hang_seconds: NotNegative[Number] = 300.0
 
     def __post_init__(self) -> None:
         if self.train_tokens is None and self.train_epochs is None:

@@ -19,6 +19,7 @@ from megatron_slm.training.objective import Objective
 from megatron_slm.training.state import Requested
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.types import Batch, TokenSignals, TokenWeights
+from megatron_slm.watch.activity import Activity, Phase
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class TrainingStep:
         num_sources: number of entries in the blend.
         world: the place of this process among all ranks.
         candidates: chooses the samples to train on from larger batches; None to train on all samples.
+        activity: receives the phases of this rank.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class TrainingStep:
         num_sources: int,
         world: World,
         candidates: Candidates | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self._engine = engine
         self._exact = student if isinstance(student, ExactStudent) else ExactStudent(engine)
@@ -81,6 +84,7 @@ class TrainingStep:
         self._num_sources = num_sources
         self._world = world
         self._candidates = candidates
+        self._enter = (activity or Activity()).enter
 
     def __call__(
         self,
@@ -109,6 +113,7 @@ class TrainingStep:
         else:
             pools = [Pool([micro_batch]) for micro_batch in micro_batches]
 
+        self._enter(Phase.SELECTION)
         # K is the divisor N * k% of equation 5, over all ranks and micro-batches. It depends on the labels alone, so
         # each backward can run as soon as its pool is selected.
         K = int(objective.plan([pool.batch for pool in pools]).sum())
@@ -124,15 +129,18 @@ class TrainingStep:
             signals, tapes = self._score(student, pool, columns_of("student", objective.needs))
             # I_k%, the indicator of equation 4. It is a constant: the signals are detached, so no gradient flows
             # through the selection.
+            self._enter(Phase.SELECTION)
             choice = objective.choose(pool.batch, signals)
             statistics.add(pool.batch, signals, choice)
             # A rank without a selected token runs the backward too: under ZeRO-3, every backward needs all ranks.
+            self._enter(Phase.BACKWARD)
             terms = _backward(student, tapes, choice.weights, scale, share, last_pool=pool is pools[-1])
             statistics.add_terms(terms)
             # Free the graph, or the keys and values of replay, before the next pool or the update needs the memory.
             del tapes
 
         # Before the update, so that a loss that is not finite never reaches the weights of any rank.
+        self._enter(Phase.OPTIMIZER)
         loss, selected, requested = self._agree(statistics, collect_requests(), step)
         update = self._engine.step(learning_rate)
         tokens = self._count(batches, micro_batches, selected, objective)
@@ -140,6 +148,7 @@ class TrainingStep:
 
     def _prepare(self, batches: list[Batch], objective: Objective) -> list[MicroBatch]:
         """Return the micro-batches to train on, with the reference's columns."""
+        self._enter(Phase.REFERENCE_FORWARD)
         reference = self._reference if objective.selects else NoReference()
         if self._candidates is not None:
             return self._candidates.choose(batches, reference)
@@ -155,6 +164,7 @@ class TrainingStep:
         parts: list[TokenSignals] = []
         tapes: list[Tape] = []
         for micro_batch in pool.micro_batches:
+            self._enter(Phase.STUDENT_FORWARD)
             columns, tape = student.score(micro_batch.batch, want, keep=len(pool.micro_batches) == 1)
             parts.append(named_signals(micro_batch.batch, columns, micro_batch.reference, self._seed))
             tapes.append(tape)

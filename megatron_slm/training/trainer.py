@@ -12,6 +12,7 @@ from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.training.objective import Objective
 from megatron_slm.training.state import Requests, RunState
 from megatron_slm.training.step import StepResult, TrainingStep
+from megatron_slm.watch.activity import Activity, Phase
 
 
 class Callback:
@@ -84,6 +85,7 @@ class Trainer:
         save: writes a checkpoint of the state.
         max_skipped_updates: number of skipped updates in a row after which the run stops.
         requests: collects the requests to save or stop that this rank receives.
+        activity: receives the step and phase of this rank.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Trainer:
         save: Callable[[RunState], None],
         max_skipped_updates: int,
         requests: Requests,
+        activity: Activity | None = None,
     ) -> None:
         self._loader = loader
         self._step = step
@@ -105,6 +108,7 @@ class Trainer:
         self._save = save
         self._max_skipped_updates = max_skipped_updates
         self._requests = requests
+        self._activity = activity or Activity()
 
     def fit(self, state: RunState) -> None:
         """Train from the given state to the end of the plan, or until the run is requested to stop.
@@ -115,6 +119,7 @@ class Trainer:
         """
         with self._requests.listening():
             try:
+                self._activity.enter(Phase.CALLBACKS)
                 for callback in self._callbacks:
                     callback.on_train_start(state)
                 while not state.is_over:
@@ -126,9 +131,11 @@ class Trainer:
                     callback.close()
 
     def _run_step(self, state: RunState) -> None:
+        self._activity.enter(Phase.CALLBACKS)
         for callback in self._callbacks:
             callback.on_step_start(state)
         result = self._train(state)
+        self._activity.enter(Phase.CALLBACKS)
         state.record = {} if state.is_logged else None
         for callback in self._callbacks:
             callback.on_step_end(state, result)
@@ -150,6 +157,7 @@ class Trainer:
     def _train(self, state: RunState) -> StepResult:
         """Run one optimizer step, and count it in the state."""
         start = time.perf_counter()
+        self._activity.begin_step(state.step + 1)
         batches = self._loader.load(state.next_sample)
         rate = self._learning_rate(state.trained_tokens + state.plan.tokens_per_step)
         objective = self._objective(state.trained_tokens)

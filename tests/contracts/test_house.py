@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "settings", "io", "types", "signals", "launcher", "dist", "backend", "torch_internals"}
+LEAVES = {"errors", "settings", "io", "types", "signals", "launcher", "dist", "backend", "watch", "torch_internals"}
 CORE = {"data", "models", "reference", "selection", "training"}
 MAY_IMPORT = {
     "errors": set(),
@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "launcher": {"errors"},
     "dist": {"errors", "launcher"},
     "torch_internals": set(),
+    # What a rank does, and what the others hear of it.
+    "watch": {"dist", "errors", "settings"},
     "backend": {"dist", "errors", "torch_internals"},
     # Torch alone, and pydantic for its settings: for anyone's training loop.
     "selection": {"errors", "settings"},

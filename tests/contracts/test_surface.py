@@ -37,7 +37,7 @@ training.lr training.min_lr training.warmup_tokens training.schedule training.we
 training.adam_beta1 training.adam_beta2 training.adam_eps training.precision training.activation_checkpointing
 training.log_interval training.eval_interval training.save_interval training.keep_checkpoints
 training.histogram_interval training.token_table_interval
-training.backend training.max_skipped_updates training.timeout_minutes
+training.backend training.max_skipped_updates training.timeout_minutes training.hang_seconds
 """
 
 
