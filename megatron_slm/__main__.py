@@ -11,7 +11,6 @@ import time
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_slm import __version__
 from megatron_slm.errors import AgreedError, LostRanksError, UserError
@@ -38,19 +37,18 @@ SECONDS_FOR_RANK_0 = 5.0
 def program() -> None:
     """Run one verb as a process of its own.
 
-    A command that succeeded skips the shutdown of the interpreter: native threads of the libraries can abort a finished
-    rank in it, and the launcher would report a failed run.
+    A command that ended without a defect skips the shutdown of the interpreter: native threads of the libraries can
+    abort a rank in it, and the launcher would report that in place of the exit status.
     """
-    main()
-    _exit_now(0)
-
-
-def _exit_now(status: int) -> NoReturn:
-    """End this process without the shutdown of the interpreter, whose threads may wait for lost ranks."""
+    status: str | int | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)
+    os._exit(int(status or 0))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,7 +94,7 @@ def _run(verb: str, arguments: list[str]) -> None:
         sentence = f"megatron-slm {verb}: error: {error}"
         tell_launcher(sentence)
         sys.stderr.write(f"{sentence}\n")
-        _exit_now(os.EX_TEMPFAIL)
+        sys.exit(os.EX_TEMPFAIL)
     except KeyboardInterrupt:
         sys.stderr.write(f"megatron-slm {verb}: interrupted; files that were saved before are unchanged.\n")
         sys.exit(128 + signal.SIGINT)

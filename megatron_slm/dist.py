@@ -5,7 +5,7 @@ import os
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from megatron_slm.errors import AgreedError, UserError
-from megatron_slm.launcher import launcher_variables, one_process, refuse_several_ranks
+from megatron_slm.launcher import (
+    launcher_variables,
+    one_process,
+    refuse_missing_interface,
+    refuse_several_ranks,
+)
 
 T = TypeVar("T")
 
@@ -66,7 +71,7 @@ class World:
         return self.rank == 0
 
 
-def connect(timeout_minutes: float = 30.0) -> World:
+def connect(timeout_minutes: float = 30.0, store: Store | None = None) -> World:
     """Join the process group that the launcher describes, and return this process's rank, size and device.
 
     The description is in the variables of torchrun and the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK,
@@ -75,12 +80,14 @@ def connect(timeout_minutes: float = 30.0) -> World:
 
     Args:
         timeout_minutes: how long a collective may wait for a silent rank before the run stops.
+        store: a store that all ranks have joined already; None to meet at MASTER_ADDR.
 
     Raises:
-        UserError: the launcher's variables are incomplete or contradict each other, or the ranks cannot connect.
+        UserError: the launcher's variables are incomplete or contradict each other, the ranks cannot connect, or a
+            variable names a network interface that does not exist.
     """
     os.environ.update(launcher_variables(os.environ))
-    return _join(timeout_minutes)
+    return _join(timeout_minutes, store)
 
 
 def connect_alone(command: str) -> World:
@@ -94,10 +101,9 @@ def connect_alone(command: str) -> World:
     return _join(timeout_minutes=30.0)
 
 
-def _join(timeout_minutes: float) -> World:
-    rank, size, local_rank = (_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if not 0 <= rank < size:
-        raise UserError("RANK", rank, f"WORLD_SIZE is {size}", "Start all ranks with one launcher")
+def _join(timeout_minutes: float, store: Store | None = None) -> World:
+    rank, size, local_rank = place_of(os.environ)
+    refuse_missing_interface(os.environ)
     device = _device(local_rank)
     # DeepSpeed searches for an accelerator when it is imported, and warns if there is none.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
@@ -107,7 +113,7 @@ def _join(timeout_minutes: float) -> World:
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             rank=rank,
             world_size=size,
-            store=_rendezvous(rank, size, timeout),
+            store=_rendezvous(rank, size, timeout) if store is None else store,
             timeout=timeout,
         )
     except dist.DistError as error:
@@ -168,11 +174,23 @@ def store_of_this_start(store: Store, rank: int, size: int, timeout: datetime.ti
     return PrefixStore(name, starts)
 
 
-def _number(name: str) -> int:
+def place_of(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return rank, world size and local rank from RANK, WORLD_SIZE and LOCAL_RANK.
+
+    Raises:
+        UserError: one is not a number, or the rank is not below the world size.
+    """
+    rank, size, local_rank = (_number(environment, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 <= rank < size:
+        raise UserError("RANK", rank, f"WORLD_SIZE is {size}", "Start all ranks with one launcher")
+    return rank, size, local_rank
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
     try:
-        return int(os.environ[name])
+        return int(environment[name])
     except ValueError as error:
-        raise UserError(name, os.environ[name], "it must be a number", "Start the ranks with a launcher") from error
+        raise UserError(name, environment[name], "it must be a number", "Start the ranks with a launcher") from error
 
 
 def disconnect() -> None:

@@ -1,11 +1,11 @@
-"""The variables by which a launcher describes a rank, and its error file. Imports nothing heavy."""
+"""The variables that describe a rank and its network, and the launcher's error file. Imports nothing heavy."""
 
 import json
 import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -100,6 +100,15 @@ def ranks_started(environment: Mapping[str, str]) -> str:
         UserError: the variables of a launcher are incomplete.
     """
     return (_launched(environment) or {"WORLD_SIZE": "1"})["WORLD_SIZE"]
+
+
+def is_launched(environment: Mapping[str, str]) -> bool:
+    """Return whether a launcher started this process.
+
+    Raises:
+        UserError: the variables of a launcher are incomplete.
+    """
+    return _launched(environment) is not None
 
 
 def refuse_several_ranks(command: str, environment: Mapping[str, str]) -> None:
@@ -221,10 +230,57 @@ def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> str | None
 
 def first_host(hosts: str) -> str:
     """Return the first host of Slurm's list, where rank 0 runs: `gpu007` of `gpu[007-009,12],login`."""
-    name, bracket, ranges = hosts.partition("[")
-    if not bracket or "," in name:
-        return name.partition(",")[0]
-    return name + re.split("[-,\\]]", ranges)[0]
+    return expand_hosts(hosts)[0]
+
+
+def expand_hosts(hosts: str) -> list[str]:
+    """Return the hosts of Slurm's list: `gpu007`, `gpu008` and `login` of `gpu[007-008],login`."""
+    entries = re.findall(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return [host for entry in entries for host in _expand_entry(entry)]
+
+
+def _expand_entry(entry: str) -> list[str]:
+    """Return the hosts of one entry, which may have several ranges: `rack[1-2]node[01-16]`."""
+    name, bracket, rest = entry.partition("[")
+    if not bracket:
+        return [entry]
+    ranges, _, suffix = rest.partition("]")
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
+    return [name + number + end for number in numbers for end in _expand_entry(suffix)]
+
+
+def interfaces_named(environment: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the network interfaces that the variables of gloo and NCCL name, by variable.
+
+    GLOO_SOCKET_IFNAME lists whole names. NCCL_SOCKET_IFNAME lists beginnings of names, `=` before it whole names, and
+    `^` interfaces to avoid, which need not exist.
+    """
+    named = {name: environment.get(name, "") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    return {name: text.lstrip("=").split(",") for name, text in named.items() if text and not text.startswith("^")}
+
+
+def refuse_missing_interface(environment: Mapping[str, str], existing: Sequence[str] | None = None) -> None:
+    """Raise a UserError if GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names an interface that this host does not have.
+
+    Args:
+        environment: of this process.
+        existing: the interfaces of this host; None to ask the system.
+
+    Raises:
+        UserError: with the interfaces that exist.
+    """
+    if existing is None:
+        existing = [name for _, name in socket.if_nameindex()]
+    for variable, names in interfaces_named(environment).items():
+        whole = variable == "GLOO_SOCKET_IFNAME" or environment[variable].startswith("=")
+        missing = [n for n in names if not any(one == n or (one.startswith(n) and not whole) for one in existing)]
+        # gloo opens every interface of its list; NCCL uses those that exist.
+        if missing and (variable == "GLOO_SOCKET_IFNAME" or len(missing) == len(names)):
+            reason = f"{socket.gethostname()} has no interface {missing[0]}; it has {', '.join(existing)}"
+            raise UserError(variable, environment[variable], reason, "Name one of these, or unset the variable")
 
 
 def _free_port() -> int:

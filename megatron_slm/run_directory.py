@@ -8,18 +8,23 @@ import platform
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_slm.config import Config, differences_on_resume, dump_config, load_config
-from megatron_slm.dist import World
+from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import dangling_link, hold, write_durably
 from megatron_slm.training.checkpoints import list_checkpoints
 
 FORMAT_VERSION = 1
+SECONDS_TO_APPEAR = 10.0
+"""How long a new file may take to appear on another host of a shared file system."""
+
 HEADER = "# Written by megatron-slm: the configuration of this run, every setting resolved.\n"
 """First line of `config.yaml`, which distinguishes a run directory from other folders with such a file."""
 
@@ -37,6 +42,8 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.cache = self.path / "cache"
+        self._start = self.path / ".start"
+        self._word = uuid.uuid4().hex
         self._world = world
         self._held = ExitStack()
         self._logged_before: tuple[list[logging.Handler], bool, int] | None = None
@@ -52,19 +59,44 @@ class RunDirectory:
         return (self.path / "model").is_dir() and (self.path / "tokenizer").is_dir()
 
     def hold(self) -> None:
-        """Create the directory, and lock it against other runs until `close`.
+        """Create the directory, lock it against other runs until `close`, and leave a word for the other hosts: rank 0.
 
         Raises:
             UserError: the directory cannot be created, or another process trains in it.
         """
+        if not self._world.is_main:
+            return
         self._refuse_dangling_link()
         busy = self._refused("another process is training in it", "Stop that process, or use another run_dir")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self._world.is_main:
-                self._held.enter_context(hold(self.path / ".lock", busy))
+            self._held.enter_context(hold(self.path / ".lock", busy))
+            self._start.write_text(self._word, encoding="utf-8")
         except OSError as error:
             raise self._refused(f"it cannot be used ({error.strerror})", "Use another run_dir") from error
+
+    def refuse_unshared(self) -> None:
+        """Raise a UserError if a host does not see the word that rank 0 left; every rank calls it, after `hold`.
+
+        The ranks of such a host would write their parts of the checkpoints to another disk.
+
+        Raises:
+            AgreedError: names a host that does not see them.
+        """
+        word = gather_objects(self._word)[0]
+        agree(lambda: self._wait_for(word) if self._world.local_rank == 0 else None)
+        if self._world.is_main:
+            self._start.unlink()
+
+    def _wait_for(self, word: str) -> None:
+        deadline = time.monotonic() + SECONDS_TO_APPEAR
+        while not (self._start.is_file() and self._start.read_text(encoding="utf-8") == word):
+            if time.monotonic() > deadline:
+                raise self._refused(
+                    f"{socket.gethostname()} does not see the files that rank 0 writes there",
+                    "Mount the same file system on all hosts, or use a run_dir on one that they share",
+                )
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Release the directory and restore logging, so that this process can start another run."""

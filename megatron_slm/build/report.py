@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from megatron_slm.build.corpora import Corpora, describe_kept
 from megatron_slm.build.models import PRECISIONS
+from megatron_slm.build.references import CheckedReference
 from megatron_slm.build.resolve import Resolved, resolve
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
@@ -65,26 +66,26 @@ def _line(subject: str, text: str) -> str:
     return f"{subject:10} {text}"
 
 
-def _size_lines(resolved: Resolved, world: World) -> list[str]:
-    """Return the models, cost, memory and disk."""
-    config, plan = resolved.config, resolved.plan
+def run_sizes(
+    resolved: Resolved, world: World
+) -> tuple[ModelSize, list[tuple[CheckedReference, ModelSize]], RankMemory]:
+    """Return the sizes of the student and of each reference that is a model, and the memory of one rank.
+
+    Args:
+        resolved: the run.
+        world: one of its ranks.
+    """
+    config = resolved.config
     precision, length = PRECISIONS[config.training.precision], config.data.seq_length
     size = model_size(resolved.student, config.training.micro_batch_size, length, precision)
-    lines = [_line("student", _describe_model(resolved.student, size, f"from {config.model.path or 'scratch'}"))]
-    frozen = []
-    for reference in resolved.references:
-        if reference.model is not None:
-            part = reference.settings
-            reference_size = model_size(reference.model, part.micro_batch_size, length, precision)
-            frozen.append((reference_size, part.shard))
-            place = "split over the ranks" if part.shard else "whole on each rank"
-            origin = f"from {part.path}, {place}"
-            lines.append(_line("reference", _describe_model(reference.model, reference_size, origin)))
-    models = ModelFlops(size.flops, sum(other.flops.forward for other, _ in frozen))
-    lines.append(_cost_line(config, plan, models, world))
+    frozen = [
+        (reference, model_size(reference.model, reference.settings.micro_batch_size, length, precision))
+        for reference in resolved.references
+        if reference.model is not None
+    ]
     memory = rank_memory(
         size,
-        frozen,
+        [(other, reference.settings.shard) for reference, other in frozen],
         ranks=world.size,
         precision=precision,
         zero=config.deepspeed.get("zero_optimization", {}) if config.training.backend == "deepspeed" else {"stage": 0},
@@ -92,7 +93,27 @@ def _size_lines(resolved: Resolved, world: World) -> list[str]:
         replayed=_replayed(config),
         fused=world.device.type == "cuda",
     )
-    return [*lines, *_memory_lines(memory, world), *_disk_lines(config, size, precision)]
+    return size, frozen, memory
+
+
+def checkpoint_bytes(resolved: Resolved, size: ModelSize) -> int:
+    """Return the bytes of a checkpoint: weights, a float32 copy and two moments."""
+    return (12 + PRECISIONS[resolved.config.training.precision].itemsize) * size.parameters
+
+
+def _size_lines(resolved: Resolved, world: World) -> list[str]:
+    """Return the models, cost, memory and disk."""
+    config = resolved.config
+    size, frozen, memory = run_sizes(resolved, world)
+    lines = [_line("student", _describe_model(resolved.student, size, f"from {config.model.path or 'scratch'}"))]
+    for reference, other in frozen:
+        part = reference.settings
+        origin = f"from {part.path}, {'split over the ranks' if part.shard else 'whole on each rank'}"
+        assert reference.model is not None
+        lines.append(_line("reference", _describe_model(reference.model, other, origin)))
+    models = ModelFlops(size.flops, sum(other.flops.forward for _, other in frozen))
+    lines.append(_cost_line(config, resolved.plan, models, world))
+    return [*lines, *_memory_lines(memory, world), *_disk_lines(config, checkpoint_bytes(resolved, size))]
 
 
 def _cost_line(config: Config, plan: Plan, models: ModelFlops, world: World) -> str:
@@ -174,12 +195,11 @@ def _memory_lines(memory: RankMemory, world: World) -> list[str]:
     return lines
 
 
-def _disk_lines(config: Config, size: ModelSize, precision: torch.dtype) -> list[str]:
-    """Return the disk space that checkpoints take: weights, a float32 copy and two moments each.
+def _disk_lines(config: Config, checkpoint: int) -> list[str]:
+    """Return the disk space that checkpoints of a size in bytes take.
 
     While a checkpoint is written, the disk holds one more than `training.keep_checkpoints`.
     """
-    checkpoint = (12 + precision.itemsize) * size.parameters
     kept = config.training.keep_checkpoints + 1
     place = next(path for path in (Path(config.run_dir), *Path(config.run_dir).absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free

@@ -79,6 +79,7 @@ def build_run(
 
     try:
         resolved = agree(hold_and_resolve)
+        directory.refuse_unshared()
         for warning in resolved.warnings if world.is_main else ():
             logger.warning(warning)
         return _build(resolved, directory, world, callbacks, rollback, activity or Activity())

@@ -38,9 +38,13 @@ MAY_IMPORT = {
     "run_directory": {"config", "dist", "errors", "io", "training"},
     "build": LEAVES | CORE | {"config", "run_directory"},
     "device_check": LEAVES | CORE | {"build"},
+    # Before a model is loaded: the ranks, their hosts and files alone.
+    "doctor": {"dist", "errors", "launcher"},
     "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},
     # One file per verb, on top of all parts but the pages.
-    "commands": LEAVES | CORE | {"config", "config_file", "run_directory", "prepare", "build", "demo", "device_check"},
+    "commands": LEAVES
+    | CORE
+    | {"config", "config_file", "run_directory", "prepare", "build", "demo", "device_check", "doctor"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }
