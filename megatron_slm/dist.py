@@ -21,6 +21,7 @@ from megatron_slm.launcher import (
     refuse_missing_interface,
     refuse_several_ranks,
 )
+from megatron_slm.torch_internals import join_fake_group
 
 T = TypeVar("T")
 
@@ -99,6 +100,20 @@ def connect_alone(command: str) -> World:
     refuse_several_ranks(command, os.environ)
     os.environ.update(one_process())
     return _join(timeout_minutes=30.0)
+
+
+def connect_fake(command: str, ranks: int) -> World:
+    """Become rank 0 of `ranks` whose other ranks do not exist, for a command that rehearses a run as one process.
+
+    Raises:
+        AgreedError: a launcher started several processes.
+    """
+    refuse_several_ranks(command, os.environ)
+    os.environ.update(one_process() | {"WORLD_SIZE": str(ranks)})
+    device = _device(0)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    join_fake_group(ranks)
+    return World(0, ranks, 0, device)
 
 
 def _join(timeout_minutes: float, store: Store | None = None) -> World:

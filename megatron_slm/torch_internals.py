@@ -6,6 +6,8 @@
     torch._subclasses.fake_tensor.FakeTensorMode  tensors without data
     torch._dynamo.OptimizedModule                 what `torch.compile(module)` returns
     torch.nn.Module._compiled_call_impl           what `module.compile()` sets
+    torch.testing._internal.distributed.fake_pg.FakeStore
+                                                  store of a group whose collectives only copy this rank's values
 
 Checked with torch 2.11 and 2.13. `tests/contracts/test_private_names.py` fails if one is missing.
 """
@@ -39,6 +41,18 @@ def fake_tensors() -> AbstractContextManager[object]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
+
+
+def join_fake_group(ranks: int) -> None:
+    """Make this process rank 0 of a process group of `ranks`, in which no other rank exists and nothing is sent.
+
+    An all-reduce and a broadcast leave the tensor as it is, an all-gather repeats this rank's part, and a
+    reduce-scatter returns the first part of this rank's input.
+    """
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
 
 
 def is_compiled(module: nn.Module) -> bool:

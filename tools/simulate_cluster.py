@@ -26,12 +26,13 @@ from unittest import mock
 
 import numpy as np
 import torch
-from cluster_latency import MFU, MFU_SOURCE, MICRO, PEAK, TARGET, Collective, Estimate, Network, draw, step_seconds
+from cluster_latency import MFU, MFU_SOURCE, PEAK, TARGET, Collective, Estimate, draw, step_seconds
 from common import option_parser, show_log_lines
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_slm.io.progress import Meter
+from megatron_slm.planning.network import MICRO, Network
 from megatron_slm.reporting.tables import markdown_table
 from megatron_slm.selection import select, select_tokens
 from megatron_slm.selection.threshold import DIGIT_BITS, Ranks

@@ -1,5 +1,7 @@
 """The models of a run: configured, loaded, checked, and given to the backend that holds their weights."""
 
+import dataclasses
+
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,6 +18,7 @@ from megatron_slm.models.checks import check_dropout, check_dropout_settings, ch
 from megatron_slm.models.configuration import model_config
 from megatron_slm.models.pretrained import load_pretrained, refuse_untied_files
 from megatron_slm.models.router import check_own_losses, find_router_loss
+from megatron_slm.models.settings import ModelSettings
 from megatron_slm.models.sparse_backward.attention import open_attention, packed_attention, require_registered
 from megatron_slm.models.sparse_backward.checks import (
     check_attention,
@@ -47,10 +50,15 @@ def student_config(config: Config, corpora: Corpora) -> PretrainedConfig:
     if config.model.path is not None:
         require_tokenizer(config.model.path, "model", corpora)
     hf_config = model_config(config.model, vocabulary_size(tokenizer), special_ids)
+    check_student_settings(config, hf_config)
+    return hf_config
+
+
+def check_student_settings(config: Config, hf_config: PretrainedConfig) -> None:
+    """Raise a UserError if a student has too few positions for the samples, or dropout in a selective run."""
     check_length(hf_config, "model", config.data.seq_length)
     if config.objective == "slm":
         check_dropout_settings(hf_config)
-    return hf_config
 
 
 def refuse_unregistered_attention(config: Config) -> None:
@@ -90,18 +98,24 @@ def make_backend(config: Config, world: World) -> Backend:
 
 
 def make_student(
-    config: Config, hf_config: PretrainedConfig, backend: Backend, world: World
+    config: Config, hf_config: PretrainedConfig, backend: Backend, world: World, *, weights: bool = True
 ) -> tuple[CausalLM, TrainingEngine]:
     """Build the student and its training engine; every rank calls it.
+
+    Args:
+        config: of the run.
+        hf_config: the student's.
+        backend: holds the student.
+        world: this rank.
+        weights: False to build a student with a `model.path` from `hf_config` alone, with random weights.
 
     Raises:
         UserError: the student has dropout in a selective run, or its losses are not those that training expects.
     """
     training = config.training
     precision = PRECISIONS[training.precision]
-    if config.model.path is None:
-        lm = backend.construct(lambda: build_student(config.model, hf_config, precision, world.device))
-        initialize_weights(lm, config.seed, backend.gathered)
+    if config.model.path is None or not weights:
+        lm = _from_configuration(config, config.model, hf_config, backend, world.device)
     else:
         # Read whole into host memory, then partitioned one parameter at a time. Reading under ZeRO-3
         # needs as much memory in total, and more on rank 0 (tools/bench_load_memory.py).
@@ -151,15 +165,38 @@ def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_le
     return student
 
 
-def frozen_model(config: Config, part: PartSettings, backend: Backend) -> tuple[nn.Module, float]:
+def _from_configuration(
+    config: Config, settings: ModelSettings, hf_config: PretrainedConfig, backend: Backend, device: torch.device
+) -> PreTrainedModel:
+    """Return a model with random weights, partitioned while it is built if the backend partitions."""
+    settings = dataclasses.replace(settings, path=None, config={"model_type": hf_config.model_type} | settings.config)
+    precision = PRECISIONS[config.training.precision]
+    lm = backend.construct(lambda: build_student(settings, hf_config, precision, device))
+    initialize_weights(lm, config.seed, backend.gathered)
+    return lm
+
+
+def frozen_model(
+    config: Config, part: PartSettings, backend: Backend, unloaded: PretrainedConfig | None = None
+) -> tuple[nn.Module, float]:
     """Load a reference model and return its engine and its forward FLOPs per token; every rank calls it.
+
+    Args:
+        config: of the run.
+        part: settings of this reference.
+        backend: holds the model.
+        unloaded: build the model from this configuration with random weights, instead of loading it.
 
     Raises:
         AgreedError: the model cannot be loaded.
         UserError: it cannot score the samples of this run.
     """
     precision = PRECISIONS[config.training.precision]
-    lm = agree(lambda: load_pretrained(str(part.path), "reference", part.trust_remote_code, dtype=precision))
+    if unloaded is not None:
+        settings = ModelSettings(part.path, trust_remote_code=part.trust_remote_code)
+        lm = _from_configuration(config, settings, unloaded, backend, torch.device("cpu"))
+    else:
+        lm = agree(lambda: load_pretrained(str(part.path), "reference", part.trust_remote_code, dtype=precision))
     check_length(lm.config, "reference", config.data.seq_length)
     module = CausalLM(lm)
     flops = token_flops(module, lm.config, config.data.seq_length).forward

@@ -17,22 +17,20 @@ MIN_CONTEXT = 64
 """Largest default of `selection.min_context` with a store of kind `document`; measured in docs/benchmarks.md."""
 
 
-def settle(config: Config, corpora: Corpora, device: str, *, reads_document_store: bool) -> tuple[Config, Plan]:
+def settle(config: Config, corpora: Corpora | None, device: str, *, reads_document_store: bool) -> tuple[Config, Plan]:
     """Return the configuration with every default resolved, and the length of the run in steps.
 
     Args:
         config: of the run.
-        corpora: whose tokens an epoch counts.
+        corpora: whose tokens an epoch counts; None if they do not exist yet.
         device: type of the device, `cpu` or `cuda`, which decides the default precision.
         reads_document_store: whether a reference is a store of kind `document`.
 
     Raises:
-        UserError: the backend cannot train in `training.precision`.
+        UserError: the backend cannot train in `training.precision`, or an epoch cannot be counted.
     """
     training, data, selection = config.training, config.data, config.selection
-    # An epoch reads every sample; of several candidates, one is trained on.
-    epochs = (training.train_epochs or 0.0) / config.candidates
-    tokens = training.train_tokens or math.ceil(epochs * tokens_per_epoch(data, corpora.train, corpora.kept))
+    tokens = training.train_tokens or _tokens_of_epochs(config, corpora)
     tokens_per_step = training.global_batch_size * data.seq_length
     steps = math.ceil(tokens / tokens_per_step)
     plan = Plan(
@@ -58,6 +56,15 @@ def settle(config: Config, corpora: Corpora, device: str, *, reads_document_stor
     )
     _refuse_bf16_without_master_weights(config)
     return config, plan
+
+
+def _tokens_of_epochs(config: Config, corpora: Corpora | None) -> int:
+    if corpora is None:
+        reason = "the corpora of data.train, whose tokens an epoch counts, do not exist yet"
+        raise UserError("training.train_epochs", config.training.train_epochs, reason, "Set training.train_tokens")
+    # An epoch reads every sample; of several candidates, one is trained on.
+    epochs = (config.training.train_epochs or 0.0) / config.candidates
+    return math.ceil(epochs * tokens_per_epoch(config.data, corpora.train, corpora.kept))
 
 
 def learning_rate_at(training: TrainingSettings, plan: Plan, tokens: int) -> float:

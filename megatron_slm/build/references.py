@@ -49,12 +49,14 @@ class CheckedReference:
         model: Hugging Face configuration of the model to run; None for a store.
         store: opened; None for a model.
         signals: the store as a reference, once its samples are known to be those of the run.
+        is_loaded: False to build the model from its configuration with random weights.
     """
 
     settings: PartSettings
     model: PretrainedConfig | None = None
     store: Store | None = None
-    signals: StoredReference | None = None
+    signals: Reference | None = None
+    is_loaded: bool = True
 
     @property
     def scorer(self) -> str:
@@ -196,7 +198,8 @@ def make_reference(config: Config, references: Sequence[CheckedReference], backe
         if reference.signals is not None:
             sources.append(reference.signals)
         else:
-            engine, forward_flops = frozen_model(config, reference.settings, backend)
+            unloaded = None if reference.is_loaded else reference.model
+            engine, forward_flops = frozen_model(config, reference.settings, backend, unloaded)
             sources.append(LiveReference(engine, reference.settings.micro_batch_size))
             flops += forward_flops
     settings = config.reference

@@ -1,33 +1,25 @@
 """The report of a dry run: what the first phase of a run resolved, and what the run will cost."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from megatron_slm.build.corpora import Corpora, describe_kept
-from megatron_slm.build.models import PRECISIONS
-from megatron_slm.build.references import CheckedReference
 from megatron_slm.build.resolve import Resolved, resolve
+from megatron_slm.build.sizes import RunSizes, precision_of, run_sizes
 from megatron_slm.config import Config
 from megatron_slm.data.loader import accumulation_steps
 from megatron_slm.data.samples import tokens_per_epoch
 from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World
+from megatron_slm.planning.disk import checkpoint_bytes
+from megatron_slm.planning.memory import RankMemory
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.selection.settings import rule_in_words
 from megatron_slm.training.callbacks import quantity
-from megatron_slm.training.cost import (
-    ModelFlops,
-    ModelSize,
-    RankMemory,
-    StepTokens,
-    model_size,
-    rank_memory,
-    step_flops,
-)
+from megatron_slm.training.cost import ModelSize, step_flops
 from megatron_slm.training.state import Plan
 
 
@@ -66,82 +58,27 @@ def _line(subject: str, text: str) -> str:
     return f"{subject:10} {text}"
 
 
-def run_sizes(
-    resolved: Resolved, world: World
-) -> tuple[ModelSize, list[tuple[CheckedReference, ModelSize]], RankMemory]:
-    """Return the sizes of the student and of each reference that is a model, and the memory of one rank.
-
-    Args:
-        resolved: the run.
-        world: one of its ranks.
-    """
-    config = resolved.config
-    precision, length = PRECISIONS[config.training.precision], config.data.seq_length
-    size = model_size(resolved.student, config.training.micro_batch_size, length, precision)
-    frozen = [
-        (reference, model_size(reference.model, reference.settings.micro_batch_size, length, precision))
-        for reference in resolved.references
-        if reference.model is not None
-    ]
-    memory = rank_memory(
-        size,
-        [(other, reference.settings.shard) for reference, other in frozen],
-        ranks=world.size,
-        precision=precision,
-        zero=config.deepspeed.get("zero_optimization", {}) if config.training.backend == "deepspeed" else {"stage": 0},
-        checkpointing=config.training.activation_checkpointing == "full",
-        replayed=_replayed(config),
-        fused=world.device.type == "cuda",
-    )
-    return size, frozen, memory
-
-
-def checkpoint_bytes(resolved: Resolved, size: ModelSize) -> int:
-    """Return the bytes of a checkpoint: weights, a float32 copy and two moments."""
-    return (12 + PRECISIONS[resolved.config.training.precision].itemsize) * size.parameters
-
-
 def _size_lines(resolved: Resolved, world: World) -> list[str]:
     """Return the models, cost, memory and disk."""
-    config = resolved.config
-    size, frozen, memory = run_sizes(resolved, world)
-    lines = [_line("student", _describe_model(resolved.student, size, f"from {config.model.path or 'scratch'}"))]
-    for reference, other in frozen:
-        part = reference.settings
-        origin = f"from {part.path}, {'split over the ranks' if part.shard else 'whole on each rank'}"
+    config, plan = resolved.config, resolved.plan
+    sizes = run_sizes(config, plan, resolved.student, resolved.references, world)
+    origin = f"from {config.model.path or 'scratch'}"
+    lines = [_line("student", _describe_model(resolved.student, sizes.student, origin))]
+    for reference, size in sizes.references:
+        place = "split over the ranks" if reference.settings.shard else "whole on each rank"
+        origin = f"from {reference.settings.path}, {place}"
         assert reference.model is not None
-        lines.append(_line("reference", _describe_model(reference.model, other, origin)))
-    models = ModelFlops(size.flops, sum(other.flops.forward for _, other in frozen))
-    lines.append(_cost_line(config, resolved.plan, models, world))
-    return [*lines, *_memory_lines(memory, world), *_disk_lines(config, checkpoint_bytes(resolved, size))]
+        lines.append(_line("reference", _describe_model(reference.model, size, origin)))
+    lines.append(_cost_line(plan, sizes))
+    return [*lines, *_memory_lines(sizes.memory, world), *_disk_lines(config, sizes.student)]
 
 
-def _cost_line(config: Config, plan: Plan, models: ModelFlops, world: World) -> str:
+def _cost_line(plan: Plan, sizes: RunSizes) -> str:
     """Return the cost of a step at `selection.ratio`, as the records of the run will count it, and of the whole run."""
-    trained, read = plan.tokens_per_step, plan.samples_per_step * plan.seq_length
-    plain = models.student.training * trained
-    flops = plain
-    if config.objective == "slm":
-        rule = config.selection
-        micro_steps = accumulation_steps(plan.global_batch_size, config.training.micro_batch_size, world.data.size)
-        tokens = StepTokens(
-            candidates=read if plan.candidates > 1 else 0,
-            trained=trained,
-            selected=round(rule.ratio * trained),
-            reference=read,
-            ranked_first=rule.pool == "step" and micro_steps > 1,
-        )
-        flops = step_flops(replace(models, backward=rule.backward), tokens)
+    plain = sizes.models.student.training * plan.tokens_per_step
+    flops = step_flops(sizes.models, sizes.tokens)
     whole = plan.total_steps * flops
     return _line("cost", f"{flops:.2g} FLOPs per step, {flops / plain:.2f} of a plain step; {whole:.2g} in all")
-
-
-def _replayed(config: Config) -> float | None:
-    """Return the share of the tokens that replay runs again; None if some steps hold all activations."""
-    rule = config.selection
-    if config.objective == "clm" or rule.backward != "replay":
-        return None
-    return None if rule.start or rule.of or rule.schedule != "constant" else rule.ratio
 
 
 def _data_lines(config: Config, corpora: Corpora) -> list[str]:
@@ -195,11 +132,12 @@ def _memory_lines(memory: RankMemory, world: World) -> list[str]:
     return lines
 
 
-def _disk_lines(config: Config, checkpoint: int) -> list[str]:
-    """Return the disk space that checkpoints of a size in bytes take.
+def _disk_lines(config: Config, size: ModelSize) -> list[str]:
+    """Return the disk space that checkpoints take.
 
     While a checkpoint is written, the disk holds one more than `training.keep_checkpoints`.
     """
+    checkpoint = checkpoint_bytes(size, precision_of(config).itemsize)
     kept = config.training.keep_checkpoints + 1
     place = next(path for path in (Path(config.run_dir), *Path(config.run_dir).absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free

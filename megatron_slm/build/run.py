@@ -1,7 +1,7 @@
 """The second phase of a run: objects are built from what the first phase resolved. Read `build_run` first."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,19 @@ from megatron_slm.build.corpora import Corpora, describe_kept, make_samples
 from megatron_slm.build.models import make_backend, make_learner, make_student
 from megatron_slm.build.objective import make_candidates, objective_at
 from megatron_slm.build.plan import learning_rate_at
-from megatron_slm.build.references import make_reference
+from megatron_slm.build.references import CheckedReference, make_reference
 from megatron_slm.build.resolve import Resolved, resolve
 from megatron_slm.config import Config, dump_config
 from megatron_slm.data.corpus import corpus_tokenizer_path
 from megatron_slm.data.loader import StepLoader
+from megatron_slm.data.settings import blend
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
-from megatron_slm.reference.references import live_modules
+from megatron_slm.reference.references import Reference, live_modules
 from megatron_slm.run_directory import RunDirectory
+from megatron_slm.selection.rule import Rule
 from megatron_slm.training.checkpoints import CheckpointStore, roll_back, save_checkpoint
 from megatron_slm.training.cost import ModelFlops, token_flops
 from megatron_slm.training.state import Requests, RunState
@@ -49,6 +51,16 @@ class Run:
         """Release the run directory and the models."""
         self.directory.close()
         self.backend.close()
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """The optimizer step of a run, its student's engine and its reference, and what a token of its models costs."""
+
+    engine: TrainingEngine
+    reference: Reference
+    step: TrainingStep
+    models: ModelFlops
 
 
 def build_run(
@@ -114,21 +126,10 @@ def _build(
     )
     activity.enter(Phase.MODEL)
     backend = make_backend(config, world)
-    student, engine = make_student(config, resolved.student, backend, world)
-    reference, reference_flops = make_reference(config, resolved.references, backend)
-    for module in (engine.module, *live_modules(reference)):
-        activity.follow(module)
-    backward = config.selection.backward if config.objective == "slm" else "exact"
-    step = TrainingStep(
-        engine,
-        reference,
-        make_learner(backward, student, engine, config.data.seq_length),
-        seed=config.seed,
-        num_sources=len(corpora.train),
-        world=world,
-        candidates=make_candidates(config, rule, engine, resolved.min_context),
-        activity=activity,
+    built = build_step(
+        config, rule, resolved.student, resolved.references, resolved.min_context, backend, world, activity=activity
     )
+    engine, reference = built.engine, built.reference
     torch.manual_seed(config.seed + world.rank)
     store = CheckpointStore(
         directory.checkpoints, world, config.training.keep_checkpoints, dump_config(config), activity
@@ -137,11 +138,10 @@ def _build(
     _restore(state, store, engine, directory, world, rollback)
     activity.enter(Phase.INDEX)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
-    models = ModelFlops(token_flops(student, resolved.student, config.data.seq_length), reference_flops, backward)
-    parts = Parts(directory, loader, backend, engine, reference, models, world, activity)
+    parts = Parts(directory, loader, backend, engine, reference, built.models, world, activity)
     trainer = Trainer(
         loader,
-        step,
+        built.step,
         partial(learning_rate_at, config.training, plan),
         partial(objective_at, config, plan, rule, resolved.min_context, world),
         make_callbacks(resolved, parts, [*callbacks, *resolved.callbacks], state.step),
@@ -151,6 +151,59 @@ def _build(
         activity,
     )
     return Run(trainer, state, directory, backend)
+
+
+def build_step(
+    config: Config,
+    rule: Rule | None,
+    hf_config: PretrainedConfig,
+    references: Sequence[CheckedReference],
+    min_context: int,
+    backend: Backend,
+    world: World,
+    *,
+    weights: bool = True,
+    activity: Activity | None = None,
+    begin: Callable[[str], None] = lambda part: None,
+) -> StepParts:
+    """Build the models of a run and its optimizer step; every rank calls it.
+
+    Args:
+        config: with every default resolved.
+        rule: the selection rule; None under CLM.
+        hf_config: Hugging Face configuration of the student.
+        references: checked; none under CLM.
+        min_context: tokens that must precede a token that is selected, as `Resolved.min_context`.
+        backend: holds the models.
+        world: this rank.
+        weights: False to build the student from `hf_config` with random weights, whatever `model.path` is.
+        activity: receives the phases of this rank, and the progress of its models.
+        begin: called with the name of each part before it is built, for progress.
+
+    Raises:
+        UserError: a model cannot be loaded, or does not support the settings of the run.
+    """
+    begin("student")
+    student, engine = make_student(config, hf_config, backend, world, weights=weights)
+    begin("reference")
+    reference, reference_flops = make_reference(config, references, backend)
+    activity = activity or Activity()
+    for module in (engine.module, *live_modules(reference)):
+        activity.follow(module)
+    begin("checks")
+    backward = config.selection.backward if config.objective == "slm" else "exact"
+    step = TrainingStep(
+        engine,
+        reference,
+        make_learner(backward, student, engine, config.data.seq_length),
+        seed=config.seed,
+        num_sources=len(blend(config.data.train)[0]),
+        world=world,
+        candidates=make_candidates(config, rule, engine, min_context),
+        activity=activity,
+    )
+    models = ModelFlops(token_flops(student, hf_config, config.data.seq_length), reference_flops, backward)
+    return StepParts(engine, reference, step, models)
 
 
 def _restore(

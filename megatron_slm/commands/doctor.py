@@ -142,8 +142,9 @@ def _corpus_files(prefix: str) -> tuple[str, ...]:
 
 def _run_needs(config: Config, world: "World") -> RunNeeds:
     """Return the needs of a run, as a dry run estimates them, or the errors of its configuration."""
-    from megatron_slm.build.report import checkpoint_bytes, run_sizes
     from megatron_slm.build.resolve import resolve
+    from megatron_slm.build.sizes import precision_of, run_sizes
+    from megatron_slm.planning.disk import checkpoint_bytes
     from megatron_slm.run_directory import RunDirectory
     from megatron_slm.training.checkpoints import list_checkpoints
 
@@ -155,17 +156,17 @@ def _run_needs(config: Config, world: "World") -> RunNeeds:
     except UserError as error:
         return replace(needs, errors=tuple(error.sentences()))
     try:
-        size, _, memory = run_sizes(resolved, world)
+        sizes = run_sizes(resolved.config, resolved.plan, resolved.student, resolved.references, world)
     except Exception as error:  # some third-party models do not run on the meta device
         logger.warning("the memory of this model cannot be estimated (%s)", first_line(error))
         return needs
     on_gpu = world.device.type == "cuda"
-    on_device, on_host = sum(memory.device.values()), sum(memory.host.values())
+    on_device, on_host = sizes.memory.peak, sum(sizes.memory.host.values())
     return replace(
         needs,
         device_memory=on_device if on_gpu else 0,
         host_memory=on_host if on_gpu else on_host + on_device,
-        checkpoint=checkpoint_bytes(resolved, size),
+        checkpoint=checkpoint_bytes(sizes.student, precision_of(resolved.config).itemsize),
         # While a checkpoint is written, the disk holds one more than are kept.
         checkpoints=config.training.keep_checkpoints + 1 - len(list_checkpoints(directory.checkpoints)),
     )

@@ -1,4 +1,4 @@
-"""Markdown tables."""
+"""Tables as text."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,3 +7,16 @@ def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table without a newline at its end; each row has one cell per title."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
     return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]])
+
+
+def aligned_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table for a terminal without a newline at its end; all columns but the first are aligned right."""
+    lines = [titles, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

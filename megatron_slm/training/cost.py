@@ -1,10 +1,8 @@
-"""The cost of a step in floating-point operations, the memory of a run, and the peak speed of devices."""
+"""The cost of a step in floating-point operations, the size of a model, and the peak speed of devices."""
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,23 +10,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from megatron_slm.backend.deepspeed_internals import whole_shape
+from megatron_slm.devices import DENSE_BF16_PEAKS
 from megatron_slm.models.head import CHUNK_BYTES
 from megatron_slm.torch_internals import fake_tensors, storage_id
-
-DENSE_BF16_PEAKS = {
-    # Dense tensor-core peaks in FLOP/s from NVIDIA's datasheets, of the SXM variant unless the name has another. The
-    # datasheets also print figures for sparse matrices, which are twice as high.
-    "B200": 2.25e15,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
+from megatron_slm.training.optimizer import decay_groups
 
 
 @dataclass(frozen=True)
@@ -149,44 +134,39 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in DENSE_BF16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
-LIVE_PARAMETERS, REDUCE_BUCKET = 1_000_000_000, 500_000_000
-"""DeepSpeed's defaults of stage3_max_live_parameters and reduce_bucket_size, in parameters."""
-
-SUB_GROUP = 1_000_000_000
-"""DeepSpeed's default of sub_group_size: the parameters of one update at stage 3."""
-
-OFFLOADS = {"offload_optimizer": ("optimizer", "gradients"), "offload_param": ("weights",)}
-"""The keys of `zero_optimization` that offload, each with the purposes that it moves to the host."""
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """The bytes of one rank by purpose: on its device, and on the host if DeepSpeed offloads them."""
-
-    device: dict[str, int]
-    host: dict[str, int]
-
-
 @dataclass(frozen=True)
 class ModelSize:
     """The size of a model, derived from its configuration without allocating weights.
 
-    parameters        number of all parameters
+    numels            number of elements of each parameter
+    decayed           number of parameters with weight decay
     layers            number of decoder layers
     layer_bytes       bytes that one layer keeps for the backward of one micro-batch
     boundary_bytes    bytes of the hidden states of one micro-batch
     cache_bytes       bytes of the keys and values of one layer for one micro-batch
-    head_bytes        bytes of the head's chunk of logits, its exponentials and their gradient
+    head_bytes        bytes of the head's chunk of logits and of its exponentials
+    head              number of parameters of the head
     flops             FLOPs per token
     """
 
-    parameters: int
+    numels: tuple[int, ...]
+    decayed: int
     layers: int
     layer_bytes: int
     boundary_bytes: int
     cache_bytes: int
     head_bytes: int
+    head: int
     flops: TokenFlops
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.numels)
+
+    @property
+    def largest(self) -> int:
+        """The number of elements of the largest parameter."""
+        return max(self.numels)
 
 
 def model_size(config: PretrainedConfig, samples: int, seq_length: int, precision: torch.dtype) -> ModelSize:
@@ -204,13 +184,24 @@ def model_size(config: PretrainedConfig, samples: int, seq_length: int, precisio
     with fake_tensors():
         one, two = (_kept(_with_layers(config, n, precision), samples, seq_length) for n in (1, 2))
         whole = _with_layers(config, layers, precision)
-    parameters = sum(parameter.numel() for parameter in whole.parameters())
+    numels = tuple(parameter.numel() for parameter in whole.parameters())
+    output = whole.get_output_embeddings()
     boundary = samples * seq_length * config.hidden_size * precision.itemsize
-    head = 3 * min(CHUNK_BYTES, 4 * samples * seq_length * config.vocab_size)
+    head = 2 * min(CHUNK_BYTES, 4 * samples * seq_length * config.vocab_size)
     groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * samples * seq_length * groups * width * precision.itemsize
-    return ModelSize(parameters, layers, two - one, boundary, cache, head, token_flops(whole, config, seq_length))
+    return ModelSize(
+        numels,
+        sum(parameter.numel() for parameter in decay_groups(whole)[0]),
+        layers,
+        layer_bytes=two - one,
+        boundary_bytes=boundary,
+        cache_bytes=cache,
+        head_bytes=head,
+        head=sum(parameter.numel() for parameter in output.parameters()),
+        flops=token_flops(whole, config, seq_length),
+    )
 
 
 def _with_layers(config: PretrainedConfig, layers: int, precision: torch.dtype) -> PreTrainedModel:
@@ -242,79 +233,3 @@ def _kept(model: PreTrainedModel, samples: int, seq_length: int) -> int:
     with saved_tensors_hooks(record, lambda tensor: tensor):
         model.base_model(input_ids=tokens_BT, use_cache=False)
     return sum(storages.values())
-
-
-def rank_memory(
-    student: ModelSize,
-    references: Sequence[tuple[ModelSize, bool]],
-    *,
-    ranks: int,
-    precision: torch.dtype,
-    zero: Mapping[str, Any],
-    checkpointing: bool,
-    replayed: float | None = None,
-    fused: bool = True,
-) -> RankMemory:
-    """Return the peak memory of one rank.
-
-    A GPU peaks in the backward. A CPU peaks in the update, because the memory of the activations is not returned to the
-    system.
-
-    Args:
-        student: size of the student, for its micro-batch.
-        references: size of each reference model, for its own micro-batch, and whether it is sharded.
-        ranks: number of ranks.
-        precision: dtype of weights and activations.
-        zero: DeepSpeed's `zero_optimization` section.
-        checkpointing: True if the backward recomputes each layer.
-        replayed: share of the tokens that replay runs again, over keys and values of all; None without replay.
-        fused: True if the optimizer updates in one kernel without temporary tensors, as on CUDA.
-    """
-    stage = int(zero.get("stage", 3))
-    each = precision.itemsize
-    kept = student.boundary_bytes if checkpointing else student.layer_bytes
-    if replayed is not None:
-        kept = int(replayed * kept) + student.cache_bytes
-    # Activations include one more layer: the recomputed one, or the gradients of what one layer keeps.
-    device = {
-        "weights": each * student.parameters // (ranks if stage == 3 else 1),
-        "gradients": 4 * student.parameters // (ranks if stage >= 2 else 1),
-        # AdamW's two moments; with ZeRO also DeepSpeed's float32 copy of the weights.
-        "optimizer": (12 if stage else 8) * student.parameters // (ranks if stage else 1),
-        "activations": student.layers * kept + student.layer_bytes,
-        "head": student.head_bytes,
-        "buffers of ZeRO": _buffers(student.parameters, each, stage, zero) if stage else 0,
-        "update": 0 if fused else _update(student.parameters // (ranks if stage else 1), stage, zero),
-    }
-    device["reference"] = 0
-    for reference, sharded in references:
-        share = ranks if sharded else 1
-        gathered = each * min(reference.parameters, _live(zero)) if share > 1 else 0
-        device["reference"] += each * reference.parameters // share + gathered + reference.layer_bytes
-    offloaded = [name for key, names in OFFLOADS.items() if _is_offloaded(zero, key) for name in names]
-    return RankMemory(
-        {name: size for name, size in device.items() if size and name not in offloaded},
-        {name: device[name] for name in offloaded},
-    )
-
-
-def _buffers(parameters: int, each: int, stage: int, zero: Mapping[str, Any]) -> int:
-    """Return the bytes of gathered weights in use, and of the bucket of gradients that are being reduced."""
-    bucket = each * min(parameters, int(zero.get("reduce_bucket_size", REDUCE_BUCKET)))
-    return bucket + (each * min(parameters, _live(zero)) if stage == 3 else 0)
-
-
-def _update(partition: int, stage: int, zero: Mapping[str, Any]) -> int:
-    """Return the bytes of the two temporary float32 tensors that AdamW makes for each flat partition of ZeRO.
-
-    Without ZeRO, they have the size of one weight and are not counted.
-    """
-    return 8 * min(partition, int(zero.get("sub_group_size", SUB_GROUP))) if stage else 0
-
-
-def _live(zero: Mapping[str, Any]) -> int:
-    return int(zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
-
-
-def _is_offloaded(zero: Mapping[str, Any], key: str) -> bool:
-    return bool((zero.get(key) or {}).get("device", "none") != "none")

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
-LEAVES = {"errors", "settings", "io", "types", "signals", "launcher", "dist", "backend", "watch", "torch_internals"}
+LEAVES = {
+    *("errors", "settings", "io", "types", "signals", "launcher", "dist", "backend", "watch", "torch_internals"),
+    "devices",
+}
 CORE = {"data", "models", "reference", "selection", "training"}
 MAY_IMPORT = {
     "errors": set(),
@@ -17,10 +20,11 @@ MAY_IMPORT = {
     "settings": {"errors"},
     "io": {"errors"},
     "launcher": {"errors"},
-    "dist": {"errors", "launcher"},
+    "dist": {"errors", "launcher", "torch_internals"},
     "torch_internals": set(),
     # What a rank does, and what the others hear of it.
     "watch": {"dist", "errors", "settings"},
+    "devices": {"errors"},
     "backend": {"dist", "errors", "torch_internals"},
     # Torch alone, and pydantic for its settings: for anyone's training loop.
     "selection": {"errors", "settings"},
@@ -36,7 +40,9 @@ MAY_IMPORT = {
     "config_file": {"errors"},
     "config": {"errors", "settings", "config_file"} | CORE,
     "run_directory": {"config", "dist", "errors", "io", "training"},
-    "build": LEAVES | CORE | {"config", "run_directory"},
+    # Estimates of plain numbers; it knows the sizes of models, but no configuration.
+    "planning": {"devices", "errors", "io", "selection", "training"},
+    "build": LEAVES | CORE | {"config", "run_directory", "planning", "reporting"},
     "device_check": LEAVES | CORE | {"build"},
     # Before a model is loaded: the ranks, their hosts and files alone.
     "doctor": {"dist", "errors", "launcher"},
@@ -44,7 +50,7 @@ MAY_IMPORT = {
     # One file per verb, on top of all parts but the pages.
     "commands": LEAVES
     | CORE
-    | {"config", "config_file", "run_directory", "prepare", "build", "demo", "device_check", "doctor"},
+    | {"config", "config_file", "run_directory", "prepare", "build", "planning", "demo", "device_check", "doctor"},
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }

@@ -19,6 +19,8 @@ from megatron_slm.torch_internals import is_compiled, offset_in_file, storage_id
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
 ADAPTERS = {"torch_internals.py", "transformers_internals.py", "deepspeed_internals.py", "megatron.py"}
 OUR_OWN = {"self", "cls"}
+DOCUMENTED = {"sys._current_frames", "os._exit"}
+"""Names of Python's library that its documentation describes."""
 PUBLIC = {"_replace", "_asdict", "_fields", "_exit", "_ArgumentGroup"}
 """Names of the standard library: documented, but for the type of an argument group, which annotations need."""
 
@@ -27,6 +29,7 @@ NAMES: list[tuple[ModuleType, str, str]] = [
     (torch_internals, "torch", "UntypedStorage._checkpoint_offset"),
     (torch_internals, "torch._subclasses.fake_tensor", "FakeTensorMode"),
     (torch_internals, "torch.nn", "Module._compiled_call_impl"),
+    (torch_internals, "torch.testing._internal.distributed.fake_pg", "FakeStore"),
     (transformers_internals, "transformers.masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS"),
     (transformers_internals, "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
     (transformers_internals, "transformers", "PretrainedConfig._attn_implementation"),
@@ -124,7 +127,9 @@ def test_other_files_touch_no_private_name(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             owner = node.value
-            assert isinstance(owner, ast.Name) and owner.id in OUR_OWN, f"{path}:{node.lineno}: {node.attr}"
+            is_documented = ast.unparse(node) in DOCUMENTED
+            is_own = isinstance(owner, ast.Name) and owner.id in OUR_OWN
+            assert is_documented or is_own, f"{path}:{node.lineno}: {node.attr}"
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for module in modules:

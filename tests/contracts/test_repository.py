@@ -51,7 +51,11 @@ def test_libraries_whose_private_names_are_used_have_an_upper_bound() -> None:
 
 
 def pages() -> list[Path]:
-    return [page for pattern in ("*.md", "docs/*.md", "examples/*/*.md") for page in sorted(ROOT.glob(pattern))]
+    return [
+        page
+        for pattern in ("*.md", "docs/*.md", "examples/*.md", "examples/*/*.md")
+        for page in sorted(ROOT.glob(pattern))
+    ]
 
 
 def anchors(page: Path) -> set[str]:

@@ -15,7 +15,7 @@ from megatron_slm.config import setting_names
 from tests.contracts.test_house import PACKAGE
 
 PUBLIC_NAMES = {"Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"}
-VERBS = {"check-device", "demo", "doctor", "export", "filter", "prepare", "score", "train"}
+VERBS = {"check-device", "demo", "doctor", "export", "filter", "plan", "prepare", "score", "train"}
 SETTINGS = """
 run_dir objective seed callbacks deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by

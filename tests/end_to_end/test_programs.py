@@ -33,7 +33,9 @@ MANIFESTS = sorted((ROOT / "examples" / "launch").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in EXAMPLES if path not in MANIFESTS], ids=lambda path: path.parent.name
+    "path",
+    [path for path in EXAMPLES if path not in MANIFESTS],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
     assert load_config(str(path), []).run_dir == yaml.safe_load(path.read_text())["run_dir"]

@@ -1,5 +1,6 @@
 """The estimate of a rank's memory, against the tensors that PyTorch keeps."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -7,14 +8,25 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from megatron_slm.training.cost import ModelSize, TokenFlops, model_size, rank_memory
+from megatron_slm.planning.memory import REDUCE_BUCKET, MemorySettings, RankMemory, rank_memory
+from megatron_slm.training.cost import ModelSize, TokenFlops, model_size
 
 MODELS = {
     "llama": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 64, "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "qwen3": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
-SIZE = ModelSize(1000, 4, layer_bytes=50, boundary_bytes=10, cache_bytes=4, head_bytes=7, flops=TokenFlops(0.0, 0.0))
+SIZE = ModelSize(
+    (600, 200, 100, 100),
+    900,
+    4,
+    layer_bytes=50,
+    boundary_bytes=10,
+    cache_bytes=4,
+    head_bytes=7,
+    head=100,
+    flops=TokenFlops(0.0, 0.0),
+)
 
 
 def make(name: str, layers: int) -> PretrainedConfig:
@@ -57,51 +69,84 @@ def test_a_model_of_one_layer_is_sized_too(name: str) -> None:
     assert one.layers == 1 and one.layer_bytes == two.layer_bytes and one.parameters < two.parameters
 
 
+def memory_of(references: Sequence[bool] = (), each: int = 4, **options: Any) -> RankMemory:
+    """The memory of a run of `SIZE`, with a reference of the same size per entry, sharded or not."""
+    common: dict[str, Any] = {"ranks": 1, "zero": {"stage": 3}, "checkpointing": False}
+    return rank_memory(SIZE, [(SIZE, shard) for shard in references], MemorySettings(each=each, **common | options))
+
+
 def test_replay_holds_keys_and_values_of_all_and_the_activations_of_its_share() -> None:
     def activations(**options: Any) -> int:
-        common = {"ranks": 1, "precision": torch.float32, "zero": {"stage": 0}, "checkpointing": False}
-        return rank_memory(SIZE, [], **common | options).device["activations"]
+        return memory_of(zero={"stage": 0}, **options).phases["forward, backward"]["activations"]
 
-    assert activations() == 4 * 50 + 50
-    assert activations(replayed=0.5) == 4 * (25 + 4) + 50
-    assert activations(replayed=0.5, checkpointing=True) == 4 * (5 + 4) + 50
+    # The head works on 7 bytes and a gradient of 100 numbers, more than the 50 bytes of a layer.
+    assert activations() == 4 * 50
+    assert activations(replayed=0.5) == 4 * (25 + 4)
+    assert activations(replayed=0.5, checkpointing=True) == 4 * (5 + 4)
 
 
 def test_stages_partition_what_their_name_says() -> None:
-    def at(stage: int) -> dict[str, int]:
-        zero = {"stage": stage, "reduce_bucket_size": 10, "stage3_max_live_parameters": 20}
-        return rank_memory(SIZE, [], ranks=4, precision=torch.bfloat16, zero=zero, checkpointing=False).device
+    def held(stage: int) -> dict[str, int]:
+        zero = {"stage": stage, "reduce_bucket_size": 10, "stage3_param_persistence_threshold": 0}
+        parts = memory_of(ranks=4, each=2, zero=zero).phases["forward, backward"]
+        return {name: size for name, size in parts.items() if name in ("weights", "gradients", "optimizer", "buffers")}
 
-    def on_a_cpu(stage: int, **zero: int) -> int:
-        options: dict[str, Any] = {"ranks": 4, "precision": torch.float32, "checkpointing": False, "fused": False}
-        return rank_memory(SIZE, [], zero={"stage": stage} | zero, **options).device.get("update", 0)
+    assert held(0) == {"weights": 2000, "gradients": 4000, "optimizer": 8000}
+    assert held(1) == held(0) | {"optimizer": 3000}
+    assert held(2) == held(1) | {"gradients": 1000}
+    assert held(3) == held(2) | {"weights": 500, "buffers": 40}
 
-    # Without a fused kernel, AdamW makes two tensors as large as what it updates at a time.
-    assert [on_a_cpu(stage) for stage in (0, 1, 2, 3)] == [0, 2000, 2000, 2000]
-    assert on_a_cpu(3, sub_group_size=100) == 800
-    assert "update" not in at(3)
-    assert at(0) == {"weights": 2000, "gradients": 4000, "optimizer": 8000, "activations": 250, "head": 7}
-    assert at(1) == at(0) | {"optimizer": 3000, "buffers of ZeRO": 20}
-    assert at(2) == at(1) | {"gradients": 1000}
-    assert at(3) == at(2) | {"weights": 500, "buffers of ZeRO": 60}
+
+def test_small_weights_stay_whole_on_every_rank_but_the_only_one() -> None:
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 100}
+    assert memory_of(ranks=4, zero=zero).device["weights"] == 4 * (250 + 200)
+    assert memory_of(ranks=1, zero=zero).device["weights"] == 4 * 1000
+
+
+def test_gathered_weights_grow_to_the_limit_and_by_one_weight() -> None:
+    def gathered(**zero: int) -> int:
+        settings = {"stage": 3, "stage3_param_persistence_threshold": 0} | zero
+        return memory_of(ranks=4, zero=settings).phases["forward, backward"]["gathered weights"]
+
+    assert gathered() == 4 * 1000
+    assert gathered(stage3_max_live_parameters=200) == 4 * (200 + 600)
+
+
+def test_a_full_bucket_is_copied_while_the_rest_of_the_layers_waits() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": 250, "stage3_param_persistence_threshold": 0}
+    parts = memory_of(ranks=4, zero=zero).phases["reduction"]
+    # A quarter of the model has passed: three quarters of 4 layers of 50 bytes wait, and one more layer works.
+    assert parts["activations"] == 150 + 50
+    assert parts["reduction"] == 4 * (250 + 600) and parts["buffers"] == 4 * 250
+    assert "reduction" not in memory_of(ranks=1, zero=zero).phases["reduction"]
+
+
+def test_an_update_on_a_cpu_makes_a_flat_gradient_and_two_tensors_of_its_largest_group() -> None:
+    def update(stage: int, **zero: int) -> int:
+        return memory_of(ranks=4, zero={"stage": stage} | zero, on_cpu=True).phases["update"].get("update", 0)
+
+    # Weights with decay are a group of 900, divided among 4 ranks.
+    assert [update(stage) for stage in (0, 1, 2, 3)] == [0, 8 * 225, 8 * 225, 12 * 225]
+    assert update(3, sub_group_size=100) == 12 * 100
+    assert memory_of(ranks=4).phases["update"]["update"] == 4 * 225
+
+
+def test_a_cpu_holds_no_bucket_beyond_the_model() -> None:
+    assert memory_of().device["buffers"] == 4 * REDUCE_BUCKET
+    assert memory_of(on_cpu=True).device["buffers"] == 4 * 1000
 
 
 def test_offload_moves_to_the_host_and_a_sharded_reference_is_divided() -> None:
-    def at(*shard: bool, **zero: object) -> tuple[dict[str, int], dict[str, int]]:
-        found = rank_memory(
-            SIZE,
-            [(SIZE, one) for one in shard],
-            ranks=2,
-            precision=torch.float32,
-            zero={"stage": 3, "stage3_max_live_parameters": 100} | zero,
-            checkpointing=True,
-        )
-        return found.device, found.host
+    def at(*shard: bool, **zero: object) -> RankMemory:
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0} | zero
+        return memory_of(shard, ranks=2, zero=zero, checkpointing=True)
 
-    assert at(False)[0]["reference"] == 4 * 1000 + 50
-    assert at(True)[0]["reference"] == 4 * 500 + 4 * 100 + 50
-    assert at(True, False)[0]["reference"] == at(True)[0]["reference"] + at(False)[0]["reference"]
-    assert "reference" not in at()[0]
-    assert at(True)[0]["activations"] == 4 * 10 + 50
-    device, host = at(True, offload_optimizer={"device": "cpu"}, offload_param={"device": "none"})
-    assert host == {"optimizer": 6000, "gradients": 2000} and "optimizer" not in device and "weights" in device
+    assert at(False).device["reference"] == 4 * 1000
+    assert at(True).device["reference"] == 4 * 500
+    assert at(True, False).device["reference"] == 4 * 1500
+    assert at(True).phases["reference"]["gathered weights"] == 4 * 1000
+    assert "gathered weights" not in at(False).phases["reference"]
+    assert "reference" not in at().phases and "reference" not in at().device
+    offloaded = at(True, offload_optimizer={"device": "cpu"}, offload_param={"device": "none"})
+    assert offloaded.host == {"optimizer": 6000, "gradients": 2000}
+    assert "optimizer" not in offloaded.device and "weights" in offloaded.device
