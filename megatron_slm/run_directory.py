@@ -71,6 +71,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(hold(self.path / ".lock", busy))
+            self._held.callback(self._start.unlink, missing_ok=True)
             self._start.write_text(self._word, encoding="utf-8")
         except OSError as error:
             raise self._refused(f"it cannot be used ({error.strerror})", "Use another run_dir") from error

@@ -46,7 +46,7 @@ SMALL_LIMITS = (
 
 MEMORY = [
     Case("sharded reference", 1024, 8, 8),
-    Case("one rank", 512, 8, 1),
+    Case("one rank", 1024, 8, 1),
     Case("checkpointed", 1024, 8, 8, CHECKPOINTED),
     Case("reference on each rank", 1024, 8, 8, WHOLE_REFERENCE),
     Case("plain", 1024, 8, 8, PLAIN),

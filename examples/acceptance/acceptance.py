@@ -196,7 +196,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, reason: str) -> None
 def verdicts(cluster: Cluster) -> str:
     """Return the lines of the hanging run that say that nothing goes on."""
     lines = cluster.log("hang").read_text(errors="replace").splitlines()
-    return "\n".join(line for line in lines if "no progress for" in line)
+    return "\n".join(line for line in lines if "no progress for" in line.lower())
 
 
 def setting(cluster: Cluster, group: str, name: str) -> Any:

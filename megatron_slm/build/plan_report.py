@@ -9,7 +9,6 @@ from transformers import PretrainedConfig
 from megatron_slm.build.outline import Outline, outline
 from megatron_slm.build.sizes import RunSizes, precision_of, run_sizes, zero_section
 from megatron_slm.config import Config
-from megatron_slm.data.samples import tokens_per_epoch
 from megatron_slm.devices import CPU, Device, find_device
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError, first_line
@@ -261,7 +260,7 @@ def _with_libraries(memory: RankMemory, *, on_cpu: bool) -> RankMemory:
 def _disk(run: Outline, sizes: RunSizes, each: int) -> Disk:
     config = run.config
     read = run.plan.total_samples * config.data.seq_length
-    corpora = read if run.corpora is None else int(tokens_per_epoch(config.data, run.corpora.train, run.corpora.kept))
+    corpora = read if run.corpora is None else sum(corpus.num_tokens for corpus in run.corpora.train)
     return disk_space(sizes.student, each, corpora, read, run.student.vocab_size, config.training.keep_checkpoints)
 
 

@@ -136,7 +136,6 @@ def _build(
     )
     state = RunState(plan, samples.fingerprint)
     _restore(state, store, engine, directory, world, rollback)
-    activity.enter(Phase.INDEX)
     samples.reach(loader.end(state.next_sample, max(0, plan.total_steps - state.step)))
     parts = Parts(directory, loader, backend, engine, reference, built.models, world, activity)
     trainer = Trainer(
@@ -188,8 +187,7 @@ def build_step(
     begin("reference")
     reference, reference_flops = make_reference(config, references, backend)
     activity = activity or Activity()
-    for module in (engine.module, *live_modules(reference)):
-        activity.follow(module)
+    _follow(activity, engine, reference)
     begin("checks")
     backward = config.selection.backward if config.objective == "slm" else "exact"
     step = TrainingStep(
@@ -204,6 +202,12 @@ def build_step(
     )
     models = ModelFlops(token_flops(student, hf_config, config.data.seq_length), reference_flops, backward)
     return StepParts(engine, reference, step, models)
+
+
+def _follow(activity: Activity, engine: TrainingEngine, reference: Reference) -> None:
+    """Report every forward of the student and of live references as progress, also those of evaluations and checks."""
+    for module in (engine.module, *live_modules(reference)):
+        activity.follow(module)
 
 
 def _restore(

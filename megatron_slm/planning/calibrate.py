@@ -11,8 +11,8 @@ from megatron_slm.planning.time import Rates
 SECONDS, PASSES = 0.4, 3
 """Shortest duration of one measurement, and how often all of them are repeated: other work may disturb one pass."""
 COPIED_BYTES = 1 << 28
-MOST_PRODUCT = 1 << 36
-"""FLOPs of the largest product that is measured: a second at 64 GFLOP/s."""
+MOST_PRODUCT, MOST_WIDTH = 1 << 36, 1 << 14
+"""FLOPs of the largest product that is measured (a second at 64 GFLOP/s), and the largest width of its weight."""
 
 
 def measured_rates(tokens: int, width: int, inner: int, heads: int, seq_length: int) -> Rates:
@@ -34,6 +34,7 @@ def measured_rates(tokens: int, width: int, inner: int, heads: int, seq_length: 
 
 def _products(tokens: int, width: int, inner: int) -> float:
     """Return the FLOP/s of the three products of a linear layer's forward and backward."""
+    width, inner = min(width, MOST_WIDTH), min(inner, MOST_WIDTH)
     tokens = max(1, min(tokens, MOST_PRODUCT // (6 * width * inner)))
     hidden_ND, weight_FD, grad_NF = torch.randn(tokens, width), torch.randn(inner, width), torch.randn(tokens, inner)
 

@@ -115,13 +115,13 @@ def refusals(world: World, commands: list[list[str]]) -> list[tuple[int, str]]:
 
 def rehearsed(world: World, *arguments: str) -> tuple[int, str, str, dict[str, int]]:
     """A rehearsal, and how often it called the functions of training itself."""
-    from megatron_slm.models import causal_lm, head
-    from megatron_slm.selection import rule, select
+    from megatron_slm.models.head import token_loss
+    from megatron_slm.selection.select import keep_highest
     from megatron_slm.training.step import TrainingStep
 
     calls = {
-        "loss": mock.patch.object(causal_lm, "token_loss", wraps=head.token_loss),
-        "selection": mock.patch.object(rule, "keep_highest", wraps=select.keep_highest),
+        "loss": mock.patch("megatron_slm.models.causal_lm.token_loss", wraps=token_loss),
+        "selection": mock.patch("megatron_slm.selection.rule.keep_highest", wraps=keep_highest),
         "step": mock.patch.object(TrainingStep, "__call__", autospec=True, side_effect=TrainingStep.__call__),
     }
     with calls["loss"] as loss, calls["selection"] as selection, calls["step"] as step:
