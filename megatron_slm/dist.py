@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 """Folders of the code that runs collective operations."""
+COLLECTIVE_SOURCES = ("/gloo/", "NCCL error", "ProcessGroup")
+"""Words by which torch's errors name gloo, NCCL, and what uses them."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def gather_objects(value: T) -> list[T]:
 def is_collective_failure(error: BaseException) -> bool:
     """Return whether an error, or one that it follows from, came out of a collective operation.
 
-    Gloo and NCCL raise several classes with messages of their own, so the traceback decides.
+    Gloo and NCCL raise several classes, so the traceback decides, and the source that a message names: an operation
+    that runs beside others fails where its result is awaited, and that call has no frame of its own.
     """
     if not isinstance(error, Exception) or isinstance(error, UserError):
         return False
@@ -257,6 +260,7 @@ def is_collective_failure(error: BaseException) -> bool:
     frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
     return (
         isinstance(error, dist.DistError)
+        or any(source in str(error) for source in COLLECTIVE_SOURCES)
         or any(folder in file for file in frames for folder in COLLECTIVES)
         or (following is not None and is_collective_failure(following))
     )

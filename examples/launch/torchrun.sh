@@ -15,6 +15,9 @@ RUN_ID=${RUN_ID:-megatron_slm}               # the same on all nodes; it tells r
 MAX_RESTARTS=${MAX_RESTARTS:-3}              # restarts by this node before torchrun gives up
 SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-600}    # seconds for the ranks to finish a step and save, after SIGTERM
 
+# Without this, a spare node waits for an address that torchrun writes only once, before the first start.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # `c10d` lets all nodes join again after a failure. With `static`, several nodes do not restart reliably.
 # torchrun forwards the signals to the ranks of its node; the ranks of all nodes then stop after the same step.
 exec torchrun \

@@ -75,6 +75,8 @@ class Heartbeat:
             for monitor in self._monitors:
                 self._send(monitor, Message("beat", self._rank, beat=ended))
         self._ended.set()
+        if self._monitor.hangs and self._activity.moment.phase == Phase.END:  # faster than the monitor's next look
+            logger.error("The run makes progress again, and has finished.")
 
     def explain(self) -> str:
         """Return why a collective operation failed on this rank; "" if the monitors do not know.

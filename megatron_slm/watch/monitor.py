@@ -23,6 +23,9 @@ class Monitor:
         hang_seconds: seconds without progress after which a run hangs; 0 to report none.
         beat_seconds: seconds between heartbeats.
         now: time on a clock that never goes back, in seconds, as in all methods.
+
+    Attributes:
+        hangs: True after a report of a hang, until the run makes progress again.
     """
 
     def __init__(self, rank: int, hosts: list[str], hang_seconds: float, beat_seconds: float, now: float) -> None:
@@ -31,7 +34,7 @@ class Monitor:
         self._hang_seconds = hang_seconds
         self._silent_seconds = SILENT_BEATS * beat_seconds
         self._last = {other: (Beat(other, host), now) for other, host in enumerate(hosts)}
-        self._hangs = False
+        self.hangs = False
         self._looked = now
 
     def hear(self, beat: Beat, now: float) -> None:
@@ -49,14 +52,14 @@ class Monitor:
         if not any(one.is_running for one in heard):
             return None
         still = still_seconds(heard)
-        if self._hangs and still < self._hang_seconds:
-            self._hangs = False
+        if self.hangs and still < self._hang_seconds:
+            self.hangs = False
             return f"the run makes progress again, in step {max(one.beat.step for one in heard)}."
-        if self._hangs or late or not self._hang_seconds or still < self._hang_seconds:
+        if self.hangs or late or not self._hang_seconds or still < self._hang_seconds:
             return None
         if self._rank != 0 and heard[0].is_running and heard[0].age <= self._silent_seconds:
             return None  # rank 0 reports it
-        self._hangs = True
+        self.hangs = True
         return hang_sentence(heard, self._silent_seconds)
 
     def absent(self, since: float) -> list[int]:

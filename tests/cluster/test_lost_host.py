@@ -2,12 +2,14 @@
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_slm.watch.heartbeat import BEAT_SECONDS
 from tests.cluster.cluster import Cluster, Host, wait_for, why_not
 from tests.cluster.test_launchers import (
     LAUNCH,
@@ -45,8 +47,9 @@ def config_of(corpora: Path, folder: Path, **training: Any) -> tuple[Path, Path]
 
 
 def at_gate(gate: Path) -> dict[int, tuple[str, str]]:
-    """Return the host and process of each rank, when all wait at the gate."""
+    """Return the host and process of each rank, when all wait at the gate, and their heartbeats have said so."""
     wait_at(gate, ranks=2)
+    time.sleep(BEAT_SECONDS + 1)
     return {int(mark.name[4:]): (*mark.read_text().split(),) for mark in gate.glob("rank?")}  # type: ignore[misc]
 
 
