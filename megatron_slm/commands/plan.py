@@ -9,6 +9,7 @@ memory. Nothing is written. docs/plan.md explains the tables.
 import argparse
 import json
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.write(plan_text(report))
         sys.stdout.flush()
     if arguments.rehearse:
-        rehearsal, expected = _rehearse(outline, config, options.ranks, report.device.name)
+        with redirect_stdout(sys.stderr):  # libraries print while they build, and the output may be JSON
+            rehearsal, expected = _rehearse(outline, config, options.ranks, report.device.name)
         values["rehearsal"] = asdict(rehearsal) | {"expected": expected}
         if not arguments.json:
             sys.stdout.write("\n" + rehearsal_text(rehearsal, expected))
