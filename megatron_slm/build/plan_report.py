@@ -21,10 +21,10 @@ from megatron_slm.planning.disk import (
     lost_share,
     optimal_interval,
 )
+from megatron_slm.planning.measure import resident_memory
 from megatron_slm.planning.memory import RankMemory
 from megatron_slm.planning.network import GIGA, Network
 from megatron_slm.planning.time import Rates, StepTime, TimeSettings, assumed_rates, step_time
-from megatron_slm.planning.watch import resident_memory
 from megatron_slm.training.cost import step_flops
 
 HOUR = 3600.0

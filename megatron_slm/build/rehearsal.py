@@ -5,9 +5,7 @@ The models, the reference, the selection, the backward and the update are those 
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -21,11 +19,20 @@ from megatron_slm.build.run import StepParts, build_step
 from megatron_slm.data.loader import EvaluationStream, accumulation_steps
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError, first_line
-from megatron_slm.planning.watch import Phase, Watch, return_freed_memory
+from megatron_slm.planning.measure import PhaseCost, PhaseRecorder, return_freed_memory
 from megatron_slm.types import Batch, TokenSignals
+from megatron_slm.watch.activity import Activity, Phase
 
 STEP = "step: "
 """Beginning of the names of the phases of the second step."""
+STEP_PHASES = {
+    Phase.REFERENCE_FORWARD: "reference",
+    Phase.SELECTION: "forward, selection",
+    Phase.STUDENT_FORWARD: "forward, selection",
+    Phase.BACKWARD: "backward",
+    Phase.OPTIMIZER: "update",
+}
+"""The names of the phases that a step reports."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Rehearsal:
 
     ranks: int
     device: str
-    phases: dict[str, Phase]
+    phases: dict[str, PhaseCost]
     libraries: int
     micro_steps: int
     loss: float
@@ -63,6 +70,24 @@ class Rehearsal:
     def seconds_of_step(self) -> float:
         """The duration of the second step."""
         return sum(phase.seconds for name, phase in self.phases.items() if name.startswith(STEP))
+
+
+class StepActivity(Activity):
+    """The activity of the rehearsed rank, whose reports begin the phases of a recorder.
+
+    Attributes:
+        is_recorded: True for the step whose phases count.
+    """
+
+    def __init__(self, recorder: PhaseRecorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self.is_recorded = False
+
+    def enter(self, phase: Phase) -> None:
+        super().enter(phase)
+        if self.is_recorded:
+            self._recorder.begin(f"{STEP}{STEP_PHASES[phase]}")
 
 
 class RandomReference:
@@ -90,11 +115,12 @@ def rehearse(outline: Outline, world: World, *, returns_memory: bool = True) -> 
     if world.device.type == "cpu" and returns_memory:
         return_freed_memory()
     config, plan = outline.config, outline.plan
-    with Watch(world.device) as watch:
-        watch.begin("libraries")
+    with PhaseRecorder(world.device) as recorder:
+        recorder.begin("libraries")
+        activity = StepActivity(recorder)
         backend = make_backend(config, world)
         try:
-            built = _build(outline, backend, world, watch)
+            built = _build(outline, backend, world, recorder, activity)
             batches = _batches(outline, world)
             # The last step, because the first ones may train on all tokens (selection.start).
             tokens = plan.total_tokens - plan.tokens_per_step
@@ -102,13 +128,15 @@ def rehearse(outline: Outline, world: World, *, returns_memory: bool = True) -> 
             rate = learning_rate_at(config.training, plan, tokens)
             # DeepSpeed records the order of the modules in the first step, and gathers ahead and keeps weights from the
             # second step on. Memory and time are those of the second.
-            watch.begin("first step")
+            recorder.begin("first step")
             built.step(batches, objective, rate, plan.total_steps)
-            _watch_step(built, watch)
+            activity.is_recorded = True
             result = built.step(batches, objective, rate, plan.total_steps)
-            watch.begin("end")
+            recorder.begin("end")
         except torch.OutOfMemoryError as error:
-            reason = f"rank 0 of {world.size} has too little memory in the phase '{watch.name}' ({first_line(error)})"
+            reason = (
+                f"rank 0 of {world.size} has too little memory in the phase '{recorder.name}' ({first_line(error)})"
+            )
             remedy = "Use more ranks, a smaller micro-batch, activation checkpointing, or offload"
             raise UserError("training.micro_batch_size", config.training.micro_batch_size, reason, remedy) from error
         finally:
@@ -116,8 +144,8 @@ def rehearse(outline: Outline, world: World, *, returns_memory: bool = True) -> 
     return Rehearsal(
         ranks=world.size,
         device=world.device.type,
-        phases={name: phase for name, phase in watch.phases.items() if name not in ("libraries", "end")},
-        libraries=watch.phases["libraries"].peak,
+        phases={name: phase for name, phase in recorder.phases.items() if name not in ("libraries", "end")},
+        libraries=recorder.phases["libraries"].peak,
         micro_steps=len(batches),
         loss=result.loss,
         selected=result.selected_tokens,
@@ -140,7 +168,7 @@ def refuse_too_little_memory(expected: int, world: World) -> None:
         raise UserError("--ranks", world.size, reason, remedy)
 
 
-def _build(outline: Outline, backend: Backend, world: World, watch: Watch) -> StepParts:
+def _build(outline: Outline, backend: Backend, world: World, recorder: PhaseRecorder, activity: Activity) -> StepParts:
     references = [dataclasses.replace(one, is_loaded=False) for one in outline.references]
     references = [
         dataclasses.replace(one, signals=RandomReference()) if one.model is None and one.signals is None else one
@@ -155,27 +183,9 @@ def _build(outline: Outline, backend: Backend, world: World, watch: Watch) -> St
         backend,
         world,
         weights=False,
-        begin=lambda part: watch.begin(f"build: {part}"),
+        activity=activity,
+        begin=lambda part: recorder.begin(f"build: {part}"),
     )
-
-
-def _watch_step(built: StepParts, watch: Watch) -> None:
-    """Begin a phase at each part of the step."""
-    _call_before(built.reference, "signals", lambda: watch.begin(f"{STEP}reference"))
-    _call_before(built.engine, "backward", lambda: watch.begin(f"{STEP}backward"))
-    _call_before(built.engine, "step", lambda: watch.begin(f"{STEP}update"))
-    built.engine.module.register_forward_pre_hook(lambda *_: watch.begin(f"{STEP}forward, selection"))
-
-
-def _call_before(owner: object, name: str, action: Callable[[], None]) -> None:
-    """Call `action` before each call of a method of one object."""
-    method = getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        action()
-        return method(*args, **kwargs)
-
-    setattr(owner, name, call)
 
 
 def _batches(outline: Outline, world: World) -> list[Batch]:

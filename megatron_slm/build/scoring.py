@@ -20,8 +20,7 @@ from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import refuse_taken
 from megatron_slm.io.shards import OPTION as SHARD_OPTION
-from megatron_slm.io.shards import Plan as ShardPlan
-from megatron_slm.io.shards import Shards, WorkShard
+from megatron_slm.io.shards import ShardPlan, Shards, WorkShard
 from megatron_slm.io.staging import Journal, Staging
 from megatron_slm.models.pretrained import weights_fingerprint
 from megatron_slm.reference.imports import OPTION, open_import

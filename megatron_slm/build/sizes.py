@@ -1,4 +1,4 @@
-"""What the models of a run need: their sizes, FLOPs and memory, from their configurations alone."""
+"""The sizes, FLOPs and memory that the models of a run need, from their configurations alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from megatron_slm.training.state import Plan
 
 @dataclass(frozen=True)
 class RunSizes:
-    """What a run needs.
+    """The sizes, FLOPs and memory of a run.
 
     Attributes:
         student: size of the student, for its micro-batch.

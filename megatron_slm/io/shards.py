@@ -97,7 +97,7 @@ class FinishedShard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """The plan that all shards of a command share.
 
     settings  the JSON values that decide the result, by setting or option
@@ -138,7 +138,7 @@ class Shards:
         """Return the staging folder of a shard, whose output is the folder of the finished shard."""
         return Staging(self.folder / shard.name, OPTION, self._doing)
 
-    def begin(self, shard: WorkShard, settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> Plan:
+    def begin(self, shard: WorkShard, settings: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> ShardPlan:
         """Write the plan, or compare it with the plan that another shard has written; return it.
 
         A plan of other settings is replaced if no shard has finished any work.
@@ -146,7 +146,7 @@ class Shards:
         Raises:
             UserError: there are shards of another command, or the folder cannot be written.
         """
-        plan = Plan(json.loads(json.dumps(settings)), shard.count, dict(facts or {}))
+        plan = ShardPlan(json.loads(json.dumps(settings)), shard.count, dict(facts or {}))
         with Staging(self._output, self._setting, self._doing).writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with hold(self.folder):
@@ -168,7 +168,7 @@ class Shards:
             logger.info("shard %s is finished already: %s", shard, folder)
         return folder.exists()
 
-    def finish(self, staging: Staging, plan: Plan, report: Mapping[str, Any]) -> None:
+    def finish(self, staging: Staging, plan: ShardPlan, report: Mapping[str, Any]) -> None:
         """Publish a shard whose files are in `ready`.
 
         Args:
@@ -183,8 +183,8 @@ class Shards:
         logger.info("%s is finished; when all %d shards are, merge them with %s", staging.output, plan.count, _MERGE)
 
     def collect(
-        self, describe: Callable[[Plan, WorkShard, dict[str, Any]], str], settings: Mapping[str, Any] | None = None
-    ) -> tuple[Plan, list[FinishedShard]]:
+        self, describe: Callable[[ShardPlan, WorkShard, dict[str, Any]], str], settings: Mapping[str, Any] | None = None
+    ) -> tuple[ShardPlan, list[FinishedShard]]:
         """Return the plan and all its shards, in order.
 
         Args:
@@ -199,7 +199,7 @@ class Shards:
             reason = f"there are no shards in {self.folder}"
             raise UserError(_MERGE, self._output, reason, f"Run the command with {OPTION} 0/N to N-1/N first")
         if settings is not None:
-            now = Plan(json.loads(json.dumps(settings)), plan.count)
+            now = ShardPlan(json.loads(json.dumps(settings)), plan.count)
             if found := differences(plan.compared(), now.compared()):
                 reason = f"{self.folder} holds shards of another command: {'; '.join(found)}"
                 raise UserError(_MERGE, self._output, reason, "Give the options of the shards")
@@ -216,7 +216,7 @@ class Shards:
         mistakes.raise_any()
         return plan, finished
 
-    def _finished(self, shard: WorkShard, plan: Plan) -> FinishedShard:
+    def _finished(self, shard: WorkShard, plan: ShardPlan) -> FinishedShard:
         folder = self.folder / shard.name
         try:
             report: dict[str, Any] = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
@@ -245,7 +245,7 @@ class Shards:
         remedy = f"Run the command with {OPTION} {shards[0]}{' and so on' * (len(shards) > 1)}"
         return [UserError(_MERGE, self._output, reason, f"{remedy}, in Slurm with sbatch --array={ranges}")]
 
-    def _foreign(self, plan: Plan) -> list[UserError]:
+    def _foreign(self, plan: ShardPlan) -> list[UserError]:
         """Return an error for each shard whose number does not belong to the plan."""
         found = ((path, _NAME.fullmatch(path.name)) for path in sorted(self.folder.iterdir()))
         return [
@@ -263,10 +263,10 @@ class Shards:
         entries = (path for path in self.folder.iterdir() if path.is_dir())
         return any(_NAME.fullmatch(path.name) or (path / JOURNAL).exists() for path in entries)
 
-    def _read_plan(self) -> Plan | None:
+    def _read_plan(self) -> ShardPlan | None:
         path = self.folder / _PLAN
         try:
-            return Plan(**json.loads(path.read_text(encoding="utf-8")))
+            return ShardPlan(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from megatron_slm.planning.memory import MASTER_AND_MOMENTS
 from megatron_slm.training.cost import ModelSize
 
 STORED_LOSS_BYTES = 2
@@ -51,7 +52,7 @@ def disk_space(student: ModelSize, each: int, corpus_tokens: int, read_tokens: i
 
 def checkpoint_bytes(student: ModelSize, each: int) -> int:
     """Return the bytes of a checkpoint: the weights, their float32 copy, and two moments."""
-    return (12 + each) * student.parameters
+    return (MASTER_AND_MOMENTS + each) * student.parameters
 
 
 def optimal_interval(stall: float, failure: float) -> float:

@@ -40,7 +40,7 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
         UserError: a corpus is missing, has changed or is given twice; corpora differ in their tokenizer, or only some
             have a mask; or something exists at ``output``.
     """
-    parts = open_parts([str(Path(prefix)) for prefix in prefixes])
+    parts = open_mergeable([str(Path(prefix)) for prefix in prefixes])
     corpora, prefix = parts.corpora, Path(output)
     skipped = sum(corpus.skipped for corpus in corpora)
     make_at_once(
@@ -56,7 +56,7 @@ def merge_corpora(prefixes: list[str], output: str) -> Corpus:
     return merged
 
 
-class Parts(NamedTuple):
+class Mergeable(NamedTuple):
     """Corpora that can be merged: their indices, and the description of their common tokenizer."""
 
     corpora: list[Corpus]
@@ -68,7 +68,7 @@ class Parts(NamedTuple):
         return [[corpus.prefix, corpus.sha256] for corpus in self.corpora]
 
 
-def open_parts(prefixes: list[str]) -> Parts:
+def open_mergeable(prefixes: list[str]) -> Mergeable:
     """Open corpora that are to be merged.
 
     Raises:
@@ -78,10 +78,10 @@ def open_parts(prefixes: list[str]) -> Parts:
     indices = [read_index(Path(f"{corpus.prefix}.idx"), "--merge", corpus.prefix) for corpus in corpora]
     described = _describe_common_tokenizer(corpora)
     _refuse_unlike(corpora, indices)
-    return Parts(corpora, indices, described)
+    return Mergeable(corpora, indices, described)
 
 
-def stage_merged(parts: Parts, ready: Path, name: str, skipped: int) -> None:
+def stage_merged(parts: Mergeable, ready: Path, name: str, skipped: int) -> None:
     """Write the merged corpus to a folder of files to publish.
 
     Args:

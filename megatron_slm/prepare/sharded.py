@@ -15,11 +15,11 @@ import numpy as np
 from megatron_slm.data.corpus import Corpus, open_corpus
 from megatron_slm.data.tokenizer import load_tokenizer, tokenizer_probe
 from megatron_slm.errors import UserError
-from megatron_slm.io.shards import OPTION, FinishedShard, Plan, Shards, WorkShard
+from megatron_slm.io.shards import OPTION, FinishedShard, ShardPlan, Shards, WorkShard
 from megatron_slm.io.staging import Staging
 from megatron_slm.prepare.contamination import MARKS, REPORT_SUFFIX, ContaminationReport
 from megatron_slm.prepare.inputs import Input
-from megatron_slm.prepare.merge import Parts, open_parts, stage_merged
+from megatron_slm.prepare.merge import Mergeable, open_mergeable, stage_merged
 from megatron_slm.prepare.prepare import Options, deciding_settings, make_corpora
 from megatron_slm.prepare.staged import MAX_GROUPS, make_at_once, refuse_existing, safe_name
 
@@ -127,11 +127,11 @@ def _settings(options: Options, entries: list[list[Any]]) -> dict[str, Any]:
     }
 
 
-def _describe(plan: Plan, shard: WorkShard, progress: dict[str, Any]) -> str:
+def _describe(plan: ShardPlan, shard: WorkShard, progress: dict[str, Any]) -> str:
     return f"{len(progress['finished'])} of {len(deal(plan.settings['--input'], plan.count)[shard.index])} inputs"
 
 
-def _groups(prefix: Path, plan: Plan, finished: list[FinishedShard]) -> dict[str, Parts]:
+def _groups(prefix: Path, plan: ShardPlan, finished: list[FinishedShard]) -> dict[str, Mergeable]:
     """Return the corpora to merge by the name of the merged corpus, in the order of their first documents."""
     by_value: dict[str, list[str]] = {}
     for shard in finished:
@@ -142,14 +142,14 @@ def _groups(prefix: Path, plan: Plan, finished: list[FinishedShard]) -> dict[str
     by = plan.settings.get("--by")
     if len(by_value) > MAX_GROUPS:
         raise UserError("--by", by, f"it has more than {MAX_GROUPS:,} values", "Choose a field with fewer values")
-    groups: dict[str, Parts] = {}
+    groups: dict[str, Mergeable] = {}
     for value, prefixes in by_value.items():
         name = prefix.name if by is None else safe_name(prefix.name, value, list(groups))
-        groups[name] = open_parts(prefixes)
+        groups[name] = open_mergeable(prefixes)
     return groups
 
 
-def _merged_report(plan: Plan, finished: list[FinishedShard]) -> ContaminationReport | None:
+def _merged_report(plan: ShardPlan, finished: list[FinishedShard]) -> ContaminationReport | None:
     """Return the report of all shards.
 
     Raises:

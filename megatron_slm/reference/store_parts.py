@@ -16,7 +16,7 @@ import numpy as np
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import refuse_taken
 from megatron_slm.io.progress import Meter
-from megatron_slm.io.shards import OPTION, FinishedShard, Plan, Shards, WorkShard
+from megatron_slm.io.shards import OPTION, FinishedShard, ShardPlan, Shards, WorkShard
 from megatron_slm.io.staging import Staging
 from megatron_slm.reference.scoring import SourcePart
 from megatron_slm.reference.store import BlockChecksums, FileEntry, Manifest
@@ -70,7 +70,7 @@ def part_of(files: list[NewFile], shard: WorkShard) -> list[NewFile]:
     return parts
 
 
-def finish_part(writer: StoreWriter, shards: Shards, staging: Staging, plan: Plan) -> None:
+def finish_part(writer: StoreWriter, shards: Shards, staging: Staging, plan: ShardPlan) -> None:
     """Publish one part, whose files are complete."""
     shards.finish(staging, plan, {"files": writer.progress()})
 
@@ -147,6 +147,6 @@ def _read_part(
         ) from error
 
 
-def _describe(plan: Plan, shard: WorkShard, progress: dict[str, Any]) -> str:
+def _describe(plan: ShardPlan, shard: WorkShard, progress: dict[str, Any]) -> str:
     done = sum(len(file["shards"]) for file in progress["files"].values())
     return f"{done} of {len(shard.of(sum(plan.facts['shards'])))} pieces of score.shard_tokens"

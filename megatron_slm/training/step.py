@@ -148,7 +148,8 @@ class TrainingStep:
 
     def _prepare(self, batches: list[Batch], objective: Objective) -> list[MicroBatch]:
         """Return the micro-batches to train on, with the reference's columns."""
-        self._enter(Phase.REFERENCE_FORWARD)
+        if objective.selects:
+            self._enter(Phase.REFERENCE_FORWARD)
         reference = self._reference if objective.selects else NoReference()
         if self._candidates is not None:
             return self._candidates.choose(batches, reference)

@@ -9,9 +9,9 @@ from megatron_slm.devices import CPU, DENSE_BF16_PEAKS, DEVICES, find_device
 from megatron_slm.errors import UserError
 from megatron_slm.planning.calibrate import measured_rates
 from megatron_slm.planning.disk import checkpoint_bytes, disk_space, lost_share, optimal_interval
+from megatron_slm.planning.measure import PhaseRecorder
 from megatron_slm.planning.network import Network
 from megatron_slm.planning.time import Rates, StepTime, TimeSettings, assumed_rates, step_time
-from megatron_slm.planning.watch import Watch
 from megatron_slm.reporting.tables import aligned_table
 from megatron_slm.training.cost import ModelFlops, ModelSize, StepTokens, TokenFlops
 
@@ -175,7 +175,7 @@ def test_this_cpu_is_measured() -> None:
 
 
 def test_a_watch_sees_the_memory_of_each_phase() -> None:
-    with Watch(torch.device("cpu")) as watch:
+    with PhaseRecorder(torch.device("cpu")) as watch:
         watch.begin("small")
         torch.ones(1 << 20)
         watch.begin("large")

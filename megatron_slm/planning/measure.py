@@ -20,14 +20,14 @@ _RESET_PEAK = "5"  # proc(5), clear_refs: resets the peak of the resident set
 
 
 @dataclass
-class Phase:
+class PhaseCost:
     """The seconds of a phase in all, and its peak memory in bytes."""
 
     seconds: float = 0.0
     peak: int = 0
 
 
-class Watch:
+class PhaseRecorder:
     """A context manager that measures the phases of this process; one ends when the next begins.
 
     The memory is that of the device on CUDA, and the resident set on a CPU.
@@ -45,9 +45,9 @@ class Watch:
         self.name: str | None = None
         self._began = time.monotonic()
         self._ended = threading.Event()
-        self.phases: dict[str, Phase] = {}
+        self.phases: dict[str, PhaseCost] = {}
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "PhaseRecorder":
         threading.Thread(target=self._log, daemon=True).start()
         return self
 
@@ -71,7 +71,7 @@ class Watch:
 
     def _end_phase(self) -> None:
         if self.name is not None:
-            phase = self.phases.setdefault(self.name, Phase())
+            phase = self.phases.setdefault(self.name, PhaseCost())
             phase.seconds += time.monotonic() - self._began
             phase.peak = max(phase.peak, self._peak())
         self.name = None
