@@ -18,7 +18,7 @@ from megatron_slm.config_file import read_tree
 from megatron_slm.data.settings import DataSettings
 from megatron_slm.errors import UserError
 from megatron_slm.models.settings import ModelSettings
-from megatron_slm.reference.settings import FilterSettings, ReferenceSettings, ScoreSettings
+from megatron_slm.reference.settings import FilterSettings, PartSettings, ReferenceSettings, ScoreSettings
 from megatron_slm.selection.settings import SelectionSettings
 from megatron_slm.settings import STRICT, Foreign, Group, PathText, Whole, expand_path, parse_foreign
 from megatron_slm.training.settings import TrainingSettings
@@ -144,6 +144,11 @@ class Config:
             raise UserError("data.order_tokens", self.data.order_tokens, reason, f"Use {step} or more, or remove it")
         _check_deepspeed(self.deepspeed)
         self.deepspeed = _read_deepspeed(self.deepspeed, "deepspeed")
+
+    @property
+    def references(self) -> list[PartSettings]:
+        """The references of the run; none under CLM."""
+        return self.reference.parts if self.reference is not None and self.objective == "slm" else []
 
     @property
     def candidates(self) -> int:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import socket
 import time
 import traceback
 import uuid
@@ -246,6 +247,21 @@ def gather_objects(value: T) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def route_to(host: str) -> tuple[socket.AddressFamily, str]:
+    """Return the address of this host from which packets to another host leave, and its family.
+
+    Args:
+        host: name or address of the other host.
+
+    Raises:
+        OSError: the name does not resolve, or there is no route.
+    """
+    family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing: it chooses the interface
+        return family, str(probe.getsockname()[0])
 
 
 def is_collective_failure(error: BaseException) -> bool:

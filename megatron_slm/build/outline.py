@@ -86,7 +86,7 @@ def outline(config: Config, world: World) -> Outline:
 
 def _shapes(config: Config) -> Shapes:
     """Return the configuration of each model that `config` names by a path, None for those that cannot be read."""
-    trusted = {str(part.path): part.trust_remote_code for part in _parts(config) if part.store is None}
+    trusted = {str(part.path): part.trust_remote_code for part in config.references if part.store is None}
     if config.model.path is not None:
         trusted[config.model.path] = config.model.trust_remote_code
     shapes: Shapes = {}
@@ -104,7 +104,7 @@ def _absent_inputs(config: Config, shapes: Shapes) -> list[str]:
         f"{setting} {prefix} does not exist yet." for setting, prefix in config.data.corpora() if not _is_there(prefix)
     ]
     models = [("model.path", config.model.path)] if config.model.path is not None else []
-    for part in _parts(config):
+    for part in config.references:
         if part.store is None:
             models.append(("reference.path", str(part.path)))
         elif not Path(part.store).exists():
@@ -122,10 +122,6 @@ def _is_there(prefix: str) -> bool:
     return Path(f"{prefix}.json").exists()
 
 
-def _parts(config: Config) -> list[PartSettings]:
-    return config.reference.parts if config.reference is not None and config.objective == "slm" else []
-
-
 def _outline_without(config: Config, world: World, absent: list[str], shapes: Shapes) -> Outline:
     """Return the outline of a run some of whose inputs do not exist yet, as the sentences `absent` say."""
     mistakes = Mistakes()
@@ -140,7 +136,7 @@ def _outline_without(config: Config, world: World, absent: list[str], shapes: Sh
         student = _student(config, corpora, shapes, assumptions)
         check_student_settings(config, student)
     references: list[CheckedReference] = []
-    for part in _parts(config):
+    for part in config.references:
         with mistakes.collect():
             references.append(_reference(config, part, student, shapes, assumptions))
     with mistakes.collect():

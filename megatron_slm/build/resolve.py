@@ -104,7 +104,7 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
     with mistakes.collect():
         student = checked_student(config, corpora)
     references: list[CheckedReference] = []
-    for part in config.reference.parts if config.reference is not None and config.objective == "slm" else []:
+    for part in config.references:
         with mistakes.collect():
             references.append(check_reference(part, corpora, config.data.seq_length))
     with mistakes.collect():

@@ -127,9 +127,8 @@ def _places(arguments: argparse.Namespace, config: Config | None) -> tuple[list[
         return directories or ["."], []
     directories += [path for path in (config.run_dir, config.data.cache) if path is not None]
     inputs = [InputFiles(name, prefix, _corpus_files(prefix)) for name, prefix in config.data.corpora()]
-    parts = config.reference.parts if config.reference is not None and config.objective == "slm" else []
     named = [("model.path", config.model.path), ("data.keep", config.data.keep)]
-    named += [(f"reference.{'store' if part.store else 'path'}", part.store or part.path) for part in parts]
+    named += [(f"reference.{'store' if part.store else 'path'}", part.store or part.path) for part in config.references]
     # A name on the hub is no path.
     inputs += [InputFiles(name, path, (path,)) for name, path in named if path is not None and Path(path).exists()]
     return list(dict.fromkeys(directories)), inputs

@@ -18,7 +18,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from megatron_slm.dist import World, connect, place_of, store_of_this_start
+from megatron_slm.dist import World, connect, place_of, route_to, store_of_this_start
 from megatron_slm.doctor.findings import listed
 from megatron_slm.doctor.host_list import absent_hosts
 from megatron_slm.errors import AgreedError, UserError, first_line
@@ -175,7 +175,10 @@ def _reach(rank: int, address: str, port: int, deadline: float) -> None:
         if time.monotonic() > deadline:
             break
         time.sleep(0.2)
-    own = _address_towards(address)
+    try:
+        _, own = route_to(address)
+    except OSError:
+        own = "?"
     raise UserError(
         "MASTER_ADDR",
         address,
@@ -183,17 +186,6 @@ def _reach(rank: int, address: str, port: int, deadline: float) -> None:
         f"{deadline - started:.0f} seconds ({failure})",
         "Check that rank 0 runs on that host, and that no firewall closes the port",
     )
-
-
-def _address_towards(address: str) -> str:
-    """Return the address of this host from which packets to another host leave."""
-    try:
-        family, *_, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-        with closing(socket.socket(family, socket.SOCK_DGRAM)) as probe:
-            probe.connect(where)  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError:
-        return "?"
 
 
 def _own_place(rank: int, local_rank: int, opened: ExitStack) -> Place:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_slm.dist import World, gather_objects
+from megatron_slm.dist import World, gather_objects, route_to
 from megatron_slm.settings import STRICT
 
 LARGEST = 65_507
@@ -140,12 +140,8 @@ def own_address(main: str) -> tuple[socket.AddressFamily, str]:
     Args:
         main: name or address of the host of rank 0.
     """
-    family = socket.AF_INET
     try:
-        family, _, _, _, target = socket.getaddrinfo(main, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing: it chooses the interface
-            address = str(probe.getsockname()[0])
+        family, address = route_to(main)
     except OSError:
-        return family, main  # a run without heartbeats is better than none
+        return socket.AF_INET, main  # a run without heartbeats is better than none
     return family, main if ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
