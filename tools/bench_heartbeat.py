@@ -17,9 +17,9 @@ import torch
 
 from megatron_slm.device_check.shapes import STEP_PRESETS
 from megatron_slm.device_check.step_costs import PLAIN, StepBench
-from megatron_slm.watch.activity import Activity, Phase
-from megatron_slm.watch.heartbeat import BEAT_SECONDS, Heartbeat
-from megatron_slm.watch.wire import Wire
+from megatron_slm.liveness.activity import Activity, Phase
+from megatron_slm.liveness.heartbeat import BEAT_SECONDS, Heartbeat
+from megatron_slm.liveness.wire import Wire
 
 PHASES = (Phase.REFERENCE_FORWARD, Phase.STUDENT_FORWARD, Phase.SELECTION, Phase.BACKWARD, Phase.OPTIMIZER)
 WAYS = {"without": None, "heartbeats": BEAT_SECONDS, "fast": BEAT_SECONDS / 100}

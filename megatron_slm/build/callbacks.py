@@ -13,6 +13,7 @@ from megatron_slm.config import dump_config
 from megatron_slm.data.corpus import unique_names
 from megatron_slm.data.loader import EvaluationStream, StepLoader
 from megatron_slm.dist import World, agree
+from megatron_slm.liveness.activity import Activity
 from megatron_slm.reference.references import LiveReference, NoReference, Reference
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.training.callbacks import Console, JsonLines, Profiler
@@ -25,7 +26,6 @@ from megatron_slm.training.reference_check import ReferenceCheck, StoreCheck
 from megatron_slm.training.tensorboard import ExcessHistogram, TensorBoard, TokenTable, open_event_files
 from megatron_slm.training.trainer import Callback
 from megatron_slm.types import Batch
-from megatron_slm.watch.activity import Activity
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

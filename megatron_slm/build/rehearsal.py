@@ -19,9 +19,9 @@ from megatron_slm.build.run import StepParts, build_step
 from megatron_slm.data.loader import EvaluationStream, accumulation_steps
 from megatron_slm.dist import World
 from megatron_slm.errors import UserError, first_line
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.planning.measure import PhaseCost, PhaseRecorder, return_freed_memory
 from megatron_slm.types import Batch, TokenSignals
-from megatron_slm.watch.activity import Activity, Phase
 
 STEP = "step: "
 """Beginning of the names of the phases of the second step."""

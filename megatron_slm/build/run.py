@@ -24,6 +24,7 @@ from megatron_slm.data.settings import blend
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.models.starting_files import copy_model_files, copy_tokenizer_files, starting_folder
 from megatron_slm.reference.references import Reference, live_modules
 from megatron_slm.run_directory import RunDirectory
@@ -33,7 +34,6 @@ from megatron_slm.training.cost import ModelFlops, token_flops
 from megatron_slm.training.state import Requests, RunState
 from megatron_slm.training.step import TrainingStep
 from megatron_slm.training.trainer import Callback, Trainer
-from megatron_slm.watch.activity import Activity, Phase
 
 logger = logging.getLogger(__name__)
 

@@ -99,8 +99,8 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
 
     from megatron_slm.build.run import build_run
     from megatron_slm.dist import connect, disconnect, gather_objects
-    from megatron_slm.watch.activity import Activity
-    from megatron_slm.watch.heartbeat import watched
+    from megatron_slm.liveness.activity import Activity
+    from megatron_slm.liveness.heartbeat import watched
 
     world = connect(config.training.timeout_minutes)
     if not (world.is_main and sys.stderr.isatty()):

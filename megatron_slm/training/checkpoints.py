@@ -22,8 +22,8 @@ from megatron_slm.backend.deepspeed_internals import whole_shape
 from megatron_slm.dist import World, agree, gather_objects, is_collective_failure
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.io.files import publish, sync, write_durably
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.training.state import RunState
-from megatron_slm.watch.activity import Activity, Phase
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -7,12 +7,12 @@ from torch import nn
 
 from megatron_slm.data.loader import EvaluationStream
 from megatron_slm.dist import World, all_reduce_sum
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.models.causal_lm import score_batch
 from megatron_slm.models.checks import evaluating
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.trainer import Callback
-from megatron_slm.watch.activity import Activity, Phase
 
 
 class Evaluator:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_slm.backend import TrainingEngine, Update
 from megatron_slm.dist import World, all_reduce_sum, gather_objects
 from megatron_slm.errors import AgreedError
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.models.student import ExactStudent, Student, Tape
 from megatron_slm.reference.references import NoReference, Reference
 from megatron_slm.signals import columns_of, named_signals
@@ -19,7 +20,6 @@ from megatron_slm.training.objective import Objective
 from megatron_slm.training.state import Requested
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.types import Batch, TokenSignals, TokenWeights
-from megatron_slm.watch.activity import Activity, Phase
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.errors import AgreedError, UserError
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.training.objective import Objective
 from megatron_slm.training.state import Requests, RunState
 from megatron_slm.training.step import StepResult, TrainingStep
-from megatron_slm.watch.activity import Activity, Phase
 
 
 class Callback:

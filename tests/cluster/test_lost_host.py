@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_slm.watch.heartbeat import BEAT_SECONDS
+from megatron_slm.liveness.heartbeat import BEAT_SECONDS
 from tests.cluster.cluster import Cluster, Host, wait_for, why_not
 from tests.cluster.test_launchers import (
     LAUNCH,

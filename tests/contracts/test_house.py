@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_slm"
 LEAVES = {
-    *("errors", "settings", "io", "types", "signals", "launcher", "dist", "backend", "watch", "torch_internals"),
+    *("errors", "settings", "io", "types", "signals", "launcher", "dist", "backend", "liveness", "torch_internals"),
     "devices",
 }
 CORE = {"data", "models", "reference", "selection", "training"}
@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "dist": {"errors", "launcher", "torch_internals"},
     "torch_internals": set(),
     # What a rank does, and what the others hear of it.
-    "watch": {"dist", "errors", "settings"},
+    "liveness": {"dist", "errors", "settings"},
     "devices": {"errors"},
     "backend": {"dist", "errors", "torch_internals"},
     # Torch alone, and pydantic for its settings: for anyone's training loop.

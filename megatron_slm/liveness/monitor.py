@@ -1,7 +1,7 @@
 """Monitors: ranks that hear the heartbeats of all, report a hang, and find out which ranks are lost."""
 
-from megatron_slm.watch.verdict import Heard, hang_sentence, lost_sentence, still_seconds
-from megatron_slm.watch.wire import Beat
+from megatron_slm.liveness.verdict import Heard, hang_sentence, lost_sentence, still_seconds
+from megatron_slm.liveness.wire import Beat
 
 SILENT_BEATS = 4
 """A rank is silent when this number of its heartbeats is missing."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_slm.dist import World, all_reduce_sum
 from megatron_slm.errors import LostRanksError
-from megatron_slm.watch.activity import Activity, Phase
-from megatron_slm.watch.heartbeat import Heartbeat, watched
-from megatron_slm.watch.wire import Message, Wire, open_wire
+from megatron_slm.liveness.activity import Activity, Phase
+from megatron_slm.liveness.heartbeat import Heartbeat, watched
+from megatron_slm.liveness.wire import Message, Wire, open_wire
 from tests.gloo import run_ranks
 from tests.runs import config_tree
 
@@ -31,7 +31,7 @@ class Words(logging.Handler):
         super().__init__()
         self.messages: list[str] = []
         self._mark = mark
-        logging.getLogger("megatron_slm.watch.heartbeat").addHandler(self)
+        logging.getLogger("megatron_slm.liveness.heartbeat").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno == logging.ERROR:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from megatron_slm.dist import World, is_collective_failure
 from megatron_slm.errors import LostRanksError, first_line
-from megatron_slm.watch.activity import OBSERVED, Activity, Phase
-from megatron_slm.watch.monitor import ROLL_CALL_SECONDS, Monitor, RollCall, second_monitor
-from megatron_slm.watch.stacks import all_stacks, place
-from megatron_slm.watch.verdict import FINISHED
-from megatron_slm.watch.wire import Beat, Message, Wire, open_wire
+from megatron_slm.liveness.activity import OBSERVED, Activity, Phase
+from megatron_slm.liveness.monitor import ROLL_CALL_SECONDS, Monitor, RollCall, second_monitor
+from megatron_slm.liveness.stacks import all_stacks, place
+from megatron_slm.liveness.verdict import FINISHED
+from megatron_slm.liveness.wire import Beat, Message, Wire, open_wire
 
 BEAT_SECONDS = 5.0
 """Seconds between heartbeats, at most."""

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_slm.watch.activity import Activity, Phase
-from megatron_slm.watch.heartbeat import Heartbeat, ObservedWork
-from megatron_slm.watch.monitor import Monitor, second_monitor
-from megatron_slm.watch.stacks import place
-from megatron_slm.watch.verdict import Heard, hang_sentence, lost_sentence
-from megatron_slm.watch.wire import Beat
+from megatron_slm.liveness.activity import Activity, Phase
+from megatron_slm.liveness.heartbeat import Heartbeat, ObservedWork
+from megatron_slm.liveness.monitor import Monitor, second_monitor
+from megatron_slm.liveness.stacks import place
+from megatron_slm.liveness.verdict import Heard, hang_sentence, lost_sentence
+from megatron_slm.liveness.wire import Beat
 
 HOSTS = ["a", "a", "b", "b"]
 SILENT = 20.0
@@ -180,7 +180,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_slm.watch.heartbeat")
+    logger = logging.getLogger("megatron_slm.liveness.heartbeat")
     logger.addHandler(handler)
     with caplog.at_level(logging.DEBUG, "megatron_slm"):
         yield messages

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from megatron_slm.watch.activity import Phase
-from megatron_slm.watch.wire import Beat
+from megatron_slm.liveness.activity import Phase
+from megatron_slm.liveness.wire import Beat
 
 FINISHED = "finished"
 SHOWN = 4
