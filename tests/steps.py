@@ -168,9 +168,9 @@ def run_steps(world: World, case: Case) -> dict[str, Any]:
         result["updates"].append(outcome.update)
         result["selected"].append(outcome.selected_tokens)
         result["losses"].append(outcome.loss)
-        result["sums"].append(outcome.statistics.reduce())
+        result["sums"].append(outcome.statistics.sums)
         result["tokens"].append(outcome.tokens)
-        result["router"] += outcome.statistics.mean_terms().values()
+        result["router"] += outcome.statistics.mean_terms.values()
     result["after"] = weights(backend, module)
     merged: dict[int, dict[str, Any]] = {}
     for chosen in gather_objects(objective.chosen):
@@ -287,6 +287,7 @@ def result_of_step(step: int) -> StepResult:
         signals,
         Choice(excess > step + 3, {"loss": (excess > step + 3).float()}, torch.tensor(3.0), batch.valid_BT),
     )
+    statistics.reduce()
     tokens = StepTokens(candidates=0, trained=16, selected=8, reference=16)
     return StepResult(8, 1e-3, 1.0, Requested(), Update(True, 1.0), statistics, tokens)
 

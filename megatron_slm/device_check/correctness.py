@@ -80,7 +80,7 @@ def check_training_and_resume(world: World) -> dict[str, Any]:
 
     def run(prepared: PreparedStep, first: int, last: int) -> None:
         for number in range(first, last):
-            sums = prepared.step([batch], prepared.objective, 1e-3, number + 1).statistics.reduce()
+            sums = prepared.step([batch], prepared.objective, 1e-3, number + 1).statistics.sums
             losses.append(sums["loss"] / sums["valid"])
 
     with tempfile.TemporaryDirectory() as folder:

@@ -102,8 +102,7 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
     equal_K = torch.zeros_like(k_K)
     digit_positions = range(0, bits, DIGIT_BITS)
     for low_bit in reversed(digit_positions):
-        own_counts_KD = torch.stack([_digit_counts(keys_N, prefix, low_bit) for prefix in prefix_K])
-        counts_KD = ranks.sum(own_counts_KD)
+        counts_KD = ranks.sum(_digit_counts(keys_N, prefix_K, low_bit))
         # For each digit D, the candidates of all ranks with a larger digit.
         larger_KD = counts_KD.flip(-1).cumsum(-1).flip(-1) - counts_KD
         # The k-th largest key has the lowest digit that fewer than `wanted` candidates exceed.
@@ -114,10 +113,15 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
     return KthLargest(prefix_K, wanted_K, equal_K)
 
 
-def _digit_counts(keys_N: Tensor, prefix: Tensor, low_bit: int) -> Tensor:
-    """Return the count of each digit at `low_bit` among the keys that begin with `prefix`: int64 `[2**11]`."""
+def _digit_counts(keys_N: Tensor, prefix_K: Tensor, low_bit: int) -> Tensor:
+    """Return the count of each digit at `low_bit` among the keys that begin with each prefix: int64 `[K, 2**11]`."""
     size = 1 << DIGIT_BITS
     digit_N = (keys_N >> low_bit) & (size - 1)
-    outside_N = (keys_N >> (low_bit + DIGIT_BITS)) != prefix
+    outside_KN = (keys_N >> (low_bit + DIGIT_BITS)) != prefix_K[:, None]
     # Other keys go to an extra bin, which is cut off. A boolean mask would make the host wait for the device.
-    return torch.bincount(digit_N.masked_fill(outside_N, size), minlength=size + 1)[:size]
+    digit_KN = digit_N.masked_fill(outside_KN, size)
+    # Each prefix has its own bins, so that one pass counts the digits for all of them.
+    num_prefixes = len(prefix_K)
+    first_bin_K1 = (size + 1) * torch.arange(num_prefixes, device=keys_N.device)[:, None]
+    counts = torch.bincount((first_bin_K1 + digit_KN).flatten(), minlength=num_prefixes * (size + 1))
+    return counts.view(num_prefixes, size + 1)[:, :size]

@@ -32,7 +32,7 @@ class StepMetrics(Callback):
     def on_step_end(self, state: RunState, result: StepResult) -> None:
         if state.record is None:
             return
-        sums = result.statistics.reduce()
+        sums = result.statistics.sums
         state.record |= {
             "step": state.step,
             "consumed_samples": state.consumed_samples,
@@ -43,7 +43,7 @@ class StepMetrics(Callback):
             "skipped_updates": state.skipped_updates,
             "failed_saves": state.failed_saves,
         }
-        state.record |= {f"loss/{name}": mean for name, mean in result.statistics.mean_terms().items()}
+        state.record |= {f"loss/{name}": mean for name, mean in result.statistics.mean_terms.items()}
         if self._selective:
             state.record |= self._selection(state, result, sums)
             self._warn(result.statistics.num_nan)

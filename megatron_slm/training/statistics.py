@@ -1,4 +1,4 @@
-"""Sums over the tokens of a step, kept on the device, and reduced over the ranks if the step is logged."""
+"""Sums over the tokens of a step, kept on the device, and reduced over the ranks once per step."""
 
 from typing import NamedTuple
 
@@ -36,11 +36,14 @@ class ScoredPool(NamedTuple):
     choice: Choice
 
 
-SUMS = ("valid", "competing", "selected", "loss", "selected_loss", "reference_loss", "thresholds", "threshold")
+SUMS = (
+    *("valid", "competing", "selected", "loss", "selected_loss", "reference_loss", "thresholds", "threshold"),
+    "not_finite",
+)
 
 
 class StepStatistics:
-    """The sums over a step's tokens on this rank, and their reduction over the data-parallel ranks.
+    """The sums over a step's tokens on this rank, and their reduction over the ranks.
 
     Args:
         num_sources: number of entries in the blend.
@@ -48,11 +51,15 @@ class StepStatistics:
 
     Attributes:
         first_pool: the first pool that was added, for callbacks that show tokens; None before it is added.
+        sums: the sums over all ranks, each token counted once, with those of source s as `valid/s` and `selected/s`;
+            empty before `reduce`.
+        mean_terms: the mean of each term of the student over all micro-batches and ranks; empty before `reduce`.
     """
 
     def __init__(self, num_sources: int, world: World) -> None:
         device = world.device
         self._group = world.data.group
+        self._replicas = world.replicas
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
         self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
         self._excess: list[Tensor] = []
@@ -62,6 +69,8 @@ class StepStatistics:
         self._nan = torch.zeros((), dtype=torch.int64, device=device)
         self._terms: dict[str, list[Tensor]] = {}
         self.first_pool: ScoredPool | None = None
+        self.sums: dict[str, float] = {}
+        self.mean_terms: dict[str, float] = {}
 
     @property
     def has_reference(self) -> bool:
@@ -72,14 +81,9 @@ class StepStatistics:
         """The number of tokens of all ranks whose score is NaN; the same on every rank."""
         return int(self._nan)
 
-    @property
-    def not_finite(self) -> Tensor:
-        """The mask of this rank's sequences with an infinite or NaN loss of either model, bool `[B]`."""
-        return torch.cat(self._not_finite)
-
     def bad_samples(self) -> list[int]:
-        """Return the ordinals of the samples of this rank with a loss that is not finite."""
-        return torch.cat(self._samples)[self.not_finite].tolist()
+        """Return the ordinals of the samples of this rank with an infinite or NaN loss of either model."""
+        return torch.cat(self._samples)[torch.cat(self._not_finite)].tolist()
 
     def add(self, pool: Batch, signals: TokenSignals, choice: Choice) -> None:
         """Add one pool of this rank."""
@@ -100,6 +104,7 @@ class StepStatistics:
             self._competing.append(choice.competing_BT.flatten())
         self._samples.append(pool.sample_index_B)
         self._not_finite.append(_not_finite(pool, signals, choice))
+        self._add("not_finite", self._not_finite[-1])
         for row, mask_BT in enumerate((valid_BT, choice.mask_BT)):
             self._by_source_2S[row].index_add_(0, pool.source_B, mask_BT.sum(-1).double())
 
@@ -109,29 +114,37 @@ class StepStatistics:
             for name, term in of_one.items():
                 self._terms.setdefault(name, []).append(term.double())
 
-    def mean_terms(self) -> dict[str, float]:
-        """Return the mean of each term of the student over all micro-batches and ranks; every rank calls it."""
-        means = {}
-        for name, terms in self._terms.items():
-            values = torch.stack(terms)
-            own = torch.stack([values.sum(), values.new_tensor(len(values))])
-            total, count = all_reduce_sum(own, self._group).tolist()
-            means[name] = total / count
-        return means
-
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum(dtype=torch.float64)
 
-    def loss_and_counts(self) -> Tensor:
-        """Return this rank's summed loss, valid tokens and selected tokens: float64 `[3]`."""
-        return torch.stack([self._sums["loss"], self._sums["valid"], self._sums["selected"]])
+    def reduce(self, *own: float) -> list[float]:
+        """Set `sums` and `mean_terms` by one all-reduce; every rank calls it once, after all pools are added.
 
-    def reduce(self) -> dict[str, float]:
-        """Return the sums over all ranks, with those of source s as `valid/s` and `selected/s`; every rank calls it."""
+        Args:
+            own: further numbers of this rank to sum.
+
+        Returns:
+            The sums of `own` over all ranks.
+        """
         sources = range(self._by_source_2S.shape[1])
         names = [*self._sums, *(f"valid/{source}" for source in sources), *(f"selected/{source}" for source in sources)]
-        sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
-        return dict(zip(names, all_reduce_sum(sums, self._group).tolist(), strict=True))
+        terms = [torch.stack(values) for values in self._terms.values()]
+        vector = torch.cat(
+            [
+                torch.stack(list(self._sums.values())),
+                self._by_source_2S.flatten(),
+                *(torch.stack([values.sum(), values.new_tensor(len(values))]) for values in terms),
+                torch.tensor(own, dtype=torch.float64, device=self._by_source_2S.device),
+            ]
+        )
+        # The sum runs over all ranks, not the data-parallel group alone, so that no rank misses an error or a request.
+        # It counts each token once per replica.
+        reduced = all_reduce_sum(vector).tolist()
+        self.sums = {name: value / self._replicas for name, value in zip(names, reduced, strict=False)}
+        of_terms = reduced[len(names) : len(names) + 2 * len(terms)]
+        means = [total / count for total, count in zip(of_terms[::2], of_terms[1::2], strict=True)]
+        self.mean_terms = dict(zip(self._terms, means, strict=True))
+        return reduced[len(reduced) - len(own) :]
 
     def excess_quantiles(self, quantiles: tuple[float, ...], num_competing: int) -> list[float]:
         """Return exact quantiles of the competing tokens' excess loss over all ranks. Needs a reference.
@@ -161,6 +174,7 @@ class StepStatistics:
 
 
 def _not_finite(pool: Batch, signals: TokenSignals, choice: Choice) -> Tensor:
+    """Return the mask of the sequences with an infinite or NaN loss of either model, bool `[B]`."""
     names = {"student.loss", "reference.loss", *(f"student.{column}" for column in choice.weights)}
     losses = [signals[name] for name in sorted(names) if name in signals]
     finite_BT = torch.stack([loss_BT.isfinite() for loss_BT in losses]).all(0)

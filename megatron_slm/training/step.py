@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.backend import TrainingEngine, Update
-from megatron_slm.dist import World, all_reduce_sum, gather_objects
+from megatron_slm.dist import World, gather_objects
 from megatron_slm.errors import AgreedError
 from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.models.student import ExactStudent, Student, Tape
@@ -24,12 +24,12 @@ from megatron_slm.types import Batch, TokenSignals, TokenWeights
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step, over all ranks except for the statistics.
+    """The outcome of a step, over all ranks.
 
     selected_tokens  number of selected tokens
     loss             mean student loss over all valid tokens, in nats; NaN if no token is valid
     requested        requests to save or stop, from any rank
-    statistics       this rank's sums, not yet reduced
+    statistics       the step's sums, reduced; its tokens are those of this rank
     tokens           the step's tokens, for the count of FLOPs
     """
 
@@ -141,7 +141,9 @@ class TrainingStep:
 
         # Before the update, so that a loss that is not finite never reaches the weights of any rank.
         self._enter(Phase.OPTIMIZER)
-        loss, selected, requested = self._agree(statistics, collect_requests(), step)
+        requested = self._agree(statistics, collect_requests(), step)
+        sums = statistics.sums
+        loss, selected = sums["loss"] / sums["valid"] if sums["valid"] else math.nan, int(sums["selected"])
         update = self._engine.step(learning_rate)
         tokens = self._count(batches, micro_batches, selected, objective)
         return StepResult(selected, learning_rate, loss, requested, update, statistics, tokens)
@@ -172,17 +174,14 @@ class TrainingStep:
         signals = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return signals, tapes
 
-    def _agree(self, statistics: StepStatistics, requested: Requested, step: int) -> tuple[float, int, Requested]:
-        """Return the mean loss, the number of selected tokens and the requests of all ranks, by one small all-reduce.
+    def _agree(self, statistics: StepStatistics, requested: Requested, step: int) -> Requested:
+        """Reduce the statistics and the requests over all ranks, by one small all-reduce.
 
         Raises:
             AgreedError: a loss on any rank is not finite.
         """
-        bad = statistics.not_finite.sum()[None]
-        own = torch.tensor([requested.save, requested.stop], dtype=torch.float64, device=bad.device)
-        sums = all_reduce_sum(torch.cat([bad, statistics.loss_and_counts(), own]))
-        num_bad, loss, valid, selected, save, stop = sums.tolist()
-        if num_bad:
+        save, stop = statistics.reduce(requested.save, requested.stop)
+        if statistics.sums["not_finite"]:
             bad_samples = gather_objects(statistics.bad_samples())
             where = "; ".join(f"rank {rank}, samples {found}" for rank, found in enumerate(bad_samples) if found)
             raise AgreedError(
@@ -193,10 +192,7 @@ class TrainingStep:
                 "Inspect these samples, or export the checkpoint and continue in another run_dir with a lower "
                 "training.lr",
             )
-        # The sum runs over all ranks, not the data-parallel group alone, so that no rank misses an error or a request.
-        # It counts each token once per replica.
-        mean = loss / valid if valid else math.nan
-        return mean, int(selected) // self._world.replicas, Requested(save > 0, stop > 0)
+        return Requested(save > 0, stop > 0)
 
     def _count(self, read: list[Batch], trained: list[MicroBatch], selected: int, objective: Objective) -> StepTokens:
         """Return the step's tokens over all ranks; each data-parallel rank has the same number of samples."""

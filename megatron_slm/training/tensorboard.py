@@ -69,9 +69,12 @@ class TensorBoard(Callback):
         )
 
     def on_record(self, state: RunState, record: dict[str, float | int | None]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         shown = {name: v for name, v in record.items() if name not in AXES and v is not None}
-        for name, value in shown.items():
-            self._writer.add_scalar(name, value, state.step)
+        # One event for the whole record: each event passes through the writer's queue, which holds only ten.
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+        self._writer.file_writer.add_summary(Summary(value=values), state.step)
         if not self._has_layout:
             # The layout is written only once, and these quantiles are null while the run trains on all tokens.
             quantiles = [name for name in record if name.startswith("excess/")]

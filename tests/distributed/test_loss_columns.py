@@ -112,7 +112,7 @@ def take_step(world: World, stage: int | None, whole_step: bool) -> dict[str, An
     student = ExactStudent(engine, {"size": COEFFICIENT})
     step = TrainingStep(engine, NoReference(), student, seed=0, num_sources=2, world=world)
     result = step(read_batches(world, 2), Weighing(whole_step), 1e-3, 1)
-    return found | {"terms": result.statistics.mean_terms()}
+    return found | {"terms": result.statistics.mean_terms}
 
 
 def brute_force(world: World) -> dict[str, Any]:
