@@ -76,6 +76,7 @@ MAY_CHANGE_ON_RESUME = (
     "callbacks",
     "training.train_tokens",
     "training.train_epochs",
+    "training.loggers",
     "training.log_interval",
     "training.eval_interval",
     "training.save_interval",

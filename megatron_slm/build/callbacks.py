@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import yaml
+
 from megatron_slm.backend import Backend, TrainingEngine
 from megatron_slm.build.references import open_scorer
 from megatron_slm.build.resolve import Resolved
@@ -20,6 +22,7 @@ from megatron_slm.training.callbacks import Console, JsonLines, Profiler
 from megatron_slm.training.checkpoints import cut_back
 from megatron_slm.training.cost import ModelFlops, peak_flops
 from megatron_slm.training.evaluation import Evaluation, Evaluator
+from megatron_slm.training.loggers import TRACKERS, RecordSender, TrackedRun
 from megatron_slm.training.metrics import Accounting, Spikes, StepMetrics, Throughput
 from megatron_slm.training.objective import SelectiveLanguageModeling
 from megatron_slm.training.reference_check import ReferenceCheck, StoreCheck
@@ -68,7 +71,8 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
     peak = peak_flops(world.device)
     streams = _streams(resolved)
     evaluator = Evaluator(parts.engine.module, streams, config.training.micro_batch_size, world)
-    events = agree(lambda: _open_records(directory, step) if world.is_main else None)
+    uses_tensorboard = "tensorboard" in config.training.loggers
+    events = agree(lambda: _open_records(directory, step, uses_tensorboard) if world.is_main else None)
     spikes = directory.spikes if world.is_main else None
     callbacks: list[Callback] = [
         StepMetrics(sources, config.objective == "slm", quantiles, resolved.min_context),
@@ -76,22 +80,22 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
         Accounting(parts.models),
         Throughput(parts.models, peak and peak * world.size),
         Evaluation(evaluator, parts.activity),
-        ExcessHistogram(config.training.histogram_interval, events),
+        *([ExcessHistogram(config.training.histogram_interval, events)] if uses_tensorboard else []),
         *_checks(resolved, parts, streams),
         *own,
     ]
     if config.training.profile_steps is not None:
         callbacks.append(Profiler(directory.profile, *config.training.profile_steps, world))
-    if events is not None:
+    if world.is_main:
         callbacks += _writers(resolved, directory, events, sources)
     return callbacks
 
 
-def _open_records(directory: RunDirectory, step: int) -> "SummaryWriter":
-    """Drop the records that a killed run wrote after its checkpoint, and open the files of TensorBoard."""
+def _open_records(directory: RunDirectory, step: int, uses_tensorboard: bool) -> "SummaryWriter | None":
+    """Drop the records that a killed run wrote after its checkpoint, and open TensorBoard's files if it is used."""
     for path in (directory.metrics, directory.spikes):
         cut_back(path, step)
-    return open_event_files(directory.tensorboard, step)
+    return open_event_files(directory.tensorboard, step) if uses_tensorboard else None
 
 
 def _streams(resolved: Resolved) -> dict[str, EvaluationStream]:
@@ -142,15 +146,16 @@ def _first_batches(loader: StepLoader, world: World) -> list[Batch]:
 
 
 def _writers(
-    resolved: Resolved, directory: RunDirectory, events: "SummaryWriter", sources: list[str]
+    resolved: Resolved, directory: RunDirectory, events: "SummaryWriter | None", sources: list[str]
 ) -> list[Callback]:
     """Return the callbacks that only rank 0 has."""
-    config, training = resolved.config, resolved.config.training
-    writers: list[Callback] = [
-        Console(),
-        JsonLines(directory.metrics),
-        TensorBoard(events, dump_config(config), list(resolved.corpora.valid)),
-    ]
+    config, training, configuration = resolved.config, resolved.config.training, dump_config(resolved.config)
+    writers: list[Callback] = [Console(), JsonLines(directory.metrics)]
+    tracked = TrackedRun(directory.path.resolve().name, directory.path, yaml.safe_load(configuration))
+    writers += [RecordSender(name, tracked) for name in TRACKERS if name in training.loggers]
+    if events is None:
+        return writers
+    writers.append(TensorBoard(events, configuration, list(resolved.corpora.valid)))
     if config.objective == "slm":
         interval = training.token_table_interval or training.eval_interval
         writers.append(TokenTable(interval, events, resolved.corpora.tokenizer, sources))

@@ -3,8 +3,7 @@
 from megatron_slm.build.plan_report import HOUR, PlanReport
 from megatron_slm.build.rehearsal import Rehearsal
 from megatron_slm.devices import CPU
-from megatron_slm.reporting.tables import aligned_table
-from megatron_slm.training.callbacks import quantity
+from megatron_slm.reporting.tables import aligned_table, quantity
 
 GIB = 2**30
 

@@ -16,9 +16,9 @@ from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World
 from megatron_slm.planning.disk import checkpoint_bytes
 from megatron_slm.planning.memory import RankMemory
+from megatron_slm.reporting.tables import quantity
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.selection.settings import rule_in_words
-from megatron_slm.training.callbacks import quantity
 from megatron_slm.training.cost import ModelSize, step_flops
 from megatron_slm.training.state import Plan
 

@@ -29,6 +29,7 @@ from megatron_slm.models.pretrained import refuse_pickles
 from megatron_slm.run_directory import RunDirectory
 from megatron_slm.selection.rule import Rule
 from megatron_slm.training.checkpoints import list_checkpoints, refuse_missing_checkpoint, saved_ranks, step_of
+from megatron_slm.training.loggers import refuse_missing_loggers
 from megatron_slm.training.state import Plan
 from megatron_slm.training.trainer import Callback, make_callback
 
@@ -89,10 +90,10 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         refuse_pickles("model", config.model.path)
     with mistakes.collect():
         refuse_unregistered_attention(config)
-    callbacks: list[Callback] = []
-    for entry in config.callbacks:
-        with mistakes.collect():
-            callbacks.append(make_callback(entry))
+    with mistakes.collect():
+        # Only rank 0 sends records, so the other hosts need no trackers.
+        refuse_missing_loggers(config.training.loggers if world.is_main else [])
+    callbacks = _make_callbacks(config, mistakes)
     rule = corpora = student = settled = None
     with mistakes.collect():
         rule = make_rule(config, world)
@@ -128,6 +129,14 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         directory.refuse_other_inputs(order.fingerprint, resolved.store_fingerprints)
     mistakes.raise_any()
     return resolved
+
+
+def _make_callbacks(config: Config, mistakes: Mistakes) -> list[Callback]:
+    callbacks: list[Callback] = []
+    for entry in config.callbacks:
+        with mistakes.collect():
+            callbacks.append(make_callback(entry))
+    return callbacks
 
 
 def _check_checkpoint(config: Config, directory: RunDirectory, world: World, rollback: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Tables as text."""
+"""Tables and numbers as text."""
 
 from collections.abc import Iterable, Sequence
 
@@ -20,3 +20,13 @@ def aligned_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def quantity(value: float | int | None) -> str:
+    """Return a number with three digits and a suffix: 1234567 as 1.23M."""
+    if value is None:
+        return "n/a"
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_slm.dist import World
+from megatron_slm.reporting.tables import quantity
 from megatron_slm.training.state import RunState
 from megatron_slm.training.step import StepResult
 from megatron_slm.training.trainer import Callback
@@ -82,16 +83,6 @@ def describe(state: RunState, record: dict[str, float | int | None]) -> list[str
 def _beside(state: RunState) -> str:
     """Return the number of tokens read, if the run reads more tokens than it trains on."""
     return f" of {quantity(state.consumed_tokens)} read" if state.plan.candidates > 1 else ""
-
-
-def quantity(value: float | int | None) -> str:
-    """Return a number with three digits and a suffix: 1234567 as 1.23M."""
-    if value is None:
-        return "n/a"
-    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{suffix}"
-    return f"{value:.3g}"
 
 
 ROWS = 15

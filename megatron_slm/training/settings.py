@@ -1,3 +1,4 @@
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -26,6 +27,8 @@ class TrainingSettings:
     adam_eps                  AdamW's epsilon [; Megatron]
     clip_grad                 largest norm of the gradient; 0 turns clipping off [; Megatron]
     precision                 type of weights and activations; default: bf16 on CUDA, fp32 on CPU [; Megatron's bf16]
+    loggers                   where records go, beside metrics.jsonl: any of tensorboard, wandb, mlflow and trackio
+                              [; Hugging Face's report_to]
     log_interval              steps between records in metrics.jsonl [steps; Megatron]
     eval_interval             steps between evaluations; the last step is always evaluated [steps; Megatron]
     save_interval             steps between checkpoints; the last step is always saved [steps; Megatron]
@@ -58,6 +61,7 @@ class TrainingSettings:
     adam_eps: Positive[Number] = 1.0e-8
     clip_grad: NotNegative[Number] = 1.0
     precision: Literal["bf16", "fp32"] | None = None
+    loggers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     log_interval: Positive[Whole] = 1
     eval_interval: Positive[Whole] = 500
     save_interval: Positive[Whole] = 500

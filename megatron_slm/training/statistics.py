@@ -1,5 +1,6 @@
 """Sums over the tokens of a step, kept on the device, and reduced over the ranks once per step."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,11 @@ class StepStatistics:
     @property
     def has_reference(self) -> bool:
         return bool(self._excess)
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean student loss over all valid tokens of all ranks, in nats; NaN if no token is valid."""
+        return self.sums["loss"] / self.sums["valid"] if self.sums["valid"] else math.nan
 
     @property
     def num_nan(self) -> int:

@@ -1,6 +1,5 @@
 """The optimizer step of Selective Language Modeling (Rho-1, section 2.2)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -142,9 +141,8 @@ class TrainingStep:
         # Before the update, so that a loss that is not finite never reaches the weights of any rank.
         self._enter(Phase.OPTIMIZER)
         requested = self._agree(statistics, collect_requests(), step)
-        sums = statistics.sums
-        loss, selected = sums["loss"] / sums["valid"] if sums["valid"] else math.nan, int(sums["selected"])
         update = self._engine.step(learning_rate)
+        loss, selected = statistics.mean_loss, int(statistics.sums["selected"])
         tokens = self._count(batches, micro_batches, selected, objective)
         return StepResult(selected, learning_rate, loss, requested, update, statistics, tokens)
 

@@ -89,14 +89,10 @@ def open_event_files(folder: Path, step: int) -> "SummaryWriter":
     """Return the writer of a run that resumes from `step`, and hide the curves that a killed run wrote after it.
 
     Raises:
-        UserError: TensorBoard cannot be imported, or the folder cannot be written.
+        UserError: the folder cannot be written.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "TensorBoard", "not importable", f"every run writes to it ({error})", "Run pip install tensorboard"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     try:
         return SummaryWriter(str(folder), purge_step=step + 1)
     except OSError as error:

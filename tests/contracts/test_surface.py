@@ -15,7 +15,7 @@ from megatron_slm.config import setting_names
 from tests.contracts.test_house import PACKAGE
 
 PUBLIC_NAMES = {"Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"}
-VERBS = {"check-device", "demo", "doctor", "export", "filter", "plan", "prepare", "score", "train"}
+VERBS = {"check-device", "demo", "doctor", "export", "filter", "plan", "prepare", "score", "train", "watch"}
 SETTINGS = """
 run_dir objective seed callbacks deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by
@@ -35,7 +35,7 @@ reference.check_windows training.spike_sigma training.profile_steps
 training.micro_batch_size training.global_batch_size training.train_tokens training.train_epochs
 training.lr training.min_lr training.warmup_tokens training.schedule training.weight_decay training.clip_grad
 training.adam_beta1 training.adam_beta2 training.adam_eps training.precision training.activation_checkpointing
-training.log_interval training.eval_interval training.save_interval training.keep_checkpoints
+training.loggers training.log_interval training.eval_interval training.save_interval training.keep_checkpoints
 training.histogram_interval training.token_table_interval
 training.backend training.max_skipped_updates training.timeout_minutes training.hang_seconds
 """

@@ -20,8 +20,9 @@ from megatron_slm.config import (
     parse_config,
 )
 from megatron_slm.errors import UserError, refuse_missing_folder
+from megatron_slm.reporting.tables import quantity
 from megatron_slm.settings import parse_quantity
-from megatron_slm.training.callbacks import describe, finite, quantity
+from megatron_slm.training.callbacks import describe, finite
 from megatron_slm.training.checkpoints import cut_back
 from megatron_slm.training.cost import ModelFlops, StepTokens, TokenFlops, step_flops, token_flops
 from megatron_slm.training.optimizer import decay_groups, learning_rate

@@ -135,13 +135,6 @@ def test_a_folder_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None
     assert "folder tensorboard cannot be written" in caught.value.reason
 
 
-def test_a_missing_tensorboard_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError) as caught:
-        open_event_files(tmp_path, 0)
-    assert caught.value.setting == "TensorBoard" and "pip install tensorboard" in caught.value.remedy
-
-
 def test_the_share_of_a_source_is_of_its_own_tokens() -> None:
     """The excess loss is 1 to 8.5; tokens above 4 are selected: the last of source 0, and all of source 1."""
     result = result_of_step(1)
