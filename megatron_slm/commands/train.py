@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   megatron-slm train run.yaml
+  megatron-slm train run.yaml --tensorboard
   megatron-slm train run.yaml --dry-run --ranks 64
   torchrun --nproc-per-node 8 -m megatron_slm train run.yaml training.lr=2.0e-4
   deepspeed --num_gpus 8 --module megatron_slm train run.yaml
@@ -53,6 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", metavar="N", type=int, help="number of ranks to check for, with --dry-run (default: as launched)"
     )
 
+    parser.add_argument(
+        "--tensorboard",
+        metavar="PORT",
+        nargs="?",
+        const="0",
+        help="serve the curves at http://127.0.0.1:PORT on the host of rank 0 until the run ends (default: a free "
+        "port, 6006 if possible); write it after CONFIG.yaml and the overrides",
+    )
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Train, or report what a run would do."""
@@ -61,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         agreed(lambda: _dry_run(config, arguments.ranks, arguments.rollback))
     else:
-        _train(config, (), _rollback(arguments.rollback))
+        _train(config, (), _rollback(arguments.rollback), _port(arguments.tensorboard))
 
 
 def train(config: Config | Mapping[str, Any] | str, callbacks: "Sequence[Callback]" = ()) -> "RunState":
@@ -92,13 +102,26 @@ def _rollback(step: int | None) -> int | None:
     return None if any(count != "0" for count in restarts) else step
 
 
-def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None = None) -> "RunState":
+def _port(given: str | None) -> int | None:
+    """Return the port of `--tensorboard`, 0 for any; None if TensorBoard is not to be served."""
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdecimal() and int(given) < 65536):
+        remedy = "Write it after CONFIG.yaml and the overrides, or as --tensorboard=6006"
+        raise UserError("--tensorboard", given, "a port is a number from 1 to 65535", remedy)
+    return int(given)
+
+
+def _train(
+    config: Config, callbacks: "Sequence[Callback]", rollback: int | None = None, port: int | None = None
+) -> "RunState":
     if is_main_process(os.environ):
         logging.getLogger(__name__).info("loading the libraries, the corpora and the models")
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_slm.build.run import build_run
-    from megatron_slm.dist import connect, disconnect, gather_objects
+    from megatron_slm.commands._tensorboard import choose_port, serving
+    from megatron_slm.dist import agree, connect, disconnect, gather_objects
     from megatron_slm.liveness.activity import Activity
     from megatron_slm.liveness.heartbeat import watched
 
@@ -109,9 +132,12 @@ def _train(config: Config, callbacks: "Sequence[Callback]", rollback: int | None
     with ExitStack() as closing:
         closing.callback(disconnect)
         try:
+            serves = port is not None and world.is_main
+            port = agree(lambda: choose_port(port or 0) if serves else None)
             with watched(activity, world, config.training.hang_seconds):
                 run = build_run(config, world, callbacks, rollback, activity)
                 closing.callback(run.close)
+                agree(lambda: closing.enter_context(serving(run.directory.path, port)) if port is not None else None)
                 run.trainer.fit(run.state)
                 # Rank 0 may host the rendezvous store, so it must not exit while another rank still uses it.
                 gather_objects(None)
@@ -129,6 +155,9 @@ def _read(arguments: argparse.Namespace) -> Config:
         remedy = "Add --dry-run, or start as many ranks with a launcher such as torchrun"
         raise UserError("--ranks", arguments.ranks, "it applies to --dry-run only, and must be 1 or more", remedy)
     config = load_config(arguments.config, arguments.overrides)
+    if _port(arguments.tensorboard) is not None and "tensorboard" not in config.training.loggers:
+        remedy = "Add tensorboard to training.loggers, or leave --tensorboard out"
+        raise UserError("training.loggers", config.training.loggers, "--tensorboard shows TensorBoard's files", remedy)
     _refuse_missing_data(config)
     return config
 
