@@ -47,10 +47,21 @@ MAY_IMPORT = {
     # Before a model is loaded: the ranks, their hosts and files alone.
     "doctor": {"dist", "errors", "launcher"},
     "demo": LEAVES | {"data", "prepare", "models", "selection", "reporting"},
-    # One file per verb, on top of all parts but the pages.
+    # One file per verb, on top of all parts.
     "commands": LEAVES
     | CORE
-    | {"config", "config_file", "run_directory", "prepare", "build", "planning", "demo", "device_check", "doctor"},
+    | {
+        "reporting",
+        "config",
+        "config_file",
+        "run_directory",
+        "prepare",
+        "build",
+        "planning",
+        "demo",
+        "device_check",
+        "doctor",
+    },
     "__main__": {"errors", "launcher", "__init__"},
     "__init__": {"selection", "errors", "training", "commands"},
 }
