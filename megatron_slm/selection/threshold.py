@@ -86,7 +86,15 @@ class KthLargest(NamedTuple):
     num_equal: Tensor
 
 
-def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS) -> KthLargest:
+def first_digit_counts(keys_N: Tensor) -> Tensor:
+    """Return the count of each first digit among this rank's keys, for `kth_largest`: int64 `[2**11]`."""
+    low_bit = (KEY_BITS - 1) // DIGIT_BITS * DIGIT_BITS
+    return _digit_counts(keys_N, keys_N.new_zeros(1), low_bit)[0]
+
+
+def kth_largest(
+    keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS, first_counts_D: Tensor | None = None
+) -> KthLargest:
     """Return the k-th largest key over all ranks, for several k at once; every rank calls it.
 
     Args:
@@ -94,6 +102,7 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
         k_K: int64, each between 1 and the number of keys of all ranks; equal on all ranks.
         ranks: the ranks that select together.
         bits: width of the keys. The search takes ceil(bits / 11) all-reduces of K * 16 kB.
+        first_counts_D: `first_digit_counts` of all ranks, if they are summed already, which saves an all-reduce.
     """
     # Invariant: the k-th largest key begins with the digits in `prefix_K`, and it is the `wanted_K`-th largest of the
     # keys with this prefix.
@@ -102,7 +111,10 @@ def kth_largest(keys_N: Tensor, k_K: Tensor, ranks: Ranks, bits: int = KEY_BITS)
     equal_K = torch.zeros_like(k_K)
     digit_positions = range(0, bits, DIGIT_BITS)
     for low_bit in reversed(digit_positions):
-        counts_KD = ranks.sum(_digit_counts(keys_N, prefix_K, low_bit))
+        if first_counts_D is not None and low_bit == digit_positions[-1]:
+            counts_KD = first_counts_D.expand(len(k_K), -1)
+        else:
+            counts_KD = ranks.sum(_digit_counts(keys_N, prefix_K, low_bit))
         # For each digit D, the candidates of all ranks with a larger digit.
         larger_KD = counts_KD.flip(-1).cumsum(-1).flip(-1) - counts_KD
         # The k-th largest key has the lowest digit that fewer than `wanted` candidates exceed.

@@ -53,7 +53,7 @@ class StepMetrics(Callback):
         statistics = result.statistics
         quantiles: list[float] | list[None] = [None] * len(self._quantiles)
         if statistics.has_reference:
-            quantiles = statistics.excess_quantiles(self._quantiles, round(sums["competing"]))
+            quantiles = statistics.excess_quantiles(self._quantiles)
         record = {
             "consumed_selected_tokens": state.consumed_selected_tokens,
             "loss/selected": ratio(sums["selected_loss"], sums["selected"]),

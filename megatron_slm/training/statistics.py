@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_slm.dist import World, all_reduce_sum
-from megatron_slm.selection.select import score_quantiles
+from megatron_slm.selection.select import quantile_counts, score_quantiles
 from megatron_slm.training.objective import Choice
 from megatron_slm.types import Batch, TokenSignals
 
@@ -68,7 +68,8 @@ class StepStatistics:
         self._samples: list[Tensor] = []
         self._not_finite: list[Tensor] = []
         self._nan = torch.zeros((), dtype=torch.int64, device=device)
-        self._terms: dict[str, list[Tensor]] = {}
+        self._terms: dict[str, Tensor] = {}
+        self._first_counts: Tensor | None = None
         self.first_pool: ScoredPool | None = None
         self.sums: dict[str, float] = {}
         self.mean_terms: dict[str, float] = {}
@@ -118,7 +119,9 @@ class StepStatistics:
         """Add the student's own terms, such as the router loss, of some micro-batches of this rank."""
         for of_one in terms:
             for name, term in of_one.items():
-                self._terms.setdefault(name, []).append(term.double())
+                # The number beside the sum, because a mean divides by that of all ranks.
+                own = torch.stack([term.double(), torch.ones_like(term, dtype=torch.float64)])
+                self._terms[name] = self._terms.get(name, 0.0) + own
 
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] += values.sum(dtype=torch.float64)
@@ -132,38 +135,39 @@ class StepStatistics:
         Returns:
             The sums of `own` over all ranks.
         """
-        sources = range(self._by_source_2S.shape[1])
-        names = [*self._sums, *(f"valid/{source}" for source in sources), *(f"selected/{source}" for source in sources)]
-        terms = [torch.stack(values) for values in self._terms.values()]
-        vector = torch.cat(
-            [
-                torch.stack(list(self._sums.values())),
-                self._by_source_2S.flatten(),
-                *(torch.stack([values.sum(), values.new_tensor(len(values))]) for values in terms),
-                torch.tensor(own, dtype=torch.float64, device=self._by_source_2S.device),
-            ]
-        )
+        own_sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
+        own_terms = torch.cat([own_sums.new_zeros(0), *self._terms.values()])
+        parts = [own_sums, own_terms, own_sums.new_tensor(own), self._excess_counts().double()]
         # The sum runs over all ranks, not the data-parallel group alone, so that no rank misses an error or a request.
         # It counts each token once per replica.
-        reduced = all_reduce_sum(vector).tolist()
-        self.sums = {name: value / self._replicas for name, value in zip(names, reduced, strict=False)}
-        of_terms = reduced[len(names) : len(names) + 2 * len(terms)]
-        means = [total / count for total, count in zip(of_terms[::2], of_terms[1::2], strict=True)]
-        self.mean_terms = dict(zip(self._terms, means, strict=True))
-        return reduced[len(reduced) - len(own) :]
+        sums, terms, others, counts = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
+        sources = range(self._by_source_2S.shape[1])
+        names = [*self._sums, *(f"valid/{source}" for source in sources), *(f"selected/{source}" for source in sources)]
+        self.sums = dict(zip(names, (sums / self._replicas).tolist(), strict=True))
+        self.mean_terms = dict(zip(self._terms, (terms[::2] / terms[1::2]).tolist(), strict=True))
+        self._first_counts = counts.long() // self._replicas
+        summed: list[float] = others.tolist()
+        return summed
 
-    def excess_quantiles(self, quantiles: tuple[float, ...], num_competing: int) -> list[float]:
+    def _excess_counts(self) -> Tensor:
+        """Return the counts with which the search of quantiles begins; none without a reference."""
+        if not self.has_reference:
+            return self._by_source_2S.new_zeros(0)
+        return quantile_counts(torch.cat(self._excess), torch.cat(self._competing))
+
+    def excess_quantiles(self, quantiles: tuple[float, ...]) -> list[float]:
         """Return exact quantiles of the competing tokens' excess loss over all ranks. Needs a reference.
+
+        Two all-reduces: the first round of the search is part of `reduce`.
 
         Args:
             quantiles: in (0, 1).
-            num_competing: competing tokens of all ranks.
         """
         if not quantiles:
             return []
         excess_N, competing_N = torch.cat(self._excess), torch.cat(self._competing)
-        count = torch.tensor(num_competing, device=competing_N.device)
-        return score_quantiles(excess_N, competing_N, quantiles, group=self._group, num_valid=count).tolist()
+        found = score_quantiles(excess_N, competing_N, quantiles, self._group, self._first_counts)
+        return found.tolist()
 
     def excess_histogram(self) -> Histogram:
         """Count the competing tokens of all ranks by one all-reduce; every rank calls it. Needs a reference."""
