@@ -168,7 +168,7 @@ def _health(records: Records) -> str:
         "failed saves": last.get("failed_saves", 0),
         "NaN scores": sum(record.get("selection/nan") or 0 for record in records),
     }
-    found = [f"{count:,} {name}" for name, count in counts.items() if count]
+    found = [f"{name}: {count:,}" for name, count in counts.items() if count]
     return f"! {', '.join(found)}" if found else f"health: no {', no '.join(counts)}"
 
 

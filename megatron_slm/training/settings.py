@@ -27,8 +27,7 @@ class TrainingSettings:
     adam_eps                  AdamW's epsilon [; Megatron]
     clip_grad                 largest norm of the gradient; 0 turns clipping off [; Megatron]
     precision                 type of weights and activations; default: bf16 on CUDA, fp32 on CPU [; Megatron's bf16]
-    loggers                   where records go, beside metrics.jsonl: any of tensorboard, wandb, mlflow and trackio
-                              [; Hugging Face's report_to]
+    loggers                   where records go, beside metrics.jsonl [; Hugging Face's report_to]
     log_interval              steps between records in metrics.jsonl [steps; Megatron]
     eval_interval             steps between evaluations; the last step is always evaluated [steps; Megatron]
     save_interval             steps between checkpoints; the last step is always saved [steps; Megatron]

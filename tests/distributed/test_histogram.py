@@ -13,6 +13,7 @@ from megatron_slm.dist import World, gather_objects
 from megatron_slm.training.objective import Choice
 from megatron_slm.training.statistics import StepStatistics
 from megatron_slm.types import Batch
+from tests.distributed.test_data_parallel import in_pairs
 from tests.gloo import run_ranks
 
 LENGTH = 50
@@ -20,9 +21,9 @@ LENGTH = 50
 
 def pool_of(world: World, number: int, empty: bool) -> tuple[Batch, dict[str, torch.Tensor]]:
     """Return a batch whose size, valid tokens and losses differ between ranks; some losses lie on the edge of a bin."""
-    draw = torch.Generator().manual_seed(100 * number + world.rank)
-    shape = (1 + world.rank, LENGTH)
-    valid = torch.rand(shape, generator=draw) < 0.3 + 0.2 * world.rank
+    draw = torch.Generator().manual_seed(100 * number + world.data.rank)
+    shape = (1 + world.data.rank, LENGTH)
+    valid = torch.rand(shape, generator=draw) < 0.3 + 0.2 * world.data.rank
     student, reference = (4 * torch.randn(shape, generator=draw) for _ in range(2))
     reference[:, ::5], student[:, ::5] = 0, torch.randint(-9, 9, (LENGTH // 5,), generator=draw) / 4
     student[:, 1::7] += 40 * (-1) ** number
@@ -80,6 +81,18 @@ def test_quantiles_are_those_of_a_sort_over_all_ranks(ranks: int) -> None:
         kept = [max(1, math.floor((1 - q) * len(ranked) + 0.5)) for q in QUANTILES]
         assert found == [float(ranked[k - 1]) for k in kept]
         assert sums == [sum(range(ranks)), ranks]
+
+
+def sums_and_quantiles(world: World) -> tuple[dict[str, float], list[float]]:
+    statistics, _ = statistics_of_pools(in_pairs(world) if world.size == 4 else world, False)
+    statistics.reduce()
+    return statistics.sums, statistics.excess_quantiles(QUANTILES)
+
+
+def test_tokens_that_two_ranks_hold_count_once() -> None:
+    (expected, quantiles), _ = run_ranks(sums_and_quantiles, 2)
+    for sums, found in run_ranks(sums_and_quantiles, 4):
+        assert found == quantiles and sums == pytest.approx(expected)
 
 
 def test_a_step_without_a_valid_token_has_no_quantiles() -> None:

@@ -96,7 +96,7 @@ def test_what_needs_attention_is_marked(tmp_path: Path) -> None:
     records = [record(1, **{"selection/nan": 2}), record(2, **{"selection/nan": 3, "loss/spikes": 1})]
     records[-1] |= {"skipped_updates": 4, "failed_saves": 1}
     (line,) = [line for line in frame(make_run(tmp_path, records)).splitlines() if line.startswith("!")]
-    assert line == "! 1 loss spikes, 4 skipped updates, 1 failed saves, 5 NaN scores"
+    assert line == "! loss spikes: 1, skipped updates: 4, failed saves: 1, NaN scores: 5"
 
 
 @pytest.mark.parametrize(("age", "is_silent"), [(59, False), (61, False), (201, True)])
