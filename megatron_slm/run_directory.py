@@ -38,6 +38,7 @@ class RunDirectory:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.spikes = self.path / "spikes.jsonl"
+        self.observed = self.path / "observed"
         self.profile = self.path / "profile"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
