@@ -19,3 +19,11 @@ def last_record(metrics: Path) -> dict[str, Any] | None:
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     complete: Records = [json.loads(line) for line in lines[-2:] if line.endswith("\n")]
     return complete[-1] if complete else None
+
+
+def complete_records(path: Path) -> Records:
+    """Return all complete records of a file that a run may be writing; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -32,8 +32,8 @@ MAY_IMPORT = {
     "signals": {"selection", "types"},
     # Pages and charts of plain values, for any part that shows something.
     "reporting": set(),
-    # Figures from the files of runs: no model, no configuration.
-    "analysis": {"data", "errors", "io", "reporting"},
+    # Figures from the files of runs: no model.
+    "analysis": {"config", "data", "errors", "io", "reporting"},
     "data": LEAVES - {"backend"},
     "prepare": LEAVES - {"backend"} | {"data"},
     "models": LEAVES | {"selection"},
