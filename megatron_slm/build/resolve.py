@@ -92,10 +92,7 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         refuse_pickles("model", config.model.path)
     with mistakes.collect():
         refuse_unregistered_attention(config)
-    callbacks: list[Callback] = []
-    for entry in config.callbacks:
-        with mistakes.collect():
-            callbacks.append(make_callback(entry))
+    callbacks = _make_callbacks(config, mistakes)
     rule = corpora = student = settled = None
     with mistakes.collect():
         rule = make_rule(config, world)
@@ -134,6 +131,14 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         directory.refuse_other_inputs(order.fingerprint, resolved.store_fingerprints)
     mistakes.raise_any()
     return resolved
+
+
+def _make_callbacks(config: Config, mistakes: Mistakes) -> list[Callback]:
+    callbacks: list[Callback] = []
+    for entry in config.callbacks:
+        with mistakes.collect():
+            callbacks.append(make_callback(entry))
+    return callbacks
 
 
 def _check_checkpoint(config: Config, directory: RunDirectory, world: World, rollback: int | None) -> None:
