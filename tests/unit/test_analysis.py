@@ -120,7 +120,8 @@ def test_shares_of_groups_are_counted_token_by_token() -> None:
         assert shares == pytest.approx(selected[:, rows].mean(1).tolist())
     for name, count, *shares in tables["by_source"].rows:
         rows = observed.columns["corpus"] == observed.corpora.index(str(name))
-        assert (count, shares) == (rows.sum(), pytest.approx(selected[:, rows].mean(1).tolist()))
+        assert count == rows.sum()
+        assert shares == pytest.approx(selected[:, rows].mean(1).tolist())
     assert sum(int(row[1]) for row in tables["by_position"].rows) == 200
     most = by_token(observed, texts, Selections(observed.steps[1:], selected))
     assert [group.num_tokens for group in most] == [
