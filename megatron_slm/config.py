@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import json
 import math
+import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -90,6 +92,7 @@ MAY_CHANGE_ON_RESUME = (
     "training.activation_checkpointing",
     "training.timeout_minutes",
     "training.hang_seconds",
+    "training.observe",
     "reference.micro_batch_size",
     "reference.store",
     "data.skip_samples",
@@ -200,6 +203,18 @@ def load_config(path: str, overrides: list[str]) -> Config:
     return parse_config(read_tree(path, overrides))
 
 
+def load_run_config(run_dir: str, setting: str = "RUN_DIR") -> Config:
+    """Return the configuration of the run in a run directory, which may have moved.
+
+    Raises:
+        UserError: it is no run directory, or its configuration cannot be read.
+    """
+    path = f"{run_dir}/config.yaml"
+    if not os.path.exists(path):
+        raise UserError(setting, run_dir, "it holds no config.yaml", "Pass the directory of a run")
+    return load_config(path, [f"run_dir={json.dumps(str(run_dir))}"])
+
+
 def parse_config(tree: dict[str, Any]) -> Config:
     """Return the configuration in nested dicts.
 
@@ -242,7 +257,7 @@ def differences_on_resume(stored: Config, wanted: Config) -> list[str]:
         f"{key} was {before.get(key)} and is now {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and key not in MAY_CHANGE_ON_RESUME
+        and not any(f"{key}.".startswith(f"{name}.") for name in MAY_CHANGE_ON_RESUME)
         and key.partition(".")[0] not in NOT_COMPARED
     ]
 

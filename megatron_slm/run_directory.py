@@ -38,6 +38,7 @@ class RunDirectory:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.spikes = self.path / "spikes.jsonl"
+        self.observed = self.path / "observed"
         self.profile = self.path / "profile"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
@@ -162,14 +163,22 @@ class RunDirectory:
                 "Put these back, or use another run_dir",
             )
 
-    def begin(self, config: Config, order_fingerprint: str, stores: list[str]) -> None:
-        """Write the resolved `config.yaml`, add this start to `environment.json`, and log to files from here on."""
+    def begin(self, config: Config, order_fingerprint: str, stores: list[str], evaluation: dict[str, str]) -> None:
+        """Write the resolved `config.yaml`, add this start to `environment.json`, and log to files from here on.
+
+        Args:
+            config: with every default resolved.
+            order_fingerprint: of the order of samples.
+            stores: fingerprints of the stores that the run reads.
+            evaluation: checksum of each evaluation set, so that reports know which sets are the same.
+        """
         if self._world.is_main:
             write_durably(self.config, HEADER + dump_config(config))
             described = {
                 "format_version": FORMAT_VERSION,
                 "order_fingerprint": order_fingerprint,
                 "stores": stores,
+                "evaluation": evaluation,
                 "starts": [*self._known_environment()["starts"], _environment(self._world)],
             }
             write_durably(self.environment, json.dumps(described, indent=2) + "\n")

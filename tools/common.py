@@ -75,9 +75,9 @@ def measure_command(arguments: list[str], memory: Callable[[psutil.Process], int
     return CommandCost(time.perf_counter() - start, peak)
 
 
-def prepare_stage(name: str, text: Path, folder: Path) -> Stage:
-    """Return a stage that prepares a corpus with the tokenizer that is trained on the corpus `general`."""
-    tokenizer = ("--train-tokenizer", "2048") if name == "general" else ("--tokenizer", f"{folder}/general.tokenizer")
+def prepare_stage(name: str, text: Path, folder: Path, first: str = "general") -> Stage:
+    """Return a stage that prepares a corpus with the tokenizer that is trained on the corpus `first`."""
+    tokenizer = ("--train-tokenizer", "2048") if name == first else ("--tokenizer", f"{folder}/{first}.tokenizer")
     prefix = folder / name
     outputs = tuple(Path(f"{prefix}{suffix}") for suffix in (".json", ".bin", ".idx", ".tokenizer"))
     command = ("-m", "megatron_slm", "prepare", "--input", str(text), "--output", str(prefix), *tokenizer)

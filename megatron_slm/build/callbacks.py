@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 from megatron_slm.backend import Backend, TrainingEngine
+from megatron_slm.build.observed import make_observer
 from megatron_slm.build.references import open_scorer
 from megatron_slm.build.resolve import Resolved
 from megatron_slm.config import dump_config
 from megatron_slm.data.corpus import unique_names
 from megatron_slm.data.loader import EvaluationStream, StepLoader
+from megatron_slm.data.observed import ObservedFolder
 from megatron_slm.dist import World, agree
 from megatron_slm.liveness.activity import Activity
 from megatron_slm.reference.references import LiveReference, NoReference, Reference
@@ -81,6 +83,7 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
         Throughput(parts.models, peak and peak * world.size),
         Evaluation(evaluator, parts.activity),
         *([ExcessHistogram(config.training.histogram_interval, events)] if uses_tensorboard else []),
+        *_observers(resolved, parts, step),
         *_checks(resolved, parts, streams),
         *own,
     ]
@@ -89,6 +92,16 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
     if world.is_main:
         callbacks += _writers(resolved, directory, events, sources)
     return callbacks
+
+
+def _observers(resolved: Resolved, parts: Parts, step: int) -> list[Callback]:
+    """Return the callback that records the tokens of `training.observe`, if it is set."""
+    if not resolved.observed:
+        return []
+    folder = ObservedFolder(parts.directory.observed)
+    if parts.world.is_main:
+        folder.drop_after(step)
+    return [make_observer(resolved, parts.reference, parts.engine.module, folder, parts.activity, parts.world)]
 
 
 def _open_records(directory: RunDirectory, step: int, uses_tensorboard: bool) -> "SummaryWriter | None":

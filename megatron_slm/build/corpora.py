@@ -12,6 +12,7 @@ from megatron_slm.data.settings import DataSettings
 from megatron_slm.data.tokenizer import TokenizerIdentity, load_tokenizer, tokenizer_identity
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError, refuse_missing_folder
+from megatron_slm.training.settings import ObserveSettings
 from megatron_slm.training.state import Plan
 
 
@@ -47,14 +48,48 @@ def open_corpora(data: DataSettings) -> Corpora:
     train, valid = everything[:num_train], dict(zip(data.valid, everything[num_train:], strict=True))
     tokenizer = load_corpus_tokenizer(train[0])
     identity = tokenizer_identity(tokenizer)
-    for (setting, prefix), corpus in zip(named, everything, strict=True):
-        difference = corpus.tokenizer.difference(identity)
-        if difference:
-            reason = f"it was prepared with a different tokenizer than data.train {train[0].prefix} ({difference})"
-            remedy = "Prepare one of the two again with the PREFIX.tokenizer of the other"
-            raise UserError(setting, prefix, reason, remedy)
+    for (setting, _), corpus in zip(named, everything, strict=True):
+        _refuse_other_tokenizer(setting, corpus, train[0].prefix, identity)
     end_token = next((corpus.end_token for corpus in everything if corpus.end_token is not None), None)
     return Corpora(train, valid, identity, tokenizer, end_token)
+
+
+def open_beside(prefix: str, setting: str, corpora: Corpora) -> Corpus:
+    """Open a further corpus, which must have the tokenizer of the corpora of a run.
+
+    Raises:
+        UserError: it is missing or damaged, or has another tokenizer.
+    """
+    corpus = open_corpus(prefix, setting)
+    _refuse_other_tokenizer(setting, corpus, corpora.train[0].prefix, corpora.identity)
+    return corpus
+
+
+def open_observed(observe: ObserveSettings | None, corpora: Corpora) -> dict[str, Corpus]:
+    """Return the corpora of `training.observe` by name; none if it is not set.
+
+    Raises:
+        UserError: one is missing or damaged or has another tokenizer, or there is none.
+    """
+    if observe is None:
+        return {}
+    setting = "training.observe.corpus"
+    named = observe.corpus
+    if isinstance(named, str):
+        named = {Path(named).name: named}
+    found = {name: open_beside(prefix, setting, corpora) for name, prefix in (named or {}).items()} or corpora.valid
+    if not found:
+        reason = "there is no corpus to observe, because data.valid is empty"
+        raise UserError(setting, None, reason, "Set it to a PREFIX, or set data.valid")
+    return found
+
+
+def _refuse_other_tokenizer(setting: str, corpus: Corpus, first: str, identity: TokenizerIdentity) -> None:
+    difference = corpus.tokenizer.difference(identity)
+    if difference:
+        reason = f"it was prepared with a different tokenizer than data.train {first} ({difference})"
+        remedy = "Prepare one of the two again with the PREFIX.tokenizer of the other"
+        raise UserError(setting, corpus.prefix, reason, remedy)
 
 
 def open_run_corpora(data: DataSettings) -> Corpora:

@@ -113,13 +113,7 @@ def make_student(
         UserError: the student has dropout in a selective run, or its losses are not those that training expects.
     """
     training = config.training
-    precision = PRECISIONS[training.precision]
-    if config.model.path is None or not weights:
-        lm = _from_configuration(config, config.model, hf_config, backend, world.device)
-    else:
-        # Read whole into host memory, then partitioned one parameter at a time. Reading under ZeRO-3
-        # needs as much memory in total, and more on rank 0 (tools/bench_load_memory.py).
-        lm = agree(lambda: build_student(config.model, hf_config, precision, world.device))
+    lm = starting_model(config, hf_config, backend, world, weights=weights)
     if config.objective == "slm":
         check_dropout(lm)
     lm.config.use_cache = False
@@ -127,11 +121,31 @@ def make_student(
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     module = CausalLM(lm, router=find_router_loss(lm))
     accumulation = accumulation_steps(training.global_batch_size, training.micro_batch_size, world.data.size)
-    settings = EngineSettings(training.micro_batch_size, accumulation, training.clip_grad, precision)
+    settings = EngineSettings(
+        training.micro_batch_size, accumulation, training.clip_grad, PRECISIONS[training.precision]
+    )
     engine = backend.training_engine(module, adamw(module, training, world.device), settings)
     _check_losses(engine.module, lm, config.data.reset_attention)
     check_own_losses(lm, module.router)
     return module, engine
+
+
+def starting_model(
+    config: Config, hf_config: PretrainedConfig, backend: Backend, world: World, *, weights: bool = True
+) -> PreTrainedModel:
+    """Return the student with the weights that a run starts from; every rank calls it.
+
+    Args: as for `make_student`.
+
+    Raises:
+        AgreedError: the model cannot be loaded or built.
+    """
+    if config.model.path is None or not weights:
+        return _from_configuration(config, config.model, hf_config, backend, world.device)
+    # Read whole into host memory, then partitioned one parameter at a time. Reading under ZeRO-3 needs as much memory
+    # in total, and more on rank 0 (tools/bench_load_memory.py).
+    precision = PRECISIONS[config.training.precision]
+    return agree(lambda: build_student(config.model, hf_config, precision, world.device))
 
 
 def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_length: int) -> Student:

@@ -104,15 +104,19 @@ def _run(report: PlanReport) -> str:
         *([["money", f"{report.money:,.0f}"]] if report.money is not None else []),
         ["a checkpoint stops the run for", f"{interval.stall:.1f} s"],
         ["mean time between failures", f"{interval.failure_hours:.1f} hours"],
-        [
-            "best training.save_interval",
-            f"{interval.steps:,} steps ({interval.steps * report.step.seconds / HOUR:.2f} hours); loses "
-            f"{100 * interval.lost:.2f} % of the time",
-        ],
+        ["best training.save_interval", _best_interval(report)],
         ["training.save_interval is", f"{interval.configured:,} steps; loses {100 * interval.configured_lost:.2f} %"],
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(["The run", *(f"{name:{width}}  {value}" for name, value in rows)])
+
+
+def _best_interval(report: PlanReport) -> str:
+    interval = report.interval
+    if interval.steps >= report.steps:
+        return "longer than the run, whose last step is always saved"
+    hours = interval.steps * report.step.seconds / HOUR
+    return f"{interval.steps:,} steps ({hours:.2f} hours); loses {100 * interval.lost:.2f} % of the time"
 
 
 def _disk(report: PlanReport) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from megatron_slm.backend import refuse_other_ranks
-from megatron_slm.build.corpora import Corpora, open_run_corpora
+from megatron_slm.build.corpora import Corpora, open_observed, open_run_corpora
 from megatron_slm.build.models import checked_student, refuse_unregistered_attention
 from megatron_slm.build.objective import make_rule
 from megatron_slm.build.plan import schedule_warning, settle
@@ -22,6 +22,7 @@ from megatron_slm.build.references import (
     with_signals,
 )
 from megatron_slm.config import Config
+from megatron_slm.data.corpus import Corpus
 from megatron_slm.data.samples import check_order
 from megatron_slm.dist import World
 from megatron_slm.errors import Mistakes
@@ -45,6 +46,7 @@ class Resolved:
         rule: the selection rule; None under CLM.
         student: Hugging Face configuration of the student.
         references: checked; none under CLM.
+        observed: corpora of `training.observe` by name; none if it is not set.
         callbacks: those named in the configuration.
         warnings: sentences for the user.
     """
@@ -55,6 +57,7 @@ class Resolved:
     rule: Rule | None
     student: PretrainedConfig
     references: list[CheckedReference]
+    observed: dict[str, Corpus]
     callbacks: list[Callback]
     warnings: list[str]
 
@@ -90,10 +93,7 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         refuse_pickles("model", config.model.path)
     with mistakes.collect():
         refuse_unregistered_attention(config)
-    with mistakes.collect():
-        # Only rank 0 sends records, so the other hosts need no trackers.
-        refuse_missing_loggers(config.training.loggers if world.is_main else [])
-    callbacks = _make_callbacks(config, mistakes)
+    callbacks = _make_callbacks(config, world, mistakes)
     rule = corpora = student = settled = None
     with mistakes.collect():
         rule = make_rule(config, world)
@@ -104,6 +104,9 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
     assert corpora is not None
     with mistakes.collect():
         student = checked_student(config, corpora)
+    observed: dict[str, Corpus] = {}
+    with mistakes.collect():
+        observed = open_observed(config.training.observe, corpora)
     references: list[CheckedReference] = []
     for part in config.references:
         with mistakes.collect():
@@ -124,14 +127,18 @@ def resolve(config: Config, directory: RunDirectory, world: World, rollback: int
         schedule_warning(config, plan, corpora, directory, world.device.type, rollback),
     ]
     shown = [warning for warning in warnings if warning is not None]
-    resolved = Resolved(config, plan, corpora, rule, student, opened, callbacks, shown)
+    resolved = Resolved(config, plan, corpora, rule, student, opened, observed, callbacks, shown)
     with mistakes.collect():
         directory.refuse_other_inputs(order.fingerprint, resolved.store_fingerprints)
     mistakes.raise_any()
     return resolved
 
 
-def _make_callbacks(config: Config, mistakes: Mistakes) -> list[Callback]:
+def _make_callbacks(config: Config, world: World, mistakes: Mistakes) -> list[Callback]:
+    """Return the callbacks that the configuration names; those of loggers are built later, and only checked here."""
+    with mistakes.collect():
+        # Only rank 0 sends records, so the other hosts need no trackers.
+        refuse_missing_loggers(config.training.loggers if world.is_main else [])
     callbacks: list[Callback] = []
     for entry in config.callbacks:
         with mistakes.collect():

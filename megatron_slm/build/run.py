@@ -112,7 +112,8 @@ def _build(
     config, plan, corpora, rule = resolved.config, resolved.plan, resolved.corpora, resolved.rule
     activity.enter(Phase.INDEX)
     samples = make_samples(config.data, config.seed, corpora, plan, directory.cache, world)
-    agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints))
+    evaluation = {name: corpus.sha256[".bin"] for name, corpus in corpora.valid.items()}
+    agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints, evaluation))
     agree(lambda: keep_starting_files(directory, config, corpora, resolved.student) if world.is_main else None)
     if corpora.kept is not None and world.is_main:
         logger.info("data.keep is %s: %s", config.data.keep, describe_kept(corpora))

@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         check_hosts(arguments.hostfile, listed, arguments.ssh_port, seconds=5.0)
         names = ", ".join(host.name for host in listed)
         sys.stdout.write(f"All hosts answer: {names}. They have {listed[0].slots} slots each.\n")
+        if arguments.config:
+            sys.stdout.write(f"{arguments.config} is not checked: start the doctor under a launcher for that.\n")
     elif not _pass_examination(arguments, listed):
         sys.exit(1)
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_slm.config import Config, load_config
+from megatron_slm.config import Config, load_run_config
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import refuse_taken, whole_folder
 from megatron_slm.selection.settings import rule_in_words
@@ -43,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Export a checkpoint, in one process."""
     refuse_taken("OUT_DIR", arguments.output)
-    config_file = Path(arguments.run_dir) / "config.yaml"
-    if not config_file.exists():
-        raise UserError("RUN_DIR", arguments.run_dir, "it holds no config.yaml", "Pass the directory of a run")
-    config = load_config(str(config_file), [f"run_dir={json.dumps(arguments.run_dir)}"])
+    config = load_run_config(arguments.run_dir)
     _export(config, arguments.output, arguments.checkpoint, arguments.dtype or str(config.training.precision))
 
 

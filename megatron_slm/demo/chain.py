@@ -104,6 +104,7 @@ def run_config(
             "eval_interval": eval_interval,
             "save_interval": 100,
             "keep_checkpoints": 1,
+            "observe": {"interval": 10},
         },
         "deepspeed": {"zero_optimization": {"stage": 3}},
     }

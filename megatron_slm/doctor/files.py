@@ -321,7 +321,7 @@ def _slow_readers(path: str, speeds: Mapping[str, float]) -> list[Finding]:
             "files",
             (host,),
             f"{host} reads {path} at {in_bytes(measured[host])}/s; the median of all hosts is {in_bytes(usual)}/s",
-            "Check the network of that host to the file server, or leave the host out",
+            "Repeat the doctor. If it is slow again, check its network to the file server, or leave the host out",
         )
         for host in far_below(measured, SLOW_READ)
     ]

@@ -88,7 +88,7 @@ def _lost(silent: Sequence[Heard], failed: Sequence[Heard]) -> str:
     for group in _groups(silent, by_place=False):
         age = max(one.age for one in group)
         be, they = ("has", "it was") if len(group) == 1 else ("have", "they were")
-        parts.append(f"{_names(group)} {be} been silent for {age:.0f} s; {they} last in {_phase(group[0])}")
+        parts.append(f"{_names(group)} {be} been silent for {age:.0f} s; {they} last heard in {_phase(group[0])}")
     return "; ".join(_shortened(parts))
 
 

@@ -75,17 +75,22 @@ class Token:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return what each token adds to the decoded text, for any Hugging Face tokenizer.
 
-    The last token of a character that spans several tokens carries the character; the others are empty. The time grows
-    with the square of the length, so this is for passages, not for corpora.
+    The last token of a character that spans several tokens carries the character; the others are empty.
     """
+
+    def decode(first: int, last: int) -> str:
+        text: str = tokenizer.decode(ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
     texts: list[str] = []
-    shown = ""
+    # A token is decoded behind the piece before it, because some tokenizers drop the space before a first token.
+    before = done = 0
     for end in range(1, len(ids) + 1):
-        decoded = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        complete = decoded if end == len(ids) else decoded.rstrip("\ufffd")
-        complete = complete if complete.startswith(shown) else shown
-        texts.append(complete[len(shown) :])
-        shown = complete
+        shown, now = decode(before, done), decode(before, end)
+        is_complete = end == len(ids) or not now.endswith("\ufffd")
+        texts.append(now[len(shown) :] if is_complete and now.startswith(shown) else "")
+        if is_complete:
+            before, done = done, end
     return texts
 
 

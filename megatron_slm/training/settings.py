@@ -5,7 +5,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megatron_slm.errors import UserError
-from megatron_slm.settings import STRICT, NotNegative, Number, Positive, Whole
+from megatron_slm.settings import STRICT, NotNegative, Number, PathText, Positive, Whole
+
+
+@dataclass(config=STRICT)
+class ObserveSettings:
+    """Recording of the losses of a fixed set of tokens, in RUN_DIR/observed.
+
+    corpus    a PREFIX, or a group of names and a PREFIX each; default: the corpora of data.valid [path; ours]
+    tokens    number of tokens, in whole samples that are spread over the corpora [tokens; the paper, section 2.1]
+    interval  steps between recordings [steps; ours]
+    """
+
+    corpus: PathText | dict[str, PathText] | None = None
+    tokens: Positive[Whole] = 320_000
+    interval: Positive[Whole] = 500
 
 
 @dataclass(config=STRICT)
@@ -44,6 +58,7 @@ class TrainingSettings:
     timeout_minutes           time after which ranks stop waiting for a rank that does not respond [minutes; Megatron]
     hang_seconds              report a hang, and write the stacks of all ranks to their logs, if no rank makes progress
                               for this time; 0 turns this off [seconds; ours]
+    observe                   record the losses of a fixed set of tokens over training; {} for all defaults [; ours]
     """
 
     global_batch_size: Positive[Whole]
@@ -74,6 +89,7 @@ class TrainingSettings:
     profile_steps: tuple[Whole, Whole] | None = None
     timeout_minutes: Positive[Number] = 30.0
     hang_seconds: NotNegative[Number] = 300.0
+    observe: ObserveSettings | None = None
 
     def __post_init__(self) -> None:
         if self.train_tokens is None and self.train_epochs is None:

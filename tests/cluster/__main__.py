@@ -3,8 +3,13 @@
     python -m tests.cluster --hosts 3                      # as root; the cluster ends with the shell
     python -m tests.cluster --hosts 3 sbatch --wait job.sbatch
 
-From the login node, `ssh node1` reaches the first host. `ssh node2 ip link set eth0 down` cuts a host off, and
-`kill -KILL` of its process, which is printed, cuts its power.
+From the login node, `ssh node1` reaches the first host. In a script, give srun and ssh `< /dev/null`: they read
+standard input. The hosts have two CPUs and no GPU, so jobs ask for --gpus-per-node=0 --cpus-per-task=1.
+
+To lose a host, use another terminal of this machine, outside the cluster; PID is the printed process of the host:
+
+    kill -KILL PID                                          # cuts its power; it does not come back
+    nsenter --target PID --net ip link set eth0 down        # cuts it off; `up` brings it back
 """
 
 import argparse

@@ -216,6 +216,24 @@ def test_a_slurm_array_prepares_shards_and_the_dependent_job_merges_them_or_name
     assert contents(tmp_path / "late") == contents(tmp_path / "whole"), log.read_text()
 
 
+def test_a_job_that_is_told_to_stop_at_its_start_does_not_queue_itself_for_ever(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "python").write_text(RANK)
+    (tmp_path / "python").chmod(0o755)
+    environment = {"LOGS": str(tmp_path / "logs"), "PATH": f"{tmp_path}:{SEARCH}"}
+    size = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1"]
+    log = tmp_path / "job.txt"
+    job = submit(cluster, f"--output={log}", *size, f"{LAUNCH}/slurm.sbatch", "run.yaml", **environment)
+    started = tmp_path / "logs" / "rank-0.txt"
+    wait_for(lambda: started.exists() and "start 0" in started.read_text(), "the start", 90)
+    # As Slurm does when less time is left than --signal names.
+    cluster.head.run(["scancel", "--batch", "--signal=USR1", job]).check_returncode()
+    wait_for(lambda: job_state(cluster, job) in ("COMPLETED", "FAILED", "PENDING"), "the end of the job", 90)
+    assert job_state(cluster, job) == "COMPLETED"
+    assert "is not queued again" in log.read_text() and "--signal" in log.read_text()
+
+
 RANK = """#!/bin/sh
 # Stands in for python: a rank that stops with status 0 after a signal, as a run does that has saved.
 trap 'echo stopped; exit 0' TERM USR2
@@ -250,10 +268,10 @@ def test_a_slurm_job_queues_itself_again_however_slurm_preempts_it(
     with slurm_without(cluster, "" if tells_shell else "SlurmctldParameters=preempt_send_user_signal"):
         output = f"--output={tmp_path / 'job.txt'}"
         job = submit(cluster, "--partition=low", output, *size, f"{LAUNCH}/slurm.sbatch", "run.yaml", **environment)
-        wait_for(lambda: all(log.exists() and "start 0" in log.read_text() for log in logs), "the start", 30)
+        wait_for(lambda: all(log.exists() and "start 0" in log.read_text() for log in logs), "the start", 90)
         submit(cluster, "--partition=high", "--output=/dev/null", "--exclusive", *size, "--wrap", "true")
-        wait_for(lambda: job_state(cluster, job) == "PENDING", "the requeue", 30)
+        wait_for(lambda: job_state(cluster, job) == "PENDING", "the requeue", 90)
         cluster.head.run(["scancel", job]).check_returncode()
-        wait_for(lambda: job_state(cluster, job) == "CANCELLED", "the end of the job", 30)
+        wait_for(lambda: job_state(cluster, job) == "CANCELLED", "the end of the job", 90)
     assert all("stopped" in log.read_text() for log in logs)
     assert ("told to save" in (tmp_path / "job.txt").read_text()) == tells_shell

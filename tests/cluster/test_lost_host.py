@@ -140,7 +140,7 @@ def stop_rank_0(cluster: Cluster, gate: Path, log: Callable[[str], str], run_dir
     wait_for(lambda: f"rank 0 on host {name} has been silent" in log(other), "the report of the other rank", 70)
     host.run(["kill", "-CONT", process]).check_returncode()
     said = next(line for line in log(other).splitlines() if "has been silent" in line)
-    assert said.startswith("No progress for ") and "it was last in phase callbacks of step 4" in said
+    assert said.startswith("No progress for ") and "it was last heard in phase callbacks of step 4" in said
     assert f"rank 1 on host {other} waits in phase" in said
     wait_for(lambda: "The run makes progress again" in log(other), "the report of the progress", 70)
     assert "The stacks of its threads" in (run_dir / "log-rank0001.txt").read_text()

@@ -15,7 +15,7 @@ from megatron_slm.config import setting_names
 from tests.contracts.test_house import PACKAGE
 
 PUBLIC_NAMES = {"Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"}
-VERBS = {"check-device", "demo", "doctor", "export", "filter", "plan", "prepare", "score", "train", "watch"}
+VERBS = {"analyze", "check-device", "demo", "doctor", "export", "filter", "plan", "prepare", "score", "train", "watch"}
 SETTINGS = """
 run_dir objective seed callbacks deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by
@@ -32,6 +32,7 @@ selection.start
 data.train data.valid data.split data.seq_length data.reset_attention data.order_tokens data.cache data.skip_samples
 data.keep
 reference.check_windows training.spike_sigma training.profile_steps
+training.observe.corpus training.observe.tokens training.observe.interval
 training.micro_batch_size training.global_batch_size training.train_tokens training.train_epochs
 training.lr training.min_lr training.warmup_tokens training.schedule training.weight_decay training.clip_grad
 training.adam_beta1 training.adam_beta2 training.adam_eps training.precision training.activation_checkpointing

@@ -76,7 +76,7 @@ def test_silent_ranks_are_named_with_their_last_phase_and_age() -> None:
     ranks = [waiting(0), waiting(1), waiting(2), heard(3, Phase.BACKWARD, age=41.0)]
     told = blamed(hang_sentence(ranks, SILENT))
     assert told == "rank 3 on host b has been silent for 41 s"
-    assert "it was last in phase backward of step 12" in hang_sentence(ranks, SILENT)
+    assert "it was last heard in phase backward of step 12" in hang_sentence(ranks, SILENT)
 
 
 def test_a_rank_that_ended_with_an_error_is_named_and_one_that_finished_is_not() -> None:
