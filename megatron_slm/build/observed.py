@@ -24,7 +24,7 @@ from megatron_slm.data.observed import ObservedFolder, ObservedTokens
 from megatron_slm.dist import World, agree, gather_objects
 from megatron_slm.errors import AgreedError, UserError
 from megatron_slm.io.progress import Meter
-from megatron_slm.liveness.activity import Activity
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.models.causal_lm import CausalLM
 from megatron_slm.models.pretrained import pretrained_config, weights_fingerprint
 from megatron_slm.models.transformers_internals import tied_weights
@@ -117,7 +117,7 @@ class TokenAnalysis:
     reference: str | None
 
 
-def analyze_tokens(config: Config, analysis: TokenAnalysis, world: World) -> list[int]:
+def analyze_tokens(config: Config, analysis: TokenAnalysis, world: World, activity: Activity) -> list[int]:
     """Record the observed tokens at all checkpoints of a run that are not recorded yet; every rank calls it.
 
     Returns:
@@ -138,15 +138,20 @@ def analyze_tokens(config: Config, analysis: TokenAnalysis, world: World) -> lis
     tokens = _choose(config, corpora, observed, agree(lambda: _num_tokens(config, analysis, folder)))
     agree(lambda: folder.begin(tokens) if world.is_main else None)
     scored = config if analysis.reference is None else _with_reference(config, analysis.reference)
+    activity.enter(Phase.MODEL)
     missing = sorted({0, *steps} - set(gather_objects(folder.steps())[0]))
     if missing or (scored.references and not folder.has_reference):
         backend = PlainBackend(world)  # every rank holds the whole model, and scores its share of the windows
         rule = Rule(scored.selection) if scored.objective == "slm" else None
         recorder = _recorder(scored, _load_references(scored, corpora, backend), rule, tokens, folder, world)
         student = _Student(scored, directory, corpora, backend, world)
+        activity.follow(student.module)
+        recorder.record_reference()
         with Meter(len(missing), "checkpoints", shown=world.is_main) as meter:
             for done, step in enumerate(missing, 1):
+                activity.enter(Phase.RESTORE)
                 if student.load(step):
+                    activity.enter(Phase.EVALUATION)
                     trained = step * plan.tokens_per_step
                     objective = objective_at(scored, plan, rule, 0, world, trained)
                     recorder.record(student.module, step, objective, _selection_facts(scored, plan, trained))

@@ -22,6 +22,7 @@ from megatron_slm.io.files import refuse_taken
 from megatron_slm.io.shards import OPTION as SHARD_OPTION
 from megatron_slm.io.shards import ShardPlan, Shards, WorkShard
 from megatron_slm.io.staging import Journal, Staging
+from megatron_slm.liveness.activity import Activity, Phase
 from megatron_slm.models.pretrained import weights_fingerprint
 from megatron_slm.reference.imports import OPTION, open_import
 from megatron_slm.reference.scoring import DOCUMENT_CONTEXT, PACKED_CONTEXT, DocumentWork, ModelSource, PackedWork, Work
@@ -41,6 +42,7 @@ def score_corpora(
     world: World,
     imports: Sequence[Path] = (),
     shard: WorkShard | None = None,
+    activity: Activity | None = None,
 ) -> None:
     """Write a store, resuming from the shards that are on the disk; every rank calls it.
 
@@ -50,11 +52,14 @@ def score_corpora(
         world: this rank.
         imports: files of log-probabilities, one for each corpus of `data.train`; empty to run the reference.
         shard: the part of the store to write; None for the whole store.
+        activity: receives the phases of this rank, and the progress of its model.
 
     Raises:
         AgreedError: an error that the user can correct, the same on every rank.
     """
     parts = open_parts(settings.output)
+    activity = activity or Activity()
+    activity.enter(Phase.INDEX)
     staging = parts.staging(shard) if shard else Staging(Path(settings.output), "score.output", "scoring")
     with ExitStack() as stack:
         agree(lambda: _open(Path(settings.output), staging, stack) if world.is_main else None)
@@ -81,7 +86,9 @@ def score_corpora(
         journal = Journal(staging, deciding)
         # Opened before the model is loaded, so that unfinished work with other settings is refused at once.
         writer = open_writer(manifest, staging, journal, world)
-        files = imported or _model_files(config, settings, corpora, works, world)
+        activity.enter(Phase.MODEL)
+        files = imported or _model_files(config, settings, corpora, works, world, activity)
+        activity.enter(Phase.REFERENCE_FORWARD)
         write_store(part_of(files, shard) if shard else files, writer, staging, world, finish)
 
 
@@ -208,11 +215,17 @@ def _works(
 
 
 def _model_files(
-    config: Config, settings: ScoreSettings, corpora: Corpora, works: list[NamedWork], world: World
+    config: Config,
+    settings: ScoreSettings,
+    corpora: Corpora,
+    works: list[NamedWork],
+    world: World,
+    activity: Activity,
 ) -> list[NewFile]:
     """Load the model, and return the files of the store to write; every rank calls it."""
     part = _model(config)
     agree(lambda: check_reference(part, corpora, config.data.seq_length))
     engine, _ = frozen_model(config, part, make_backend(config, world))
+    activity.follow(engine)
     columns = stored_columns(settings)
     return [NewFile(name, corpus, ModelSource(engine, work, columns, world)) for name, corpus, work in works]

@@ -14,9 +14,10 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_slm.commands._ranks import connected_ranks
 from megatron_slm.config import load_run_config
 from megatron_slm.errors import UserError, agreed
-from megatron_slm.launcher import is_main_process, refuse_several_ranks
+from megatron_slm.launcher import refuse_several_ranks
 from megatron_slm.settings import parse_quantity
 
 EXAMPLES = """examples:
@@ -84,24 +85,19 @@ def run(arguments: argparse.Namespace) -> None:
 def _record(arguments: argparse.Namespace, folder: Path) -> None:
     config = agreed(lambda: load_run_config(arguments.run_dir))
     corpora, num_tokens = agreed(lambda: (_corpora(arguments.corpus), _num_tokens(arguments.tokens)))
-    from megatron_slm.analysis.table import write_table
-    from megatron_slm.analysis.texts import observed_texts
-    from megatron_slm.build.observed import TokenAnalysis, analyze_tokens
-    from megatron_slm.data.observed import ObservedFolder
-    from megatron_slm.dist import connect, disconnect
+    with connected_ranks(config.training) as (world, activity, _):
+        from megatron_slm.analysis.table import write_table
+        from megatron_slm.analysis.texts import observed_texts
+        from megatron_slm.build.observed import TokenAnalysis, analyze_tokens
+        from megatron_slm.data.observed import ObservedFolder
 
-    world = connect(config.training.timeout_minutes)
-    try:
-        steps = analyze_tokens(
-            config, TokenAnalysis(arguments.run_dir, folder, corpora, num_tokens, arguments.reference), world
-        )
-        if is_main_process(os.environ):
+        analysis = TokenAnalysis(arguments.run_dir, folder, corpora, num_tokens, arguments.reference)
+        steps = analyze_tokens(config, analysis, world, activity)
+        if world.is_main:
             observed = ObservedFolder(folder).read()
             write_table(observed, observed_texts(observed, arguments.run_dir), folder / "tokens.parquet")
             log = logging.getLogger(__name__).info
             log("%s: %s tokens at %d steps", folder / "tokens.parquet", f"{len(observed):,}", len(steps))
-    finally:
-        disconnect()
 
 
 def _corpora(named: list[str]) -> dict[str, str]:

@@ -9,17 +9,17 @@ mpirun or srun. After a kill, the same command resumes. docs/score.md compares t
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 from megatron_slm.commands._partial import parse_partial
+from megatron_slm.commands._ranks import connected_ranks
 from megatron_slm.config import Config
 from megatron_slm.config_file import read_tree
 from megatron_slm.data.corpus import open_corpus
 from megatron_slm.data.settings import blend
 from megatron_slm.errors import AgreedError, UserError, agreed
 from megatron_slm.io.shards import HELP, WorkShard, parse_shard
-from megatron_slm.launcher import is_main_process, refuse_several_ranks
+from megatron_slm.launcher import refuse_several_ranks
 from megatron_slm.reference.settings import ScoreSettings
 
 EXAMPLES = """examples:
@@ -130,21 +130,11 @@ def _verify(path: str) -> None:
 
 
 def _score(config: Config, settings: ScoreSettings, imports: list[Path], shard: WorkShard | None) -> None:
-    if is_main_process(os.environ):
-        logging.getLogger(__name__).info("loading the libraries, the corpora and the model")
-    from transformers.utils.logging import disable_progress_bar
+    with connected_ranks(config.training) as (world, activity, _):
+        from megatron_slm.build.scoring import score_corpora
 
-    from megatron_slm.build.scoring import score_corpora
-    from megatron_slm.dist import connect, disconnect
-
-    world = connect(config.training.timeout_minutes)
-    if not (world.is_main and sys.stderr.isatty()):
-        disable_progress_bar()
-    try:
         if imports and world.size > 1:
             paths = ", ".join(map(str, imports))
             reason = f"{world.size} ranks were started, and an import runs in one process"
             raise AgreedError("--import", paths, reason, "Start one process")
-        score_corpora(config, settings, world, imports, shard)
-    finally:
-        disconnect()
+        score_corpora(config, settings, world, imports, shard, activity)

@@ -9,12 +9,12 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from megatron_slm.commands._ranks import connected_ranks
 from megatron_slm.config import Config, load_config, parse_config
 from megatron_slm.data.corpus import open_corpus
-from megatron_slm.errors import LostRanksError, UserError, agreed
+from megatron_slm.errors import UserError, agreed
 from megatron_slm.launcher import is_main_process, ranks_started
 
 if TYPE_CHECKING:
@@ -115,35 +115,18 @@ def _port(given: str | None) -> int | None:
 def _train(
     config: Config, callbacks: "Sequence[Callback]", rollback: int | None = None, port: int | None = None
 ) -> "RunState":
-    if is_main_process(os.environ):
-        logging.getLogger(__name__).info("loading the libraries, the corpora and the models")
-    from transformers.utils.logging import disable_progress_bar
+    with connected_ranks(config.training) as (world, activity, closing):
+        from megatron_slm.build.run import build_run
+        from megatron_slm.commands._tensorboard import choose_port, serving
+        from megatron_slm.dist import agree
 
-    from megatron_slm.build.run import build_run
-    from megatron_slm.commands._tensorboard import choose_port, serving
-    from megatron_slm.dist import agree, connect, disconnect, gather_objects
-    from megatron_slm.liveness.activity import Activity
-    from megatron_slm.liveness.heartbeat import watched
-
-    world = connect(config.training.timeout_minutes)
-    if not (world.is_main and sys.stderr.isatty()):
-        disable_progress_bar()
-    activity = Activity()
-    with ExitStack() as closing:
-        closing.callback(disconnect)
+        serves = port is not None and world.is_main
+        port = agree(lambda: choose_port(port or 0) if serves else None)
         try:
-            serves = port is not None and world.is_main
-            port = agree(lambda: choose_port(port or 0) if serves else None)
-            with watched(activity, world, config.training.hang_seconds):
-                run = build_run(config, world, callbacks, rollback, activity)
-                closing.callback(run.close)
-                agree(lambda: closing.enter_context(serving(run.directory.path, port)) if port is not None else None)
-                run.trainer.fit(run.state)
-                # Rank 0 may host the rendezvous store, so it must not exit while another rank still uses it.
-                gather_objects(None)
-        except LostRanksError:
-            closing.pop_all()  # closing what lost ranks share may wait for them
-            raise
+            run = build_run(config, world, callbacks, rollback, activity)
+            closing.callback(run.close)
+            agree(lambda: closing.enter_context(serving(run.directory.path, port)) if port is not None else None)
+            run.trainer.fit(run.state)
         except BaseException:
             logging.getLogger(__name__).debug("the run stopped", exc_info=True)
             raise

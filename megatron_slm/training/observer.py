@@ -111,6 +111,15 @@ class Recorder:
         self._world = world
         self._signals: list[TokenSignals] | None = None
 
+    def record_reference(self) -> None:
+        """Record the reference, if the run has one and this object has not recorded it; every rank calls it."""
+        if self._reference is None or self._signals is not None:
+            return
+        self._signals = self._scorer.reference(self._reference, self._want)
+        reference_N = self._gather_loss(self._signals)
+        if self._world.is_main:
+            self._folder.write_reference(reference_N, self._reference_facts)
+
     def record(self, module: nn.Module, step: int, objective: Objective, selection: dict[str, Any]) -> None:
         """Record the student `module` after a step, and the reference if it is not recorded yet.
 
@@ -125,11 +134,7 @@ class Recorder:
         """
         student = self._scorer.student(module, columns_of("student", objective.needs))
         selected_N = None
-        if self._reference is not None and self._signals is None:
-            self._signals = self._scorer.reference(self._reference, self._want)
-            reference_N = self._gather_loss(self._signals)
-            if self._world.is_main:
-                self._folder.write_reference(reference_N, self._reference_facts)
+        self.record_reference()
         needs_reference = any(name.startswith("reference.") for name in objective.needs)
         if objective.selects and (self._signals is not None or not needs_reference):
             reference = self._signals or [{} for _ in student]

@@ -86,6 +86,11 @@ def test_a_plain_run_is_analyzed_with_a_reference_that_is_named(corpora: Path, t
         "tokens.safetensors",
     ]
     assert found["step_00000010.safetensors"]["selected"].any()
+    (run / "observed" / "reference.safetensors").unlink()
+    assert megatron_slm("analyze", "tokens", str(run), *options).returncode == 0
+    assert (
+        recordings(run / "observed")["reference.safetensors"]["loss"] == found["reference.safetensors"]["loss"]
+    ).all()
 
 
 MISTAKES = {
