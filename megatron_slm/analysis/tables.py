@@ -22,10 +22,8 @@ from megatron_slm.analysis.selections import (
 )
 from megatron_slm.data.observed import Observations
 from megatron_slm.errors import UserError
-from megatron_slm.reporting.tables import aligned_table
-from megatron_slm.reporting.tokens import visible
+from megatron_slm.reporting.tables import Cell, aligned_table, formatted
 
-Cell = str | int | float
 SHOWN_STEPS = 6
 CONTEXT = 12
 """Tokens before and after a token that is shown with its context."""
@@ -43,13 +41,6 @@ class Table:
     def text(self) -> str:
         """Return the table for a terminal."""
         return aligned_table(self.columns, [[formatted(cell) for cell in row] for row in self.rows])
-
-
-def formatted(cell: Cell) -> str:
-    """Return a cell as text: numbers with three digits behind the point, text with its invisible characters escaped."""
-    if isinstance(cell, str):
-        return visible(cell).replace("\n", "⏎").replace("\t", "⇥")
-    return f"{cell:,}" if isinstance(cell, int) else "" if cell != cell else f"{cell:.3f}"
 
 
 def write_csv(tables: Sequence[Table], folder: Path) -> None:
