@@ -27,8 +27,24 @@ def write_tokenizer(folder: Path, extra: Sequence[str] = HOSTILE) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     words = [
-        f" {word}" for word in "the sum of a number is seven and proof then equals table 12 3.5 ( ) x = é 数".split()
-    ]  # noqa: SIM905
+        "the",
+        "sum",
+        "of",
+        "number",
+        "is",
+        "seven",
+        "and",
+        "proof",
+        "equals",
+        "12",
+        "3.5",
+        "(",
+        ")",
+        "=",
+        "é",
+        "数",
+    ]
+    words = [f" {word}" for word in words]
     tokenizer.add_tokens([*words, *extra])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 

@@ -36,20 +36,9 @@ from megatron_slm.analysis.tables import Table, write_csv
 from megatron_slm.analysis.verdict import comparisons, verdict
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import write_durably
+from megatron_slm.reporting.blocks import Block, Findings, Page, Paragraph, RunHead, Section, Warnings
 from megatron_slm.reporting.charts import Chart, draw_chart
-from megatron_slm.reporting.page import (
-    ALL_POINTS,
-    CURVE_POINTS,
-    MARKER,
-    Block,
-    Findings,
-    Page,
-    Paragraph,
-    RunHead,
-    Section,
-    Warnings,
-    page_html,
-)
+from megatron_slm.reporting.page import ALL_POINTS, CURVE_POINTS, MARKER, page_html
 
 HEAD = 4096
 """Bytes of a file in which the marker of a report is looked for."""
@@ -145,18 +134,20 @@ def _verdict_blocks(runs: Sequence[RunFiles], found: Sequence[Caveat]) -> list[B
 
 
 def _about(runs: Sequence[RunFiles]) -> list[str]:
-    counts = [f"{run.name}: {len(run.records):,} records" for run in runs[:50]]
-    observed = [f"{len(run.observed):,} observed tokens at {len(run.observed.steps)} steps" if run.observed else ""
-                for run in runs[:50]]  # fmt: skip
+    counts = [f"{run.name}: {len(run.records):,} records" for run in runs]
+    observed = [
+        f"{len(run.observed):,} observed tokens at {len(run.observed.steps)} steps" if run.observed else ""
+        for run in runs
+    ]
     listed = "; ".join(", ".join(filter(None, pair)) for pair in zip(counts, observed, strict=True))
     return [
         f"Read: {listed}.",
         "All statistics use all records and all observed tokens. Only what is drawn is sampled.",
-        f"Curves show at most {CURVE_POINTS} points each, and at most {ALL_POINTS:,} in all charts: the points are divided "
-        "into buckets of equal count, and the lowest and the highest of each are drawn. The horizontal axes other than "
-        f"the step are interpolated between at most {CURVE_POINTS} records of each run.",
-        f"Text shows at most {PASSAGES} passages of {PASSAGE_TOKENS} tokens, spread evenly over the observed corpora, at "
-        f"most {PASSAGE_STEPS} of the recorded steps, evenly chosen with the first and the last, and at most "
+        f"Curves show at most {CURVE_POINTS} points each, and at most {ALL_POINTS:,} in all charts: the points are "
+        "divided into buckets of equal count, and the lowest and the highest of each are drawn. The horizontal axes "
+        f"other than the step are interpolated between at most {CURVE_POINTS} records of each run.",
+        f"Text shows at most {PASSAGES} passages of {PASSAGE_TOKENS} tokens, spread evenly over the observed corpora, "
+        f"at most {PASSAGE_STEPS} of the recorded steps, evenly chosen with the first and the last, and at most "
         f"{PASSAGE_LOSSES:,} losses in all.",
         "The figures follow Lin et al., Rho-1: Not All Tokens Are What You Need (arXiv 2404.07965).",
     ]
@@ -191,7 +182,8 @@ def _along(chart: Chart, runs: Sequence[RunHead], axis: str) -> Chart:
 
 
 def _clock(run: RunHead, axis: str, steps: Sequence[float]) -> list[float]:
-    return np.interp(np.asarray(steps, dtype=np.float64), run.clock["step"], run.clock[axis]).tolist()
+    place_P = np.interp(np.asarray(steps, dtype=np.float64), run.clock["step"], run.clock[axis])
+    return [float(place) for place in place_P]
 
 
 def _write_chart(chart: Chart, page: Page, folder: Path) -> None:

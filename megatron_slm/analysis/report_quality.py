@@ -8,15 +8,15 @@ import numpy as np
 from megatron_slm.analysis.comparison import Caveat, comparable_unit
 from megatron_slm.analysis.quality import Fit, common_selection, fit_quality, ratio_sweeps, selected_losses
 from megatron_slm.analysis.report_tokens import Observer
-from megatron_slm.analysis.report_training import UNITS, Metrics, slug
+from megatron_slm.analysis.report_training import UNITS, Metrics
 from megatron_slm.analysis.runs import RunFiles
 from megatron_slm.analysis.tables import Table
+from megatron_slm.reporting.blocks import Block, Figures, Listing
 from megatron_slm.reporting.charts import Chart, Curve
-from megatron_slm.reporting.page import Block, Figures, Listing
 from megatron_slm.reporting.tables import Cell
 
-MAX_FITS = 12
-"""Pairs of a run and an evaluation set whose fits are drawn."""
+FIT_POINTS = 50
+"""Points of a fitted curve."""
 
 
 def quality_blocks(
@@ -39,9 +39,10 @@ def _fixed_selection(groups: Sequence[Sequence[Observer]]) -> list[Block]:
                 Curve(of.run.name, split.steps, getattr(split, part), run=of.number, look=of.number)
                 for of, split in splits
             ]
+            verb = "selects" if part == "selected_S" else "leaves out"
             caption = (
-                f"Mean loss of the observed tokens that {selecting.name} {'selects' if part == 'selected_S' else 'leaves out'} "
-                f"at step {step:,}, under every run. In the paper, SLM is lower on selected tokens and higher on others."
+                f"Mean loss of the observed tokens that {selecting.name} {verb} at step {step:,}, under every run. In "
+                "the paper, SLM is lower on selected tokens and higher on others."
             )
             name = f"fixed-{part[:-2].replace('_', '-')}-{group[0].number}"
             charts.append(Chart(name, f"Loss of tokens that are {title}", caption, "nats per token", curves))
@@ -63,9 +64,9 @@ class _Relation:
 
 
 def _fits(metrics: Sequence[Metrics], groups: Sequence[Sequence[Observer]]) -> list[Block]:
-    relations = [relation for group in groups for relation in _relations(metrics, group)]
-    fitted = [relation for relation in relations if relation.fit is not None]
-    charts = [_fit_chart(relation) for relation in fitted[: 2 * MAX_FITS]]
+    by_group = [_relations(metrics, group) for group in groups]
+    fitted = [relation for relations in by_group for relation in relations if relation.fit is not None]
+    charts = [chart for number, relations in enumerate(by_group) for chart in _fit_charts(number, relations)]
     missing = (
         "Figure 7 needs a selection and four or more steps at which both the observed tokens and a held-out set were "
         "evaluated; no run has them."
@@ -91,8 +92,8 @@ def _fits(metrics: Sequence[Metrics], groups: Sequence[Sequence[Observer]]) -> l
     columns = ["run", "held-out set", "tokens", "points", "a", "a, low", "a, high", "c", "R²"]
     note = (
         "quality = log(a · loss + c), fitted by least squares on exp(quality); low and high are a 95 % interval from a "
-        "bootstrap over the points. Quality is the negative held-out loss. Where the observed tokens come from the same "
-        "set, some relation follows from that alone."
+        "bootstrap over the points. Quality is the negative held-out loss. Where the observed tokens come from the "
+        "same set, some relation follows from that alone."
     )
     table = Table("fits", "Fits of quality", columns, rows)
     return [figures, Listing(table, note, row_runs=[relation.of.number for relation in fitted])]
@@ -115,21 +116,28 @@ def _relations(metrics: Sequence[Metrics], group: Sequence[Observer]) -> list[_R
     return relations
 
 
-def _fit_chart(relation: _Relation) -> Chart:
-    of, fit = relation.of, relation.fit
-    assert fit is not None
-    line_P = np.linspace(relation.loss_P.min(), relation.loss_P.max(), 50)
-    curves = [
-        Curve(
-            "recorded steps", relation.loss_P.tolist(), relation.quality_P.tolist(), run=of.number, look=1, joined=False
-        ),
-        Curve("fit", line_P.tolist(), fit.curve(line_P).tolist(), run=of.number, look=0),
-    ]
-    caption = f"a = {fit.a:.3g} (95 % interval {fit.a_low:.3g} to {fit.a_high:.3g}), R² = {fit.r_squared:.3f}."
-    title = f"Quality on {relation.evaluation} by the loss of {relation.half} tokens: {of.run.name}"
-    name = slug("fit", of.number, of.run.evaluation_sets.index(relation.evaluation), relation.half)
-    xlabel = f"mean loss of the {relation.half} tokens (nats)"
-    return Chart(name, title, caption, "negative held-out loss (nats)", curves, xlabel, run=of.number)
+def _fit_charts(group: int, relations: Sequence[_Relation]) -> list[Chart]:
+    """Return a chart per evaluation set and half of the tokens, with the points and the fit of each run."""
+    places = dict.fromkeys((relation.evaluation, relation.half) for relation in relations if relation.fit is not None)
+    charts = []
+    for number, (evaluation, half) in enumerate(places):
+        curves: list[Curve] = []
+        for relation in relations:
+            fit, run = relation.fit, relation.of.number
+            if fit is None or (relation.evaluation, relation.half) != (evaluation, half):
+                continue
+            x, y = relation.loss_P.tolist(), relation.quality_P.tolist()
+            line_P = np.linspace(min(x), max(x), FIT_POINTS)
+            curves.append(Curve(relation.of.run.name, x, y, run=run, look=run, style="points"))
+            fitted = fit.curve(line_P).tolist()
+            curves.append(
+                Curve(f"fit of {relation.of.run.name}", line_P.tolist(), fitted, run=run, look=run, style="plain")
+            )
+        caption = "A point per step at which both were measured; the table below holds the fits and their intervals."
+        title = f"Quality on {evaluation} by the loss of tokens that are {half}"
+        xlabel = f"mean loss of tokens that are {half} (nats)"
+        charts.append(Chart(f"fit-{group}-{number}", title, caption, "negative held-out loss (nats)", curves, xlabel))
+    return charts
 
 
 def _sweeps(runs: Sequence[RunFiles], found: Sequence[Caveat]) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,8 +15,8 @@ from megatron_slm.analysis.tables import Table, dynamics_tables, selection_table
 from megatron_slm.analysis.texts import observed_texts, passages
 from megatron_slm.data.observed import Observations
 from megatron_slm.errors import UserError
+from megatron_slm.reporting.blocks import Block, Figures, Heading, Listing, Paragraph, PassageLosses, Passages
 from megatron_slm.reporting.charts import Chart, Curve
-from megatron_slm.reporting.page import Block, Figures, Listing, Paragraph, PassageLosses, Passages
 from megatron_slm.reporting.tables import Cell, formatted
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ FLUCTUATING = 3
 BINS = 12
 SHARES = ("by_source", "by_kind", "by_position", "by_length", "by_token", "overlap")
 """The tables of `selection_tables` that hold shares."""
+FOLDED = ("fluctuating", "by_token")
+"""Long tables."""
 
 
 @dataclass(frozen=True)
@@ -65,33 +68,41 @@ def observers(runs: Sequence[RunFiles]) -> list[list[Observer]]:
 
 def dynamics_blocks(groups: Sequence[Sequence[Observer]]) -> list[Block]:
     """Return the classes of tokens beside the paper's, their mean curves, and the tokens that fluctuate most."""
-    charts: list[Chart] = []
+    shares: list[Chart] = []
     curves: list[Chart] = []
     learned: list[Chart] = []
     fluctuating: list[Chart] = []
-    listings: list[Block] = []
+    examples: list[Block] = []
     for group_number, group in enumerate(groups):
-        having = [of for of in group if len(of.observed.steps) >= TRENDS]
-        shares: list[Curve] = []
-        for of in having:
+        bars: list[Curve] = []
+        for of in group:
+            if len(of.observed.steps) < TRENDS:
+                continue
             found = trends(of.observed.steps, of.observed.loss_SN)
-            classes, class_table, examples = dynamics_tables(of.observed, of.texts, 0, CHANGE)
-            shares.append(Curve(of.run.name, range(len(CLASSES)), found.shares(), run=of.number, look=of.number))
+            _, class_table, example_table = dynamics_tables(of.observed, of.texts, 0, CHANGE)
+            bars.append(Curve(of.run.name, range(len(CLASSES)), found.shares(), run=of.number, look=of.number))
             curves.append(_class_chart(of, class_table))
             learned.append(_learned_chart(of, found))
             fluctuating += list(_fluctuating_charts(of, found))
-            listings += [_named(table, of) for table in (classes, examples)]
-        if shares:
-            charts.append(_shares_chart(group_number, shares))
-    if not charts:
+            examples.append(_named(example_table, of))
+        if bars:
+            shares.append(_shares_chart(group_number, bars))
+    if not shares:
         return [Paragraph("No run has recorded its observed tokens at three or more steps, which a trend needs.")]
     return [
-        Figures("Classes of tokens (Rho-1, section 2.1)", charts),
+        Figures("Classes of tokens (Rho-1, section 2.1)", shares),
+        *map(_shares_table, shares),
         Figures("Mean loss of each class (Rho-1, Figure 3)", curves),
         Figures("When falling losses were learned", learned),
         Figures("Tokens whose losses fluctuate most (Rho-1, Figure 3)", fluctuating),
-        *listings,
+        *examples,
     ]
+
+
+def _shares_table(chart: Chart) -> Listing:
+    rows: list[list[Cell]] = [[curve.label, *curve.y] for curve in chart.curves]
+    table = Table(f"{chart.name}-table", "Shares of the classes", ["run", *CLASSES], rows)
+    return Listing(table, row_runs=[curve.run for curve in chart.curves])
 
 
 def _shares_chart(number: int, shares: Sequence[Curve]) -> Chart:
@@ -110,7 +121,7 @@ def _shares_chart(number: int, shares: Sequence[Curve]) -> Chart:
 def _class_chart(of: Observer, table: Table) -> Chart:
     steps, *means = zip(*table.rows, strict=True)
     curves = [
-        Curve(name, steps, values, run=of.number, look=look)  # type: ignore[arg-type]
+        Curve(name, steps, values, run=of.number, look=look)
         for look, (name, values) in enumerate(zip(CLASSES, means, strict=True))
     ]
     caption = "Mean loss of the observed tokens of each class at every recorded step."
@@ -123,7 +134,7 @@ def _learned_chart(of: Observer, found: Dynamics) -> Chart:
     steps_N = found.learned_N[np.isfinite(found.learned_N)]
     bins = min(BINS, len(of.observed.steps))
     counts_B, edges = np.histogram(steps_N, bins, (of.observed.steps[0], of.observed.steps[-1]))
-    names = [f"{low:,.0f}-{high:,.0f}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    names = [f"{low:,.0f}-{high:,.0f}" for low, high in pairwise(edges)]
     share_B = counts_B / max(len(steps_N), 1)
     caption = "Tokens of class H->L by the step at which the loss has passed half of its drop, interpolated."
     curve = Curve(of.run.name, range(bins), share_B.tolist(), run=of.number, look=of.number)
@@ -135,7 +146,7 @@ def _fluctuating_charts(of: Observer, found: Dynamics) -> Iterator[Chart]:
     for name in ("L->L", "H->H"):
         rows = most_fluctuating(found, name, FLUCTUATING)
         curves = [
-            Curve(f"{number}: {formatted(of.texts[row])}", of.observed.steps, of.observed.loss_SN[:, row].tolist(),
+            Curve(f"{number}: “{formatted(of.texts[row])}”", of.observed.steps, of.observed.loss_SN[:, row].tolist(),
                   run=of.number, look=number - 1)
             for number, row in enumerate(rows, start=1)
         ]  # fmt: skip
@@ -148,35 +159,42 @@ def _fluctuating_charts(of: Observer, found: Dynamics) -> Iterator[Chart]:
 
 def _named(table: Table, of: Observer) -> Listing:
     """Return a table of one run, with the run in its name and title."""
-    named = Table(f"{table.name}_{of.number}", f"{table.title}: {of.run.name}", table.columns, table.rows)
-    return Listing(named, run=of.number, shaded=table.name in SHARES)
+    title = of.run.name if table.name in SHARES else f"{table.title}: {of.run.name}"
+    named = Table(f"{table.name}_{of.number}", title, table.columns, table.rows)
+    return Listing(named, run=of.number, shaded=table.name in SHARES, folded=table.name in FOLDED)
 
 
 def selection_blocks(groups: Sequence[Sequence[Observer]]) -> list[Block]:
     """Return passages of text, and what the runs select from the observed tokens."""
     shown = sum(min(len(of.observed.steps), PASSAGE_STEPS) for group in groups for of in group)
     count = max(1, min(PASSAGES, PASSAGE_LOSSES // max(shown * PASSAGE_TOKENS, 1)))
-    blocks: list[Block] = [_passages(group, count) for group in groups]
+    if not groups:
+        return [Paragraph("No run has recorded observed tokens: set training.observe, or run megatron-slm analyze.")]
     charts: list[Chart] = []
-    listings: list[Block] = []
+    tables: dict[str, list[Block]] = {}
+    among: list[Block] = []
     for group in groups:
         selecting = [of for of in group if of.observed.has_selection_S.any()]
         for of in selecting:
-            perplexity, *tables = selection_tables(of.observed, of.texts, 0)
+            perplexity, *others = selection_tables(of.observed, of.texts, 0)
             charts.append(_perplexity_chart(of, perplexity))
-            listings += [_named(table, of) for table in tables]
+            for table in others:
+                tables.setdefault(table.title, []).append(_named(table, of))
         if len(selecting) > 1:
-            listings.append(_overlap_of_runs(selecting))
-    if not groups:
-        return [Paragraph("No run has recorded observed tokens: set training.observe, or run megatron-slm analyze.")]
+            among.append(_overlap_of_runs(selecting))
     note = "" if charts else "No run has recorded a selection among its observed tokens."
-    return [*blocks, Figures("Perplexity of what each step selects (Rho-1, Figure 8)", charts, note), *listings]
+    return [
+        *(_passages(group, count) for group in groups),
+        Figures("Perplexity of what each step selects (Rho-1, Figure 8)", charts, note),
+        *(block for title, listings in tables.items() for block in (Heading(title), *listings)),
+        *among,
+    ]
 
 
 def _perplexity_chart(of: Observer, table: Table) -> Chart:
     steps, *values = zip(*table.rows, strict=True)
     curves = [
-        Curve(f"selected at {title}", steps, column, run=of.number, look=look)  # type: ignore[arg-type]
+        Curve(f"selected at {title}", steps, column, run=of.number, look=look)
         for look, (title, column) in enumerate(zip(table.columns[1:], values, strict=True))
     ]
     caption = (

@@ -14,8 +14,8 @@ from megatron_slm.analysis.comparison import Caveat, comparable_unit, configurat
 from megatron_slm.analysis.runs import AXES, RunFiles
 from megatron_slm.analysis.tables import Table
 from megatron_slm.config import dump_config
+from megatron_slm.reporting.blocks import Block, Figures, Fold, Listing, Paragraph, RunHead
 from megatron_slm.reporting.charts import Chart, Curve
-from megatron_slm.reporting.page import Block, Figures, Fold, Listing, Paragraph, RunHead
 from megatron_slm.reporting.tables import Cell
 
 UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
@@ -122,7 +122,7 @@ def _ends(metrics: Sequence[Metrics], sets: Sequence[str], units: dict[str, str 
         for name in sets:
             steps, values = of.columns.get(f"eval/{name}/{units[name]}", ([], []))
             lowest = int(np.argmin(values)) if values else 0
-            row += [values[-1], values[lowest], str(steps[lowest])] if values else [float("nan"), float("nan"), ""]
+            row += [values[-1], values[lowest], steps[lowest]] if values else [float("nan")] * 3
         rows.append(row)
     titles = [(f"{name}, end ({UNITS[units[name] or 'loss']})", "lowest", "at step") for name in sets]
     table = Table("held_out", "Held-out results", ["run", *(title for triple in titles for title in triple)], rows)

@@ -148,10 +148,10 @@ def selection_tables(observed: Observations, texts: list[str], first: int) -> li
         ),
         _share_table("by_source", "Selected share of each corpus", "corpus", by_corpus(observed, shown), steps),
         _share_table("by_kind", "Selected share by kind of token", "kind", by_kind(texts, shown), steps),
+        _share_table("by_position", "Selected share by position", "position", by_position(observed, shown), steps),
         _share_table(
-            "by_position", "By tokens before it in its document", "position", by_position(observed, shown), steps
+            "by_length", "Selected share by length of document", "length", by_document_length(observed, shown), steps
         ),
-        _share_table("by_length", "By length of the document", "tokens", by_document_length(observed, shown), steps),
         _share_table("by_token", "The most and the least selected tokens", "token", listed, steps),
         Table(
             "overlap",

@@ -49,7 +49,7 @@ class Curve(NamedTuple):
     lowest, highest  range of each point, if `y` is a mean of several values
     run              number of the run that it belongs to; None for no run
     look             number for `look`; None for its place in the list
-    joined           draw a line; otherwise only the points
+    style            line: a line with markers; plain: a line; points: markers
     """
 
     label: str
@@ -59,7 +59,7 @@ class Curve(NamedTuple):
     highest: Sequence[float] = ()
     run: int | None = None
     look: int | None = None
-    joined: bool = True
+    style: str = "line"
 
 
 @dataclass(frozen=True)
@@ -165,18 +165,19 @@ def _draw_panel(axis: "Axes", curves: Sequence[Curve]) -> None:
         axis.plot(
             curve.x,
             curve.y,
-            linestyle=((0, dashes) if dashes else "-") if curve.joined else "",
+            linestyle="" if curve.style == "points" else (0, dashes) if dashes else "-",
             color=_LOOKS[colour][0],
-            marker=marker,
+            marker="" if curve.style == "plain" else marker,
             markersize=4,
-            markevery=max(1, len(curve.x) // 12),
+            markevery=1 if curve.style == "points" else max(1, len(curve.x) // 12),
             linewidth=1.6,
             label=curve.label,
         )
         if len(curve.lowest):
             axis.fill_between(curve.x, curve.lowest, curve.highest, color=_LOOKS[colour][0], alpha=0.15, linewidth=0)
     if len(curves) <= LABELLED:
-        _label_ends(axis, [(c, _LOOKS[shown.colour][0]) for c, shown in zip(curves, looks, strict=True) if c.joined])
+        pairs = zip(curves, looks, strict=True)
+        _label_ends(axis, [(curve, _LOOKS[shown.colour][0]) for curve, shown in pairs if curve.style == "line"])
     axis.margins(x=0.12)
     axis.grid(alpha=0.3)
 

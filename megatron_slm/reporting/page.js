@@ -63,6 +63,12 @@
     return found;
   }
 
+  // Returns the labels of an axis, all written in the same way.
+  function tickWords(values) {
+    const largest = Math.max(...values.map(Math.abs));
+    return values.map(value => largest < 0.01 && value !== 0 ? value.toExponential().replaceAll("-", "−") : short(Number(value.toPrecision(9))));
+  }
+
   // ---- What is shown
 
   const isShown = run => run === null || run === undefined || state.shown.has(run);
@@ -80,14 +86,14 @@
     return values[low] + (values[high] - values[low]) * (step - steps[low]) / (steps[high] - steps[low] || 1);
   }
 
-  // Returns the shown curves of a chart, each with its points as pixels do not matter yet: {curve, points: [x, y, ...]}.
+  // Returns the shown curves of a chart with their points on the chosen axis.
   function shownCurves(chart) {
     const found = [];
     for (const curve of chart.curves) {
       if (!isShown(curve.run)) continue;
       const points = [];
       curve.x.forEach((step, index) => {
-        const x = chart.xlabel || curve.run === null ? step : along(curve.run, step);
+        const x = chart.xlabel || chart.categories.length || curve.run === null ? step : along(curve.run, step);
         if (x !== null) {
           points.push({ x, step, y: curve.y[index], low: curve.lowest?.[index], high: curve.highest?.[index] });
         }
@@ -130,8 +136,8 @@
 
   function swatch(curve) {
     const picture = svg("svg", { width: 34, height: 12, "aria-hidden": "true" });
-    if (curve.joined !== false) picture.append(lineOf(curve.look, "M0,6H34"));
-    picture.append(mark(curve.look, 17, 6));
+    if (curve.style !== "points") picture.append(lineOf(curve.look, "M0,6H34"));
+    if (curve.style !== "plain") picture.append(mark(curve.look, 17, 6));
     return picture;
   }
 
@@ -149,9 +155,11 @@
 
   function frame(width, height, margin, scale, chart, xTicks, xTitle) {
     const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": chart.title });
-    for (const y of ticks(scale.low, scale.high, 5)) {
+    const yTicks = ticks(scale.low, scale.high, 5);
+    const words = tickWords(yTicks);
+    for (const [index, y] of yTicks.entries()) {
       picture.append(svg("path", { class: "grid", d: `M${margin.left},${scale.y(y)}H${width - margin.right}` }));
-      picture.append(svg("text", { x: margin.left - 6, y: scale.y(y) + 4, "text-anchor": "end" }, short(y)));
+      picture.append(svg("text", { x: margin.left - 6, y: scale.y(y) + 4, "text-anchor": "end" }, words[index]));
     }
     for (const [x, words] of xTicks) {
       picture.append(svg("text", { x, y: height - margin.bottom + 16, "text-anchor": "middle" }, words));
@@ -206,11 +214,16 @@
       const upper = inside.map(point => at(point, point.high)), lower = inside.map(point => at(point, point.low)).reverse();
       picture.append(svg("path", { class: `band ${colour(curve.look)}`, d: `M${[...upper, ...lower].join("L")}Z` }));
     }
-    if (curve.joined) picture.append(lineOf(curve.look, pathOf(points, scale)));
+    if (curve.style !== "points") picture.append(lineOf(curve.look, pathOf(points, scale)));
+    if (curve.style === "plain") return;
+    if (curve.style === "points") {
+      for (const point of inside) picture.append(mark(curve.look, scale.x(point.x).toFixed(1), scale.y(point.y).toFixed(1)));
+      return;
+    }
     // A few markers tell the curves apart without colour; a marker on every point would hide them.
     let next = -Infinity;
-    const gap = curve.joined ? (scale.x(scale.last) - scale.x(scale.from)) / MARKS : 0;
-    const offset = curve.joined && inside.length > MARKS ? (curve.look % 5) * gap / 5 : 0;
+    const gap = (scale.x(scale.last) - scale.x(scale.from)) / MARKS;
+    const offset = inside.length > MARKS ? (curve.look % 5) * gap / 5 : 0;
     inside.forEach((point, index) => {
       const x = scale.x(point.x);
       if (x >= next || index === inside.length - 1) {
@@ -222,7 +235,7 @@
   }
 
   function labelEnds(picture, curves, scale, top, bottom) {
-    const ends = curves.filter(({ curve }) => curve.joined).map(({ curve, points }) => {
+    const ends = curves.filter(({ curve }) => curve.style === "line").map(({ curve, points }) => {
       const last = points.findLast(point => point.y !== null);
       return { curve, last, y: scale.y(last.y) };
     }).sort((one, other) => one.y - other.y);
@@ -247,8 +260,8 @@
       return null;
     }
     const width = Math.max(280, Math.round(holder.clientWidth || 480)), height = Math.round(Math.min(340, Math.max(230, width * 0.6)));
-    const labelled = curves.length <= LABELLED && curves.some(({ curve }) => curve.joined);
-    const margin = { left: 50, right: labelled ? 46 : 14, top: 24, bottom: 38 };
+    const labelled = curves.length <= LABELLED && curves.some(({ curve }) => curve.style === "line");
+    const margin = { left: 50, right: labelled ? 54 : 14, top: 24, bottom: 38 };
     const scale = scaleOf(curves, chart, width, height, margin);
     const xTicks = ticks(scale.from, scale.last, width < 420 ? 4 : 6).map(x => [scale.x(x), short(x)]);
     const picture = frame(width, height, margin, scale, chart, xTicks, chart.xlabel || data.axes[state.axis]);
@@ -401,7 +414,8 @@
   }
 
   function setUpPassages(holder, group) {
-    const here = { passage: 0, losses: 0, step: 0, token: 0, isSplit: false };
+    const selective = group.losses.findIndex(of => of.selected.some(steps => steps.some(kept => kept !== null)));
+    const here = { passage: 0, losses: Math.max(selective, 0), step: 0, token: 0, isSplit: false };
     const [runLabel, runSelect] = choice("Run", group.losses.map((of, index) => [index, data.runs[of.run].name]), value => {
       const step = losses().steps[here.step];
       here.losses = value;
@@ -428,6 +442,7 @@
     );
     const losses = () => group.losses[here.losses];
     const closest = (steps, step) => steps.reduce((best, other, index) => Math.abs(other - step) < Math.abs(steps[best] - step) ? index : best, 0);
+    runSelect.value = here.losses;
     here.step = losses().steps.length - 1;
     slider.addEventListener("input", () => { here.step = Number(slider.value); render(); });
     split.addEventListener("change", () => { here.isSplit = split.checked; render(); });
@@ -508,13 +523,13 @@
 
     function tokenChart() {
       const curves = group.losses.map(of => ({
-        label: data.runs[of.run].name, run: of.run, look: of.run, joined: true, x: of.steps,
+        label: data.runs[of.run].name, run: of.run, look: of.run, style: "line", x: of.steps,
         y: of.loss[here.passage].map(row => row[here.token] === null ? null : row[here.token] / 100),
       }));
       const of = losses();
       if (of.reference) {
         const value = of.reference[here.passage][here.token];
-        curves.push({ label: "reference", run: null, look: data.runs.length + 1, joined: true,
+        curves.push({ label: "reference", run: null, look: data.runs.length + 1, style: "line",
           x: [of.steps[0], of.steps.at(-1)], y: [value, value].map(y => y === null ? null : y / 100) });
       }
       return { title: "Loss of this token", ylabel: "loss (nats)", xlabel: "step", categories: [], run: null, curves };
@@ -601,6 +616,13 @@
   document.querySelectorAll(".passages").forEach((holder, index) => setUpPassages(holder, data.passages[index]));
   apply();
   const drawAll = () => figures.forEach(({ come }) => come());
+  const folds = [...document.querySelectorAll("details.fold")];
+  let opened = [];
+  window.addEventListener("beforeprint", () => {
+    opened = folds.filter(fold => !fold.open);
+    for (const fold of opened) fold.open = true;
+  });
+  window.addEventListener("afterprint", () => { for (const fold of opened) fold.open = false; });
   window.addEventListener("beforeprint", drawAll);
   // The page is whole a moment after it opens, for printing by programs and for searching.
   let index = 0;

@@ -8,13 +8,26 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_slm.reporting.blocks import (
+    Block,
+    Figures,
+    Findings,
+    Fold,
+    Heading,
+    Listing,
+    Page,
+    Paragraph,
+    Passages,
+    RunHead,
+    Warnings,
+)
 from megatron_slm.reporting.charts import HATCHES, Chart, Curve, look
 from megatron_slm.reporting.tables import Cell, formatted
 from megatron_slm.reporting.tokens import SHADES, escape_html, visible
@@ -30,155 +43,6 @@ LEVELS = 10
 """Shades of a shaded table."""
 
 
-class TableLike(Protocol):
-    """A table: its name as a file, its title, the titles of the columns, and the rows."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def columns(self) -> Sequence[str]: ...
-    @property
-    def rows(self) -> Sequence[Sequence[Cell]]: ...
-
-
-@dataclass(frozen=True)
-class Paragraph:
-    """A paragraph of plain text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Warnings:
-    """A box of sentences that a reader must not miss."""
-
-    title: str
-    sentences: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Findings:
-    """A list of sentences, each with its level: good, info or warning."""
-
-    title: str
-    items: Sequence[tuple[str, str]]
-    run: int | None = None
-
-
-@dataclass(frozen=True)
-class Figures:
-    """A group of charts under one heading, with a sentence for readers in place of charts that cannot be drawn."""
-
-    title: str
-    charts: Sequence[Chart]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A table on the page.
-
-    table     the table
-    note      how to read it
-    run       number of the run that it belongs to; None if it is about several
-    row_runs  number of the run of each row, if each row is about one run
-    shaded    the cells hold shares from 0 to 1, which also shade them
-    """
-
-    table: TableLike
-    note: str = ""
-    run: int | None = None
-    row_runs: Sequence[int] = ()
-    shaded: bool = False
-
-
-@dataclass(frozen=True)
-class Fold:
-    """Text of a file, folded away."""
-
-    title: str
-    text: str
-    run: int | None = None
-
-
-@dataclass(frozen=True)
-class PassageLosses:
-    """The losses of one run on the passages: a list of P arrays, one per passage, each over the same S steps.
-
-    run         number of the run
-    steps       S steps
-    loss        float `[S, T]` per passage, in nats
-    selected    bool `[S, T]` per passage
-    has_mask_S  False for steps without a selection
-    reference   float `[T]` per passage; None if no reference is known
-    """
-
-    run: int
-    steps: Sequence[int]
-    loss: "Sequence[NDArray[Any]]"
-    selected: "Sequence[NDArray[Any]]"
-    has_mask_S: Sequence[bool]
-    reference: "Sequence[NDArray[Any]] | None"
-
-
-@dataclass(frozen=True)
-class Passages:
-    """Passages of text, and the losses of the runs that observed them: `texts` holds a title and T tokens each."""
-
-    title: str
-    texts: Sequence[tuple[str, Sequence[str]]]
-    losses: Sequence[PassageLosses]
-
-
-Block = Paragraph | Warnings | Findings | Figures | Listing | Fold | Passages
-
-
-@dataclass(frozen=True)
-class Section:
-    """A section of the page; `name` is its anchor."""
-
-    name: str
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
-class RunHead:
-    """A run, as the page lists it.
-
-    name   short name
-    note   what kind of run it is
-    clock  values of the horizontal axes by name, all with one value per recorded step; `step` is one of them
-    """
-
-    name: str
-    note: str
-    clock: "Mapping[str, NDArray[Any]]"
-
-
-@dataclass(frozen=True)
-class Page:
-    """The whole page; `axes` holds the titles of the horizontal axes by name."""
-
-    title: str
-    subtitle: str
-    runs: Sequence[RunHead]
-    axes: Mapping[str, str]
-    sections: Sequence[Section] = field(default_factory=list)
-
-    def charts(self) -> list[Chart]:
-        """Return all charts in order."""
-        blocks = (block for section in self.sections for block in section.blocks)
-        return [chart for block in blocks if isinstance(block, Figures) for chart in block.charts]
-
-    def tables(self) -> list[TableLike]:
-        """Return all tables in order."""
-        blocks = (block for section in self.sections for block in section.blocks)
-        return [block.table for block in blocks if isinstance(block, Listing)]
-
-
 def thinned(curve: Curve, limit: int) -> Curve:
     """Return a curve of at most `limit` points that keeps its peaks.
 
@@ -192,7 +56,7 @@ def thinned(curve: Curve, limit: int) -> Curve:
     edges = np.linspace(0, total, max(limit // 2 - 1, 1) + 1).astype(int)
     ordered_N = np.where(np.isfinite(y_N), y_N, np.nanmean(np.where(np.isfinite(y_N), y_N, np.nan)))
     kept = {0, total - 1}
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         bucket = ordered_N[first:last]
         kept |= {int(first + bucket.argmin()), int(first + bucket.argmax())}
     rows = sorted(kept)
@@ -256,6 +120,8 @@ def _hash(text: str) -> str:
 
 
 def _block(page: Page, block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h3>{escape_html(block.text)}</h3>"
     if isinstance(block, Paragraph):
         return f"<p>{escape_html(block.text)}</p>"
     if isinstance(block, Warnings):
@@ -295,17 +161,24 @@ def _figure(chart: Chart) -> str:
 
 
 def _listing(block: Listing) -> str:
-    head = "".join(f'<th scope="col">{escape_html(title)}</th>' for title in block.table.columns)
-    row_runs = block.row_runs or [None] * len(block.table.rows)
-    rows = "".join(_row(cells, run, block.shaded) for cells, run in zip(block.table.rows, row_runs, strict=True))
+    rows = block.table.rows
+    is_text = [any(isinstance(row[index], str) for row in rows) for index in range(len(block.table.columns))]
+    head = "".join(
+        f'<th scope="col"{" class=text" if of_text else ""}>{escape_html(title)}</th>'
+        for title, of_text in zip(block.table.columns, is_text, strict=True)
+    )
+    row_runs: Sequence[int | None] = block.row_runs or [None] * len(rows)
+    body = "".join(_row(cells, run, block.shaded) for cells, run in zip(rows, row_runs, strict=True))
     note = f"<p>{escape_html(block.note)}</p>" if block.note else ""
     title = escape_html(block.table.title)
     # A region that scrolls must take the focus, or it cannot be scrolled with the keyboard.
-    return (
-        f'<div class="listing"{_of(block.run)}><h4>{title}</h4>{note}'
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></div>"
+    table = (
+        f'{note}<div class="scroll" role="region" tabindex="0" aria-label="{title}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+    if block.folded:
+        return f'<details class="listing fold"{_of(block.run)}><summary><h4>{title}</h4></summary>{table}</details>'
+    return f'<div class="listing"{_of(block.run)}><h4>{title}</h4>{table}</div>'
 
 
 def _row(cells: Sequence[Cell], run: int | None, shaded: bool) -> str:
@@ -352,7 +225,7 @@ def _chart(chart: Chart, limit: int) -> dict[str, Any]:
             "label": visible(curve.label),
             "run": curve.run,
             "look": index if curve.look is None else curve.look,
-            "joined": curve.joined,
+            "style": curve.style,
             "x": _numbers(curve.x, 7),
             "y": _numbers(curve.y, 5),
         }
