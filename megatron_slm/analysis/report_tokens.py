@@ -72,26 +72,31 @@ def dynamics_blocks(groups: Sequence[Sequence[Observer]]) -> list[Block]:
     curves: list[Chart] = []
     learned: list[Chart] = []
     fluctuating: list[Chart] = []
+    listings: list[Block] = []
     examples: list[Block] = []
     for group_number, group in enumerate(groups):
         bars: list[Curve] = []
+        medians: list[float] = []
         for of in group:
             if len(of.observed.steps) < TRENDS:
                 continue
             found = trends(of.observed.steps, of.observed.loss_SN)
             _, class_table, example_table = dynamics_tables(of.observed, of.texts, 0, CHANGE)
             bars.append(Curve(of.run.name, range(len(CLASSES)), found.shares(), run=of.number, look=of.number))
+            learned_N = found.learned_N[np.isfinite(found.learned_N)]
+            medians.append(float(np.median(learned_N)) if len(learned_N) else float("nan"))
             curves.append(_class_chart(of, class_table))
             learned.append(_learned_chart(of, found))
             fluctuating += list(_fluctuating_charts(of, found))
             examples.append(_named(example_table, of))
         if bars:
             shares.append(_shares_chart(group_number, bars))
+            listings.append(_shares_table(shares[-1], medians))
     if not shares:
         return [Paragraph("No run has recorded its observed tokens at three or more steps, which a trend needs.")]
     return [
         Figures("Classes of tokens (Rho-1, section 2.1)", shares),
-        *map(_shares_table, shares),
+        *listings,
         Figures("Mean loss of each class (Rho-1, Figure 3)", curves),
         Figures("When falling losses were learned", learned),
         Figures("Tokens whose losses fluctuate most (Rho-1, Figure 3)", fluctuating),
@@ -99,9 +104,13 @@ def dynamics_blocks(groups: Sequence[Sequence[Observer]]) -> list[Block]:
     ]
 
 
-def _shares_table(chart: Chart) -> Listing:
-    rows: list[list[Cell]] = [[curve.label, *curve.y] for curve in chart.curves]
-    table = Table(f"{chart.name}-table", "Shares of the classes", ["run", *CLASSES], rows)
+def _shares_table(chart: Chart, medians: Sequence[float]) -> Listing:
+    learned = [*medians, *[float("nan")] * len(PAPER)]
+    rows: list[list[Cell]] = [
+        [curve.label, *curve.y, median] for curve, median in zip(chart.curves, learned, strict=True)
+    ]
+    columns = ["run", *CLASSES, "median step of half the drop (H->L)"]
+    table = Table(f"{chart.name}-table", "Shares of the classes", columns, rows)
     return Listing(table, row_runs=[curve.run for curve in chart.curves])
 
 
@@ -146,7 +155,7 @@ def _fluctuating_charts(of: Observer, found: Dynamics) -> Iterator[Chart]:
     for name in ("L->L", "H->H"):
         rows = most_fluctuating(found, name, FLUCTUATING)
         curves = [
-            Curve(f"{number}: “{formatted(of.texts[row])}”", of.observed.steps, of.observed.loss_SN[:, row].tolist(),
+            Curve(f"{number}: {_quoted(of.texts[row])}", of.observed.steps, of.observed.loss_SN[:, row].tolist(),
                   run=of.number, look=number - 1)
             for number, row in enumerate(rows, start=1)
         ]  # fmt: skip
@@ -155,6 +164,10 @@ def _fluctuating_charts(of: Observer, found: Dynamics) -> Iterator[Chart]:
             title = f"Most fluctuating {name}: {of.run.name}"
             chart_name = f"fluctuating-{name[0].lower()}-{of.number}"
             yield Chart(chart_name, title, caption, "nats", curves, run=of.number)
+
+
+def _quoted(text: str) -> str:
+    return f"“{formatted(text)}”" if text else "part of a character"
 
 
 def _named(table: Table, of: Observer) -> Listing:

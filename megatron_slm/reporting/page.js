@@ -347,7 +347,7 @@
         const x = margin.left + (category + 0.1) * each + number * thick;
         const box = { x, y: scale.y(y), width: Math.max(thick - 2, 1), height: Math.max(scale.y(0) - scale.y(y), 0) };
         picture.append(svg("rect", { ...box, class: `bar ${colour(curve.look)}`, fill: pattern }));
-        if (thick > 24) {
+        if (thick > 32) {
           picture.append(svg("text", { x: x + thick / 2 - 1, y: box.y - 3, "text-anchor": "middle" }, trimmed(y, 2)));
         }
       }
@@ -437,8 +437,8 @@
       html("h3", {}, group.title),
       html("div", { class: "controls" }, runLabel, textLabel, html("label", {}, "Step", slider, shown),
         html("label", {}, split, `${PANES} steps side by side`)),
-      keyOf(), panes, html("div", { class: "detail" }, words, small),
-      html("p", { class: "missing" }, "Move over a token, or focus the text and press the arrow keys, to see its losses over training."),
+      keyOf(), panes, html("div", { class: "detail" }, html("div", {}, words, html("p", { class: "missing" },
+        "Point at a token, or focus the text and press the arrow keys, to see its losses over training.")), small),
     );
     const losses = () => group.losses[here.losses];
     const closest = (steps, step) => steps.reduce((best, other, index) => Math.abs(other - step) < Math.abs(steps[best] - step) ? index : best, 0);
@@ -513,7 +513,7 @@
       const of = losses(), text = group.texts[here.passage][1][here.token];
       const student = of.loss[here.passage][step][here.token] / 100, excess = excessOf(of, step, here.token);
       const kept = of.selected[here.passage][step];
-      const parts = [`Token ${here.token + 1}, “${text}”, at step ${exact(of.steps[step])}: loss ${student.toFixed(2)}`];
+      const parts = [`Token ${here.token + 1}, ${text === "" ? "part of a character" : `“${text.replaceAll("\n", "⏎")}”`}, at step ${exact(of.steps[step])}: loss ${student.toFixed(2)}`];
       if (excess !== null) parts.push(`reference ${(student - excess).toFixed(2)}`, `excess ${excess.toFixed(2).replace("-", "−")}`);
       if (kept) parts.push(kept[here.token] === "1" ? "selected" : "not selected");
       words.textContent = `${parts.join(", ")}.`;
