@@ -271,7 +271,7 @@ def test_a_thinned_curve_keeps_its_ends_and_its_peaks() -> None:
     assert len(curve.x) <= CURVE_POINTS and list(curve.x) == sorted(curve.x)
     assert (curve.x[0], curve.x[-1]) == (0, 9999)
     assert {777, 5000} <= set(curve.x)
-    assert all(y[x] == value for x, value in zip(curve.x, curve.y, strict=True) if not math.isnan(value))
+    assert all(y[int(x)] == value for x, value in zip(curve.x, curve.y, strict=True) if not math.isnan(value))
     short = Curve("a", [1, 2], [3.0, 4.0])
     assert thinned(short, CURVE_POINTS) == short
 
