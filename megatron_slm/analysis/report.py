@@ -36,10 +36,13 @@ from megatron_slm.analysis.tables import Table, write_csv
 from megatron_slm.analysis.verdict import comparisons, verdict
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import write_durably
-from megatron_slm.reporting.blocks import Block, Findings, Page, Paragraph, RunHead, Section, Warnings
+from megatron_slm.reporting.blocks import Block, Findings, Page, Paragraph, Passages, RunHead, Section, Warnings
 from megatron_slm.reporting.charts import Chart, draw_chart
 from megatron_slm.reporting.page import ALL_POINTS, CURVE_POINTS, MARKER, page_html
+from megatron_slm.reporting.text_figure import ShadedToken, draw_text
 
+TEXT_STEPS = 4
+"""Steps of a picture of text."""
 HEAD = 4096
 """Bytes of a file in which the marker of a report is looked for."""
 
@@ -154,7 +157,7 @@ def _about(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def write_figures(page: Page, folder: Path) -> None:
-    """Write every chart as PNG and SVG and, in full, as CSV; and every table as CSV.
+    """Write every chart as PNG and SVG and, in full, as CSV; text as PNG and SVG; and every table as CSV.
 
     Raises:
         OSError: the folder cannot be written.
@@ -166,8 +169,30 @@ def write_figures(page: Page, folder: Path) -> None:
         if any(len(curve.x) for curve in on_axis.curves):
             draw_chart(on_axis, page.axes[axis], folder / f"{chart.name}.png", folder / f"{chart.name}.svg")
         _write_chart(chart, page, folder)
+    blocks = (block for section in page.sections for block in section.blocks if isinstance(block, Passages))
+    for group, block in enumerate(blocks):
+        _draw_passages(block, page.runs, folder / f"text-{group}")
     tables = [Table(t.name, t.title, list(t.columns), [list(row) for row in t.rows]) for t in page.tables()]
     write_csv(tables, folder)
+
+
+def _draw_passages(block: Passages, runs: Sequence[RunHead], path: Path) -> None:
+    """Draw the first and the middle passage for each run with selections, at evenly chosen steps."""
+    for of in block.losses:
+        if of.reference is None or not any(of.has_mask_S):
+            continue
+        rows = np.unique(np.linspace(0, len(of.steps) - 1, TEXT_STEPS).astype(int))
+        for number in sorted({0, len(block.texts) // 2}):
+            title, tokens = block.texts[number]
+            excess_ST = of.loss[number] - of.reference[number]
+            panes = [
+                (
+                    f"{runs[of.run].name}, step {of.steps[row]:,}: {title}",
+                    list(map(ShadedToken, tokens, excess_ST[row].tolist(), of.selected[number][row].tolist())),
+                )
+                for row in rows
+            ]
+            draw_text(panes, *(Path(f"{path}-{of.run}-{number}.{suffix}") for suffix in ("png", "svg")))
 
 
 def _along(chart: Chart, runs: Sequence[RunHead], axis: str) -> Chart:

@@ -225,7 +225,7 @@ def cost_blocks(metrics: Sequence[Metrics]) -> list[Block]:
     table = Table("cost", "Cost and health", columns, [_cost(of) for of in metrics])
     note = (
         "Seconds are those of training steps. The effective time is their share of the time from the first start to "
-        "the last change of metrics.jsonl; it is missing where that cannot be right, as in a directory that was copied."
+        "the last change of metrics.jsonl; a copy that did not keep the time of this file shows too low a share."
     )
     return [Listing(table, note, row_runs=[of.number for of in metrics])]
 

@@ -21,6 +21,7 @@ from megatron_slm.reporting.blocks import Listing, Page
 from megatron_slm.reporting.blocks import Passages as Text
 from megatron_slm.reporting.charts import Chart, Curve, draw_chart, look
 from megatron_slm.reporting.page import ALL_POINTS, CURVE_POINTS, embedded_json, page_html, thinned
+from megatron_slm.reporting.text_figure import COLUMNS, ShadedToken, draw_text
 from tests.reader import Reader
 from tests.run_directories import CORPORA, HOSTILE, observe, write_run, write_tokenizer
 
@@ -338,11 +339,20 @@ def test_every_figure_and_table_is_written_in_full(three: list[Path], tmp_path: 
     for name in kept:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+    assert not list(tmp_path.glob("text-*"))  # the sections above hold no text
     rows = list(csv.reader((tmp_path / "loss-all.csv").open()))
     assert rows[0] == ["curve", "step", *list(page.axes.values())[1:], "nats per token"]
     assert len(rows) == 1 + 2 * 60
     assert rows[60][0] == "clm" and float(rows[60][2]) == 60 * 128
     assert {table.name for table in page.tables()} <= {path.stem for path in tmp_path.glob("*.csv")}
+
+
+def test_text_is_drawn_in_lines_with_its_selected_tokens_marked(tmp_path: Path) -> None:
+    tokens = [ShadedToken("a$<b>\n", 3.0, True), ShadedToken("\u202e" + "x" * 2 * COLUMNS, None, False)]
+    draw_text([("Step 1", tokens), ("Step 2", [])], tmp_path / "a.svg", tmp_path / "a.png")
+    svg = (tmp_path / "a.svg").read_text()
+    assert "a$&lt;b&gt;" in svg and "\\u202e" in svg and "\u202e" not in svg
+    assert svg.count("x" * COLUMNS + "<") == 1 and "#ff9d3c" in svg
 
 
 def test_a_name_with_dollar_signs_is_no_formula(tmp_path: Path) -> None:
