@@ -147,11 +147,13 @@ def _without_gaps(curve: Curve) -> Curve:
 
 def _save(figure: Any, axis: "Axes", columns: int, paths: Sequence[Path]) -> None:
     handles, labels = axis.get_legend_handles_labels()
+    # About 11 characters fit into an inch; the line beside a label takes the room of 8.
+    fitting = int(11 * figure.get_figwidth() / (max(map(len, labels), default=0) + 8))
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=max(1, min(len(handles), columns)),
+        ncols=max(1, min(len(handles), columns, fitting)),
         frameon=False,
         handlelength=3.5,
     )
