@@ -94,12 +94,13 @@ def _lengths(runs: Sequence[RunFiles]) -> list[Caveat]:
 
 def _observed(runs: Sequence[RunFiles]) -> list[Caveat]:
     having = [run for run in runs if run.observed is not None]
-    if len({_tokens_identity(run) for run in having}) < 2:
+    if len({tokens_identity(run) for run in having}) < 2:
         return []
     return [Caveat("observed", (), "The runs observe different tokens, so their token losses are not compared.")]
 
 
-def _tokens_identity(run: RunFiles) -> str:
+def tokens_identity(run: RunFiles) -> str:
+    """Return what two runs share if they observe the same tokens in the same windows."""
     assert run.observed is not None
     facts = run.observed.facts
     return str([facts["seq_length"], facts["reset_attention"], [(c["sha256"], c["windows"]) for c in facts["corpora"]]])

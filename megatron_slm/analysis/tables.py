@@ -22,10 +22,8 @@ from megatron_slm.analysis.selections import (
 )
 from megatron_slm.data.observed import Observations
 from megatron_slm.errors import UserError
-from megatron_slm.reporting.tables import aligned_table
-from megatron_slm.reporting.tokens import visible
+from megatron_slm.reporting.tables import Cell, aligned_table, formatted
 
-Cell = str | int | float
 SHOWN_STEPS = 6
 CONTEXT = 12
 """Tokens before and after a token that is shown with its context."""
@@ -43,13 +41,6 @@ class Table:
     def text(self) -> str:
         """Return the table for a terminal."""
         return aligned_table(self.columns, [[formatted(cell) for cell in row] for row in self.rows])
-
-
-def formatted(cell: Cell) -> str:
-    """Return a cell as text: numbers with three digits behind the point, text with its invisible characters escaped."""
-    if isinstance(cell, str):
-        return visible(cell).replace("\n", "⏎").replace("\t", "⇥")
-    return f"{cell:,}" if isinstance(cell, int) else "" if cell != cell else f"{cell:.3f}"
 
 
 def write_csv(tables: Sequence[Table], folder: Path) -> None:
@@ -157,10 +148,10 @@ def selection_tables(observed: Observations, texts: list[str], first: int) -> li
         ),
         _share_table("by_source", "Selected share of each corpus", "corpus", by_corpus(observed, shown), steps),
         _share_table("by_kind", "Selected share by kind of token", "kind", by_kind(texts, shown), steps),
+        _share_table("by_position", "Selected share by position", "position", by_position(observed, shown), steps),
         _share_table(
-            "by_position", "By tokens before it in its document", "position", by_position(observed, shown), steps
+            "by_length", "Selected share by length of document", "length", by_document_length(observed, shown), steps
         ),
-        _share_table("by_length", "By length of the document", "tokens", by_document_length(observed, shown), steps),
         _share_table("by_token", "The most and the least selected tokens", "token", listed, steps),
         Table(
             "overlap",

@@ -26,7 +26,8 @@ def observed_texts(observed: Observations, run_dir: str) -> list[str]:
     """
     tokenizer = load_tokenizer(str(Path(run_dir) / "tokenizer"))
     tokens = observed.columns["token"].tolist()
-    return [text for rows in passages(observed) for text in token_texts(tokenizer, tokens[rows])]
+    known: dict[tuple[int, ...], str] = {}
+    return [text for rows in passages(observed) for text in token_texts(tokenizer, tokens[rows], known)]
 
 
 def passages(observed: Observations) -> list[slice]:

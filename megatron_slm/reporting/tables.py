@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
+from megatron_slm.reporting.tokens import visible
+
+Cell = str | int | float
+
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table without a newline at its end; each row has one cell per title."""
@@ -30,3 +34,14 @@ def quantity(value: float | int | None) -> str:
         if value >= size:
             return f"{value / size:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+def formatted(cell: Cell) -> str:
+    """Return a cell as text: numbers with three digits behind the point, text with its invisible characters escaped."""
+    if isinstance(cell, str):
+        return visible(cell).replace("\n", "⏎").replace("\t", "⇥")
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    if cell != cell:
+        return ""
+    return f"{cell:.3f}" if cell == 0 or 0.001 <= abs(cell) < 1e6 else f"{cell:.3g}"

@@ -72,15 +72,23 @@ class Token:
         return None if self.student is None or self.reference is None else self.student - self.reference
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: Any, ids: Sequence[int], known: dict[tuple[int, ...], str] | None = None) -> list[str]:
     """Return what each token adds to the decoded text, for any Hugging Face tokenizer.
 
     The last token of a character that spans several tokens carries the character; the others are empty.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        ids: tokens of one text.
+        known: texts of pieces that were decoded before. Pass the same dict for many texts, which repeat each other.
     """
+    known = {} if known is None else known
 
     def decode(first: int, last: int) -> str:
-        text: str = tokenizer.decode(ids[first:last], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        piece = tuple(ids[first:last])
+        if piece not in known:
+            known[piece] = tokenizer.decode(piece, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return known[piece]
 
     texts: list[str] = []
     # A token is decoded behind the piece before it, because some tokenizers drop the space before a first token.

@@ -15,7 +15,20 @@ from megatron_slm.config import setting_names
 from tests.contracts.test_house import PACKAGE
 
 PUBLIC_NAMES = {"Callback", "Selection", "UserError", "plan_k", "score", "select_tokens", "selected_loss", "train"}
-VERBS = {"analyze", "check-device", "demo", "doctor", "export", "filter", "plan", "prepare", "score", "train", "watch"}
+VERBS = {
+    "analyze",
+    "check-device",
+    "demo",
+    "doctor",
+    "export",
+    "filter",
+    "plan",
+    "prepare",
+    "report",
+    "score",
+    "train",
+    "watch",
+}
 SETTINGS = """
 run_dir objective seed callbacks deepspeed
 model.path model.config model.trust_remote_code model.attn_implementation model.make_vocab_size_divisible_by
