@@ -1,6 +1,7 @@
 """The models of a run: configured, loaded, checked, and given to the backend that holds their weights."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -180,11 +181,15 @@ def make_learner(backward: str, module: CausalLM, engine: TrainingEngine, seq_le
 
 
 def _from_configuration(
-    config: Config, settings: ModelSettings, hf_config: PretrainedConfig, backend: Backend, device: torch.device
+    config: Config, settings: ModelSettings, hf_config: PretrainedConfig, backend: Backend | None, device: torch.device
 ) -> PreTrainedModel:
-    """Return a model with random weights, partitioned while it is built if the backend partitions."""
+    """Return a model with random weights, partitioned while it is built if there is a backend that partitions."""
     settings = dataclasses.replace(settings, path=None, config={"model_type": hf_config.model_type} | settings.config)
     precision = PRECISIONS[config.training.precision]
+    if backend is None:
+        lm = build_student(settings, hf_config, precision, device)
+        initialize_weights(lm, config.seed, lambda _: nullcontext())
+        return lm
     lm = backend.construct(lambda: build_student(settings, hf_config, precision, device))
     initialize_weights(lm, config.seed, backend.gathered)
     return lm
@@ -208,7 +213,9 @@ def frozen_model(
     precision = PRECISIONS[config.training.precision]
     if unloaded is not None:
         settings = ModelSettings(part.path, trust_remote_code=part.trust_remote_code)
-        lm = _from_configuration(config, settings, unloaded, backend, torch.device("cpu"))
+        # A replicated reference must not be partitioned while it is built, because nothing would gather its weights.
+        partitioned_by = backend if part.shard else None
+        lm = _from_configuration(config, settings, unloaded, partitioned_by, torch.device("cpu"))
     else:
         lm = agree(lambda: load_pretrained(str(part.path), "reference", part.trust_remote_code, dtype=precision))
     check_length(lm.config, "reference", config.data.seq_length)

@@ -161,6 +161,11 @@ def test_a_rehearsal_needs_no_input_but_the_shape_of_the_models(tmp_path: Path) 
     assert f"selected {round(0.6 * 2 * 32)} tokens" in said
 
 
+def test_a_rehearsal_holds_a_whole_reference_on_each_rank(tmp_path: Path) -> None:
+    status, heard, _ = plan(without_inputs(tmp_path), tmp_path, *HERE, "--rehearse", "reference.shard=false")
+    assert status == 0, heard
+
+
 def test_a_rehearsal_that_this_machine_cannot_hold_is_refused_before_it_begins(tmp_path: Path) -> None:
     tree = without_inputs(tmp_path) | {"objective": "clm"}
     tree["model"]["config"] |= {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 100}
