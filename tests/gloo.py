@@ -30,6 +30,7 @@ import torch.distributed as dist
 from megatron_slm.dist import World
 
 PRELOADED = [
+    "tests.without_mlflow",
     "pytest",
     "hypothesis.strategies",
     "transformers.models.auto.modeling_auto",

@@ -82,7 +82,7 @@ def train_watched(world: World, tree: dict[str, Any], how: str) -> tuple[list[st
 
     with (
         mock.patch.object(StepLoader, "load", blocked_read),
-        mock.patch("megatron_slm.training.step.all_reduce_sum", omitted_sum),
+        mock.patch("megatron_slm.training.statistics.all_reduce_sum", omitted_sum),
         watched(activity, world, config.training.hang_seconds),
     ):
         run = build_run(config, world, activity=activity)

@@ -202,7 +202,7 @@ def test_one_process_reports_a_hang_with_its_stack_and_then_its_progress(said: l
     wait_for(said, 2)
     stacks, hang = said
     assert "test_one_process_reports_a_hang" in stacks and "thread heartbeat" in stacks
-    assert "phase data of step 4" in hang and "test_watch.py" in hang and "wait_for" in hang
+    assert "phase data of step 4" in hang and "test_liveness.py" in hang and "wait_for" in hang
     activity.enter(Phase.BACKWARD)
     wait_for(said, 3)
     assert "again" in said[2]
