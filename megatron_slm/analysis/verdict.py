@@ -16,6 +16,8 @@ NEVER = 0.1
 """A source counts as never selected if its selected share is below this part of the overall share."""
 PAPER_RATIOS = (0.4, 1.0)
 """The range of selection.ratio that the paper tried (Figure 9)."""
+JUMP = 0.1
+"""Nats by which the first held-out results may be above those before training."""
 RISING_GRADIENT = 2.0
 """Factor by which the gradient norm may rise between the first and the last third of a run."""
 
@@ -67,10 +69,16 @@ def _with_start(run: RunFiles, name: str) -> list[tuple[float, float]]:
     """Return the held-out loss by step, with the loss before training if the observed tokens hold it."""
     points = [(float(r["step"]), float(r[key])) for r in run.records if r.get(key := f"eval/{name}/loss") is not None]
     observed = run.observed
-    if observed is not None and observed.steps[0] == 0 and name in observed.corpora and points:
+    if observed is not None and _has_start(run, name) and points:
         of_set_N = observed.columns["corpus"] == observed.corpora.index(name)
         points.insert(0, (0.0, float(observed.loss_SN[0, of_set_N].mean(dtype=np.float64))))
     return points
+
+
+def _has_start(run: RunFiles, name: str) -> bool:
+    """Return whether the observed tokens hold the loss of an evaluation set before training."""
+    observed = run.observed
+    return observed is not None and observed.steps[0] == 0 and name in observed.corpora
 
 
 def _reference(run: RunFiles) -> list[Finding]:
@@ -139,6 +147,13 @@ def _stability(run: RunFiles) -> list[Finding]:
         sentence = (
             f"The training loss rose: its median over the last third is {last:.3f}, and was {before:.3f} before. Lower "
             "training.lr, and look at the data of these steps."
+        )
+        found.append(Finding("warning", sentence))
+    curves = [[loss for _, loss in _with_start(run, name)] for name in run.evaluation_sets if _has_start(run, name)]
+    if curves and all(len(curve) > 2 and curve[1] > curve[0] + JUMP and curve[-1] < curve[1] for curve in curves):
+        sentence = (
+            "All held-out losses jumped after the start, and fell again later: the first updates destroyed a part of "
+            "what the model knew. Lower training.lr, or raise training.warmup_tokens."
         )
         found.append(Finding("warning", sentence))
     before, last = _early_and_late(run, "grad_norm")

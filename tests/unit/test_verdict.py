@@ -116,6 +116,13 @@ def test_a_training_loss_and_a_gradient_that_rise_are_told(tmp_path: Path) -> No
     assert any("gradient norm rose from 1.00 to 4.00" in sentence for sentence in found)
 
 
+@pytest.mark.parametrize("jumps", [True, False])
+def test_held_out_losses_that_jump_after_the_start_are_told(tmp_path: Path, jumps: bool) -> None:
+    run = read_run(write_run(tmp_path / "run", evaluated([4.0, 3.0, 2.5] if jumps else [1.0, 0.9, 0.8])), "run")
+    run = RunFiles(**{**vars(run), "observed": observations()})  # its mean before training is about 2
+    assert any("jumped after the start" in sentence for sentence in warnings(run)) is jumps
+
+
 def test_a_held_out_loss_that_rises_or_turns_is_told(tmp_path: Path) -> None:
     up = read_run(write_run(tmp_path / "up", evaluated([4.0, 4.5])), "up")
     assert any("math rose by 0.500" in sentence for sentence in warnings(up))
