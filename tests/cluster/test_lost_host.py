@@ -65,7 +65,7 @@ def assert_named(text: str, lost: int, host: str) -> None:
     found = re.search(r"error: a collective operation failed: (.*)", text)
     assert found, text[-4000:]
     assert f"rank {lost} on host {host} has been silent" in found[1]
-    assert "last in phase callbacks of step 4" in found[1]  # at the gate, before the loss
+    assert "last heard in phase callbacks of step 4" in found[1]  # at the gate, before the loss
     assert f"rank {1 - lost} on" not in found[1]
 
 
