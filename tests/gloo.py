@@ -116,6 +116,10 @@ def _answers(processes: list[BaseProcess], connections: list[Connection], deadli
             ranks = [connections.index(connection) for connection in silent]
             failures.append(f"ranks {ranks} did not answer in time: their stacks are on stderr")
         if failures:
+            # The errors of ranks that lost a connection may come before the end of the rank that died.
+            time.sleep(0.2)
+            died = [(rank, process.exitcode) for rank, process in enumerate(processes) if (process.exitcode or 0) < 0]
+            failures += [f"rank {rank} died with exit code {status}" for rank, status in died if rank not in answers]
             raise RankError("\n".join(failures))
     return [answers[rank] for rank in range(len(connections))]
 

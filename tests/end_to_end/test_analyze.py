@@ -1,9 +1,12 @@
 """Observed tokens of whole runs: recorded while training, or at the checkpoints afterwards."""
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +14,14 @@ from safetensors.numpy import load_file
 
 from megatron_slm.__main__ import main
 from tests.runs import config_tree, megatron_slm, write_config
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment() -> Iterator[None]:
+    """Restore the variables that a command sets for itself as its only rank."""
+    with mock.patch.dict(os.environ):
+        yield
+
 
 OBSERVE = {"tokens": 200, "interval": 5}
 
@@ -105,7 +116,6 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-@pytest.mark.usefixtures("in_this_process")
 def test_mistakes(mistake: str, observed_run: Path, corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, expected = MISTAKES[mistake]
     before = sorted(path.name for path in (observed_run / "observed").iterdir())
