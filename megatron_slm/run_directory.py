@@ -163,7 +163,14 @@ class RunDirectory:
                 "Put these back, or use another run_dir",
             )
 
-    def begin(self, config: Config, order_fingerprint: str, stores: list[str], evaluation: dict[str, str]) -> None:
+    def begin(
+        self,
+        config: Config,
+        order_fingerprint: str,
+        stores: list[str],
+        evaluation: dict[str, str],
+        bytes_per_token: dict[str, float],
+    ) -> None:
         """Write the resolved `config.yaml`, add this start to `environment.json`, and log to files from here on.
 
         Args:
@@ -171,6 +178,7 @@ class RunDirectory:
             order_fingerprint: of the order of samples.
             stores: fingerprints of the stores that the run reads.
             evaluation: checksum of each evaluation set, so that reports know which sets are the same.
+            bytes_per_token: of the text of each source, so that reports can compare sources in bits per byte.
         """
         if self._world.is_main:
             write_durably(self.config, HEADER + dump_config(config))
@@ -179,6 +187,7 @@ class RunDirectory:
                 "order_fingerprint": order_fingerprint,
                 "stores": stores,
                 "evaluation": evaluation,
+                "bytes_per_token": bytes_per_token,
                 "starts": [*self._known_environment()["starts"], _environment(self._world)],
             }
             write_durably(self.environment, json.dumps(described, indent=2) + "\n")

@@ -35,7 +35,16 @@ HEALTH = {
     "mfu": ("Model FLOPs utilization", "share of the peak", "FLOPs of the student, as a share of the devices' peak."),
 }
 QUANTILES = {"excess/q10": "10 % quantile", "excess/q50": "median", "excess/q90": "90 % quantile"}
-SHARE = "selection/ratio"
+SOURCE_LOSS = (
+    "Training loss by source",
+    "Mean loss of the valid tokens of each entry of data.train. A corrupted source stands out, or does not fall.",
+    UNITS["loss"],
+)
+SOURCE_SHARE = (
+    "Selected share by source",
+    "Selected share of the valid tokens of each entry of data.train: what the reference prefers.",
+    "selected share",
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,7 @@ def training_blocks(metrics: Sequence[Metrics], found: Sequence[Caveat]) -> list
     else:
         losses = [_together(metrics, key, *words, UNITS["loss"]) for key, words in LOSSES.items() if _any(metrics, key)]
     health = [_together(metrics, key, t, c, u) for key, (t, u, c) in HEALTH.items() if _any(metrics, key)]
+    losses += [chart for of in metrics for chart in _by_source(of, "loss/all", *SOURCE_LOSS)]
     selection = [*_thresholds(metrics, is_split), *(chart for of in metrics for chart in _selection(of))]
     none = "No run of these selects tokens, so there is no threshold and no share by source."
     return [
@@ -180,17 +190,7 @@ def _thresholds(metrics: Sequence[Metrics], is_split: bool) -> list[Chart]:
 def _selection(of: Metrics) -> list[Chart]:
     """Return the share by source and the quantiles of the excess loss of one run."""
     name, number = of.run.name, of.number
-    charts = []
-    sources = [key for key in of.columns if key.startswith(f"{SHARE}/")]
-    if sources:
-        labels = _short([key.removeprefix(f"{SHARE}/") for key in sources])
-        curves = [
-            of.curve(key, label, index + 1) for index, (key, label) in enumerate(zip(sources, labels, strict=True))
-        ]
-        curves = [of.curve(SHARE, "all sources", 0), *curves]
-        caption = "Selected share of the valid tokens of each entry of data.train: what the reference prefers."
-        title = f"Selected share by source: {name}"
-        charts.append(Chart(f"share-by-source-{number}", title, caption, "selected share", curves, run=number))
+    charts = _by_source(of, "selection/ratio", *SOURCE_SHARE)
     quantiles = [
         of.curve(key, title, index) for index, (key, title) in enumerate(QUANTILES.items()) if key in of.columns
     ]
@@ -199,6 +199,17 @@ def _selection(of: Metrics) -> list[Chart]:
         title = f"Quantiles of the excess loss: {name}"
         charts.append(Chart(f"excess-{number}", title, caption, "nats", quantiles, run=number))
     return charts
+
+
+def _by_source(of: Metrics, metric: str, title: str, caption: str, unit: str) -> list[Chart]:
+    """Return a chart of `metric` and `metric/SOURCE` of one run; none if it has one source."""
+    sources = [key for key in of.columns if key.startswith(f"{metric}/")]
+    if len(sources) < 2:
+        return []
+    labels = _short([key.removeprefix(f"{metric}/") for key in sources])
+    curves = [of.curve(key, label, look) for look, (key, label) in enumerate(zip(sources, labels, strict=True), 1)]
+    curves = [of.curve(metric, "all sources", 0), *curves]
+    return [Chart(slug(title, of.number), f"{title}: {of.run.name}", caption, unit, curves, run=of.number)]
 
 
 def _short(sources: Sequence[str]) -> list[str]:

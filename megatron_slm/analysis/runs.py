@@ -32,6 +32,7 @@ class RunFiles:
     environment  content of `environment.json`
     observed     losses of its observed tokens; None if there are none
     tokenizer    identity of its tokenizer; None for a run of a version that did not keep it
+    vocabulary   number of entries of its tokenizer; None as above
     """
 
     name: str
@@ -42,6 +43,7 @@ class RunFiles:
     environment: dict[str, Any]
     observed: Observations | None
     tokenizer: TokenizerIdentity | None
+    vocabulary: int | None
 
     @property
     def last(self) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def read_run(path: Path, name: str) -> RunFiles:
         reason = "its records lack trained_tokens or loss/all, because an earlier version wrote them"
         raise UserError("RUN_DIR", path, reason, "Resume it for a step with this version, or leave it out")
     folder = ObservedFolder(path / "observed")
+    tokenizer = load_tokenizer(str(path / "tokenizer")) if (path / "tokenizer").is_dir() else None
     return RunFiles(
         name,
         path,
@@ -91,7 +94,8 @@ def read_run(path: Path, name: str) -> RunFiles:
         read_records(path / "spikes.jsonl"),
         _environment(path / "environment.json"),
         folder.read() if folder.exists and folder.steps() else None,
-        tokenizer_identity(load_tokenizer(str(path / "tokenizer"))) if (path / "tokenizer").is_dir() else None,
+        tokenizer_identity(tokenizer) if tokenizer else None,
+        len(tokenizer) if tokenizer else None,
     )
 
 

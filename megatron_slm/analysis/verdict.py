@@ -1,5 +1,6 @@
 """A verdict on a run in words. Each sentence follows from a stated rule, which docs/reading-a-run.md lists."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -7,6 +8,7 @@ from statistics import fmean, median
 import numpy as np
 
 from megatron_slm.analysis.runs import RunFiles
+from megatron_slm.reporting.records import Records
 
 NOTABLE = 0.02
 """Nats by which two losses must differ to be called better or worse."""
@@ -14,6 +16,10 @@ REBOUND = 0.05
 """Nats by which a loss may be above its lowest value at the end of a run."""
 NEVER = 0.1
 """A source counts as never selected if its selected share is below this part of the overall share."""
+STRANGE = 1.25
+"""A source is strange if its bits per byte are above the median of the sources by this factor."""
+GUESSED = 0.95
+"""A source is no better than guessed if its loss is above this part of the logarithm of the vocabulary."""
 PAPER_RATIOS = (0.4, 1.0)
 """The range of selection.ratio that the paper tried (Figure 9)."""
 JUMP = 0.1
@@ -35,8 +41,9 @@ class Finding:
 
 
 def verdict(run: RunFiles) -> list[Finding]:
-    """Return all findings about one run: results first, then the reference, the selection, and its health."""
-    return [*_results(run), *_reference(run), *_selection(run), *_stability(run), *_interruptions(run)]
+    """Return all findings about one run: results, the reference, the selection, the sources, then its health."""
+    parts = (_results, _reference, _selection, _sources, _stability, _interruptions)
+    return [finding for part in parts for finding in part(run)]
 
 
 def _results(run: RunFiles) -> list[Finding]:
@@ -119,17 +126,6 @@ def _selection(run: RunFiles) -> list[Finding]:
             f"{PAPER_RATIOS[1]:g}; best about 0.6). Most of the text has no effect on the gradient; try a larger ratio."
         )
         found.append(Finding("warning", sentence))
-    overall = fmean(record["selection/ratio"] for record in selective)
-    keys = [key for key in selective[-1] if key.startswith("selection/ratio/")]
-    for key in keys:
-        shares = [record[key] for record in selective if record.get(key) is not None]
-        if shares and fmean(shares) < NEVER * overall:
-            source = key.removeprefix("selection/ratio/")
-            sentence = (
-                f"The source {source} is almost never selected ({fmean(shares):.1%} of its tokens): it costs "
-                "compute and teaches little. Leave it out, or look at its text."
-            )
-            found.append(Finding("warning", sentence))
     thresholds = [r["selection/threshold"] for r in selective if r.get("selection/threshold") is not None]
     if thresholds and run.config.selection.score == "excess" and max(thresholds) < 0:
         sentence = (
@@ -138,6 +134,49 @@ def _selection(run: RunFiles) -> list[Finding]:
         )
         found.append(Finding("info", sentence))
     return found
+
+
+def _sources(run: RunFiles) -> list[Finding]:
+    """Name the sources that are never selected, and those whose text looks corrupted."""
+    found = []
+    overall = fmean([record["selection/ratio"] for record in run.records if record.get("selection/ratio")] or [0.0])
+    for source, share in _source_means(run.records, "selection/ratio").items():
+        if share < NEVER * overall:
+            sentence = (
+                f"The source {source} is almost never selected ({share:.1%} of its tokens): it costs compute and "
+                "teaches little. Leave it out, or look at its text."
+            )
+            found.append(Finding("warning", sentence))
+    loss = _source_means(run.records[-max(1, len(run.records) // 3) :], "loss/all")
+    guess = math.log(run.vocabulary) if run.vocabulary else math.inf
+    # A student from scratch guesses every source at first.
+    guessed = {name for name in loss if loss[name] > GUESSED * guess > median(loss.values())}
+    for source in sorted(guessed):
+        sentence = (
+            f"The source {source} is predicted no better than by guessing (loss {loss[source]:.2f}; a random guess has "
+            f"{guess:.2f}): its file is corrupted, or of another tokenizer. Prepare it again."
+        )
+        found.append(Finding("warning", sentence))
+    bytes_per_token: dict[str, float] = run.environment.get("bytes_per_token", {})
+    bits = {name: loss[name] / math.log(2) / bytes_per_token[name] for name in loss if bytes_per_token.get(name)}
+    for source, value in bits.items():
+        if source not in guessed and len(bits) > 2 and value > STRANGE * median(bits.values()):
+            sentence = (
+                f"The source {source} takes {value:.2f} bits per byte, and the median of the sources is "
+                f"{median(bits.values()):.2f}: its text is of another kind, or corrupted. Read some of it."
+            )
+            found.append(Finding("warning", sentence))
+    return found
+
+
+def _source_means(records: Records, metric: str) -> dict[str, float]:
+    """Return the mean of `metric/SOURCE` over the records for each source."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for key, value in record.items():
+            if key.startswith(f"{metric}/") and value is not None:
+                values.setdefault(key.removeprefix(f"{metric}/"), []).append(value)
+    return {source: fmean(of_source) for source, of_source in values.items()}
 
 
 def _stability(run: RunFiles) -> list[Finding]:

@@ -13,7 +13,6 @@ from megatron_slm.build.observed import make_observer
 from megatron_slm.build.references import open_scorer
 from megatron_slm.build.resolve import Resolved
 from megatron_slm.config import dump_config
-from megatron_slm.data.corpus import unique_names
 from megatron_slm.data.loader import EvaluationStream, StepLoader
 from megatron_slm.data.observed import ObservedFolder
 from megatron_slm.dist import World, agree
@@ -68,7 +67,7 @@ def make_callbacks(resolved: Resolved, parts: Parts, own: Sequence[Callback], st
         AgreedError: the records cannot be read, or TensorBoard's folder cannot be written.
     """
     config, directory, world = resolved.config, parts.directory, parts.world
-    sources = unique_names([corpus.prefix for corpus in resolved.corpora.train])
+    sources = list(resolved.corpora.sources)
     quantiles = config.selection.quantiles if config.reference else ()
     peak = peak_flops(world.device)
     streams = _streams(resolved)

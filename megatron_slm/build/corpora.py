@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_slm.data.corpus import Corpus, load_corpus_tokenizer, open_corpus
+from megatron_slm.data.corpus import Corpus, load_corpus_tokenizer, open_corpus, unique_names
 from megatron_slm.data.keep_list import KeptDocuments, kept_documents
 from megatron_slm.data.samples import Samples, build_samples
 from megatron_slm.data.settings import DataSettings
@@ -34,6 +34,11 @@ class Corpora:
     tokenizer: Any
     end_token: str | None = None
     kept: list[KeptDocuments] | None = None
+
+    @property
+    def sources(self) -> dict[str, Corpus]:
+        """The training corpora by unique names, in the order of the blend."""
+        return dict(zip(unique_names([corpus.prefix for corpus in self.train]), self.train, strict=True))
 
 
 def open_corpora(data: DataSettings) -> Corpora:

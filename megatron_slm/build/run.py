@@ -113,7 +113,8 @@ def _build(
     activity.enter(Phase.INDEX)
     samples = make_samples(config.data, config.seed, corpora, plan, directory.cache, world)
     evaluation = {name: corpus.sha256[".bin"] for name, corpus in corpora.valid.items()}
-    agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints, evaluation))
+    lengths = {name: corpus.num_bytes / corpus.num_tokens for name, corpus in corpora.sources.items()}
+    agree(lambda: directory.begin(config, samples.fingerprint, resolved.store_fingerprints, evaluation, lengths))
     agree(lambda: keep_starting_files(directory, config, corpora, resolved.student) if world.is_main else None)
     if corpora.kept is not None and world.is_main:
         logger.info("data.keep is %s: %s", config.data.keep, describe_kept(corpora))

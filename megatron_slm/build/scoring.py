@@ -13,7 +13,7 @@ from megatron_slm.build.models import frozen_model, make_backend
 from megatron_slm.build.plan import settle
 from megatron_slm.build.references import check_reference
 from megatron_slm.config import Config
-from megatron_slm.data.corpus import Corpus, file_sha256, unique_names
+from megatron_slm.data.corpus import Corpus, file_sha256
 from megatron_slm.data.loader import position_after
 from megatron_slm.data.samples import Samples
 from megatron_slm.dist import World, agree, gather_objects
@@ -184,7 +184,7 @@ def _deciding_settings(
 
 def _named(corpora: Corpora) -> list[tuple[str, Corpus]]:
     """Return each corpus with the name of its file in the store."""
-    return list(zip(unique_names([corpus.prefix for corpus in corpora.train]), corpora.train, strict=True))
+    return list(corpora.sources.items())
 
 
 def _imported_files(corpora: Corpora, imports: Sequence[Path], settings: ScoreSettings) -> list[NewFile]:

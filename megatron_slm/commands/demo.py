@@ -19,6 +19,7 @@ EXAMPLES = """example:
 _CLOSING = """
 Look at   {folder}/demo.png       held-out losses over training tokens
           {folder}/selected.html  held-out text with its selected tokens marked
+          {folder}/report.html    report on the three runs: verdict, curves, token losses, selections
           {bin}tensorboard --logdir {folder}/runs --host 127.0.0.1
 Continue  {bin}megatron-slm export {folder}/runs/slm {folder}/models/slm
           exports the selectively trained model for transformers

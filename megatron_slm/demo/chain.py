@@ -56,6 +56,7 @@ class Folders:
         self.corpora, self.runs, self.models = root / "corpora", root / "runs", root / "models"
         self.stages = root / "stages"
         self.summary, self.picture, self.page = root / "summary.md", root / "demo.png", root / "selected.html"
+        self.comparison = root / "report.html"
 
 
 def steps(name: str, lengths: Lengths) -> int:
@@ -142,6 +143,7 @@ def demo_stages(folders: Folders, lengths: Lengths, ranks: int) -> list[Stage]:
         exports["reference"],
         *(runs[name] for name in ("clm", "slm", "clm_curated")),
         _report(folders),
+        _comparison(folders),
     ]
 
 
@@ -169,3 +171,9 @@ def _report(folders: Folders) -> Stage:
     outputs = (folders.summary, folders.picture, folders.page)
     command = ("-m", "megatron_slm.demo.report", str(folders.root))
     return Stage("report", "draw the curves and the tokens", command, outputs, "", 12.0)
+
+
+def _comparison(folders: Folders) -> Stage:
+    runs = (str(folders.runs / name) for name in COMPARED)
+    command = ("-m", "megatron_slm", "report", *runs, "--output", str(folders.comparison))
+    return Stage("comparison", "report on the runs", command, (folders.comparison,), "", 10.0)

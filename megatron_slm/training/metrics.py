@@ -44,6 +44,7 @@ class StepMetrics(Callback):
             "failed_saves": state.failed_saves,
         }
         state.record |= {f"loss/{name}": mean for name, mean in result.statistics.mean_terms.items()}
+        state.record |= self._by_source("loss/all", sums, "loss", "valid")
         if self._selective:
             state.record |= self._selection(state, result, sums)
             self._warn(result.statistics.num_nan)
@@ -65,11 +66,19 @@ class StepMetrics(Callback):
         }
         if self._min_context:
             record["selection/short_context"] = ratio(sums["valid"] - sums["competing"], sums["valid"])
-        for source, name in enumerate(self._sources):
-            record[f"selection/ratio/{name}"] = ratio(sums[f"selected/{source}"], sums[f"valid/{source}"])
+        record |= self._by_source("selection/ratio", sums, "selected", "valid")
+        if statistics.has_reference:
+            record |= self._by_source("loss/reference", sums, "reference_loss", "valid")
         for q, quantile in zip(self._quantiles, quantiles, strict=True):
             record[f"excess/q{q * 100:02.0f}"] = quantile
         return record
+
+    def _by_source(self, key: str, sums: dict[str, float], part: str, whole: str) -> dict[str, float | None]:
+        """Return the ratio of two sums of each source, as `key/NAME`."""
+        return {
+            f"{key}/{name}": ratio(sums[f"{part}/{source}"], sums[f"{whole}/{source}"])
+            for source, name in enumerate(self._sources)
+        }
 
     def _warn(self, without_score: int) -> None:
         """Warn once about tokens without a score. A few of them are no error, because they are selected last."""

@@ -41,6 +41,8 @@ SUMS = (
     *("valid", "competing", "selected", "loss", "selected_loss", "reference_loss", "thresholds", "threshold"),
     "not_finite",
 )
+BY_SOURCE = ("valid", "selected", "loss", "reference_loss")
+"""The sums that are also kept by source."""
 
 
 class StepStatistics:
@@ -52,8 +54,8 @@ class StepStatistics:
 
     Attributes:
         first_pool: the first pool that was added, for callbacks that show tokens; None before it is added.
-        sums: the sums over all ranks, each token counted once, with those of source s as `valid/s` and `selected/s`;
-            empty before `reduce`.
+        sums: the sums over all ranks, each token counted once; those of source s have the names of `BY_SOURCE` with
+            `/s`. Empty before `reduce`.
         mean_terms: the mean of each term of the student over all micro-batches and ranks; empty before `reduce`.
     """
 
@@ -62,7 +64,7 @@ class StepStatistics:
         self._group = world.data.group
         self._replicas = world.replicas
         self._sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in SUMS}
-        self._by_source_2S = torch.zeros(2, num_sources, dtype=torch.float64, device=device)
+        self._by_source_KS = torch.zeros(len(BY_SOURCE), num_sources, dtype=torch.float64, device=device)
         self._excess: list[Tensor] = []
         self._competing: list[Tensor] = []
         self._samples: list[Tensor] = []
@@ -112,8 +114,11 @@ class StepStatistics:
         self._samples.append(pool.sample_index_B)
         self._not_finite.append(_not_finite(pool, signals, choice))
         self._add("not_finite", self._not_finite[-1])
-        for row, mask_BT in enumerate((valid_BT, choice.mask_BT)):
-            self._by_source_2S[row].index_add_(0, pool.source_B, mask_BT.sum(-1).double())
+        by_source = [valid_BT, choice.mask_BT, loss_BT * valid_BT]
+        if "reference.loss" in signals:
+            by_source.append(signals["reference.loss"] * valid_BT)
+        for row, values_BT in enumerate(by_source):
+            self._by_source_KS[row].index_add_(0, pool.source_B, values_BT.sum(-1, dtype=torch.float64))
 
     def add_terms(self, terms: list[dict[str, Tensor]]) -> None:
         """Add the student's own terms, such as the router loss, of some micro-batches of this rank."""
@@ -135,14 +140,14 @@ class StepStatistics:
         Returns:
             The sums of `own` over all ranks.
         """
-        own_sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_2S.flatten()])
+        own_sums = torch.cat([torch.stack(list(self._sums.values())), self._by_source_KS.flatten()])
         own_terms = torch.cat([own_sums.new_zeros(0), *self._terms.values()])
         parts = [own_sums, own_terms, own_sums.new_tensor(own), self._excess_counts().double()]
         # The sum runs over all ranks, not the data-parallel group alone, so that no rank misses an error or a request.
         # It counts each token once per replica.
         sums, terms, others, counts = all_reduce_sum(torch.cat(parts)).split([len(part) for part in parts])
-        sources = range(self._by_source_2S.shape[1])
-        names = [*self._sums, *(f"valid/{source}" for source in sources), *(f"selected/{source}" for source in sources)]
+        sources = range(self._by_source_KS.shape[1])
+        names = [*self._sums, *(f"{name}/{source}" for name in BY_SOURCE for source in sources)]
         self.sums = dict(zip(names, (sums / self._replicas).tolist(), strict=True))
         self.mean_terms = dict(zip(self._terms, (terms[::2] / terms[1::2]).tolist(), strict=True))
         self._first_counts = counts.long() // self._replicas
@@ -152,7 +157,7 @@ class StepStatistics:
     def _excess_counts(self) -> Tensor:
         """Return the counts with which the search of quantiles begins; none without a reference."""
         if not self.has_reference:
-            return self._by_source_2S.new_zeros(0)
+            return self._by_source_KS.new_zeros(0)
         return quantile_counts(torch.cat(self._excess), torch.cat(self._competing))
 
     def excess_quantiles(self, quantiles: tuple[float, ...]) -> list[float]:

@@ -29,6 +29,7 @@ AXES = (
 CHARTS = {
     "1 loss": {
         "training loss: all, selected, unselected, reference": r"loss/(all|selected|unselected|reference)$",
+        "training loss of each source": r"loss/all/.+",
         "router loss, before its coefficient": r"loss/router$",
         "held-out loss of each set": r"eval/.+/loss$",
         "held-out bits per byte": r"eval/.+/bits_per_byte$",

@@ -42,9 +42,10 @@ def test_an_interrupted_demo_leaves_no_process_and_resumes_to_its_end(tmp_path: 
     demo = start(folder)
     shown, said = demo.communicate(timeout=600)
     assert demo.returncode == 0, said
-    assert "stage 1 of 9" not in said and "stage 2 of 9" in said
+    assert "stage 1 of 10" not in said and "stage 2 of 10" in said
     assert "| SLM |" in shown and "| mathematics |" in shown
     assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "<title>" in (folder / "report.html").read_text()
     page = Reader((folder / "selected.html").read_text())
     assert sum("kept" in (attributes.get("class") or "") for _, attributes in page.elements) > 100
     assert not [tag for tag, _ in page.elements if tag in ("script", "link", "img")]

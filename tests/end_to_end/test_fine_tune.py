@@ -88,10 +88,14 @@ def brute_force(world: World, corpora: str, answers: str) -> dict[str, float]:
     student, reference = (
         losses(path, text)[valid] for path in (Path(answers) / "student", Path(corpora) / "reference")
     )
+    source = torch.tensor([[sample.source] * T for sample in first])[valid]
     kept = (student - reference).topk(int(RATIO * len(student) + 0.5)).indices
     return {
         "loss/all": float(student.mean()),
+        "loss/all/qa": float(student[source == 0].mean()),
+        "loss/all/web": float(student[source == 1].mean()),
         "loss/reference": float(reference.mean()),
+        "loss/reference/web": float(reference[source == 1].mean()),
         "loss/selected": float(student[kept].mean()),
         "selection/ratio": len(kept) / len(student),
         "eval/held_out/loss": held_out(Path(answers)),

@@ -50,7 +50,8 @@ def test_records_hold_the_documented_keys(run: Path) -> None:
     assert [record["step"] for record in lines] == list(range(1, 21))
     for record in lines:
         assert set(ALWAYS + SELECTIVE) <= record.keys()
-        assert {"selection/ratio/web", "selection/ratio/books", "excess/q50"} <= record.keys()
+        by_source = {"selection/ratio/web", "selection/ratio/books", "loss/all/web", "loss/reference/books"}
+        assert by_source | {"excess/q50"} <= record.keys()
         assert record["selection/ratio"] == pytest.approx(0.6, abs=0.01)
         assert record["consumed_tokens"] == record["consumed_samples"] * 32 == record["step"] * 8 * 32
     assert [record["step"] for record in lines if "eval/held_out/loss" in record] == [10, 20]

@@ -86,7 +86,7 @@ def test_curves_are_the_records(three: list[Path]) -> None:
         "slm",
         "slm-04",
     ]
-    shares = chart(page, "share-by-source-1")
+    shares = chart(page, "selected-share-by-source-1")
     assert [curve.label for curve in shares.curves] == ["all sources", "web", "books"]
     assert shares.curves[1].y[0] == pytest.approx(0.3)
 

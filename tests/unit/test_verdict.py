@@ -239,3 +239,26 @@ def test_a_run_that_is_writing_is_read_up_to_its_last_whole_line(tmp_path: Path)
     assert run.last["step"] == 3
     assert run.last["seconds"] == pytest.approx(1.5)
     assert any("not finished" in finding.sentence for finding in verdict(run))
+
+
+SOURCES = ("web", "books", "code")
+
+
+def run_on_sources(tmp_path: Path, losses: tuple[float, float, float], lengths: tuple[float, float, float]) -> RunFiles:
+    """Return a run with these losses by source, whose vocabulary has e^8 entries."""
+    by_source = {f"loss__all__{name}": loss for name, loss in zip(SOURCES, losses, strict=True)}
+    environment = {"bytes_per_token": dict(zip(SOURCES, lengths, strict=True))}
+    run = read_run(write_run(tmp_path / "run", evaluated(HEALTHY, **by_source), environment=environment), "run")
+    return RunFiles(**{**vars(run), "vocabulary": 2981})
+
+
+def test_a_source_that_takes_many_bits_per_byte_is_told(tmp_path: Path) -> None:
+    assert warnings(run_on_sources(tmp_path, (4.0, 4.2, 4.4), (3.0, 3.0, 3.0))) == []
+    found = warnings(run_on_sources(tmp_path, (4.0, 4.2, 4.4), (3.0, 3.0, 1.5)))
+    assert len(found) == 1 and "source code takes 4.23 bits per byte, and the median of the sources is 2.02" in found[0]
+
+
+def test_a_source_that_is_guessed_is_told_unless_all_are(tmp_path: Path) -> None:
+    found = warnings(run_on_sources(tmp_path, (4.0, 7.9, 4.4), (3.0, 3.0, 3.0)))
+    assert len(found) == 1 and "source books is predicted no better than by guessing (loss 7.90" in found[0]
+    assert warnings(run_on_sources(tmp_path, (7.9, 7.9, 7.9), (3.0, 3.0, 3.0))) == []
