@@ -9,7 +9,7 @@ curated mathematics), and then, from the same base, on the same samples in the s
     low_ratio              5 %
     high_lr                50 %, at thirty times the learning rate
     corrupted_shard        50 %, with a source of compressed bytes that were read as text
-    unselected_source      50 %, with a source that the base knows by heart: one notice, 900 times
+    unselected_source      50 %, with a source that its student knows by heart: one notice, 900 times
 
     python tools/example_runs.py --data DIR --output runs/examples
     megatron-slm report runs/examples/clm runs/examples/slm_50 --output report.html
@@ -126,7 +126,9 @@ def chain(folder: Path, ranks: int) -> list[Stage]:
         selective("low_ratio", ratio=0.05),
         selective("high_lr", lr=30 * LR),
         selective("corrupted_shard", train=[*GROUPS, "compressed"]),
-        selective("unselected_source", train=[*GROUPS, "notice"]),
+        run_stage("knowing", folder, ranks, 40, train=["notice"]),
+        export_stage(folder / "knowing", folder / "hf-knowing"),
+        selective("unselected_source", train=[*GROUPS, "notice"], model={"path": str(folder / "hf-knowing")}),
     ]
 
 

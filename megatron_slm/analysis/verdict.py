@@ -14,16 +14,16 @@ NOTABLE = 0.02
 """Nats by which two losses must differ to be called better or worse."""
 REBOUND = 0.05
 """Nats by which a loss may be above its lowest value at the end of a run."""
-NEVER = 0.1
-"""A source counts as never selected if its selected share is below this part of the overall share."""
-STRANGE = 1.25
+SELDOM = 0.25
+"""A source counts as seldom selected if its selected share is below this part of the overall share."""
+STRANGE = 1.5
 """A source is strange if its bits per byte are above the median of the sources by this factor."""
 GUESSED = 0.95
 """A source is no better than guessed if its loss is above this part of the logarithm of the vocabulary."""
 PAPER_RATIOS = (0.4, 1.0)
 """The range of selection.ratio that the paper tried (Figure 9)."""
-JUMP = 0.1
-"""Nats by which the first held-out results may be above those before training."""
+HELD_OUT_JUMP, TRAINING_JUMP = 0.2, 0.3
+"""Nats by which held-out and training losses may be above those before training soon after the start."""
 RISING_GRADIENT = 2.0
 """Factor by which the gradient norm may rise between the first and the last third of a run."""
 
@@ -137,17 +137,18 @@ def _selection(run: RunFiles) -> list[Finding]:
 
 
 def _sources(run: RunFiles) -> list[Finding]:
-    """Name the sources that are never selected, and those whose text looks corrupted."""
+    """Name the sources that are seldom selected, and those whose text looks corrupted."""
     found = []
-    overall = fmean([record["selection/ratio"] for record in run.records if record.get("selection/ratio")] or [0.0])
-    for source, share in _source_means(run.records, "selection/ratio").items():
-        if share < NEVER * overall:
+    late = run.records[-max(1, len(run.records) // 3) :]
+    overall = fmean([record["selection/ratio"] for record in late if record.get("selection/ratio")] or [0.0])
+    for source, share in _source_means(late, "selection/ratio").items():
+        if share < SELDOM * overall:
             sentence = (
-                f"The source {source} is almost never selected ({share:.1%} of its tokens): it costs compute and "
-                "teaches little. Leave it out, or look at its text."
+                f"The source {source} is seldom selected ({share:.1%} of its tokens, {overall:.1%} of all): it costs "
+                "compute and teaches little. Read some of it, and leave it out if it is worth nothing."
             )
             found.append(Finding("warning", sentence))
-    loss = _source_means(run.records[-max(1, len(run.records) // 3) :], "loss/all")
+    loss = _source_means(late, "loss/all")
     guess = math.log(run.vocabulary) if run.vocabulary else math.inf
     # A student from scratch guesses every source at first.
     guessed = {name for name in loss if loss[name] > GUESSED * guess > median(loss.values())}
@@ -188,11 +189,10 @@ def _stability(run: RunFiles) -> list[Finding]:
             "training.lr, and look at the data of these steps."
         )
         found.append(Finding("warning", sentence))
-    curves = [[loss for _, loss in _with_start(run, name)] for name in run.evaluation_sets if _has_start(run, name)]
-    if curves and all(len(curve) > 2 and curve[1] > curve[0] + JUMP and curve[-1] < curve[1] for curve in curves):
+    if _jumped(run):
         sentence = (
-            "All held-out losses jumped after the start, and fell again later: the first updates destroyed a part of "
-            "what the model knew. Lower training.lr, or raise training.warmup_tokens."
+            "The losses jumped after the start, and fell again later: the first updates destroyed a part of what the "
+            "model knew. Lower training.lr, or raise training.warmup_tokens."
         )
         found.append(Finding("warning", sentence))
     before, last = _early_and_late(run, "grad_norm")
@@ -207,6 +207,18 @@ def _stability(run: RunFiles) -> list[Finding]:
     if not_finite:
         found.append(Finding("warning", f"The score of {not_finite:,} tokens was NaN: check selection.score."))
     return found
+
+
+def _jumped(run: RunFiles) -> bool:
+    """Return whether the training loss, or every held-out loss, rose soon after the start and fell again later."""
+    losses = [record["loss/all"] for record in run.records if record.get("loss/all") is not None]
+    soon, late = losses[1 : 1 + len(losses) // 10], losses[-(len(losses) // 3) :]
+    if len(soon) > 2 and median(soon) > max(losses[0], median(late)) + TRAINING_JUMP:
+        return True
+    curves = [[loss for _, loss in _with_start(run, name)] for name in run.evaluation_sets if _has_start(run, name)]
+    return bool(curves) and all(
+        len(curve) > 2 and curve[1] > curve[0] + HELD_OUT_JUMP and curve[-1] < curve[1] for curve in curves
+    )
 
 
 def _early_and_late(run: RunFiles, key: str) -> tuple[float, float]:

@@ -94,7 +94,7 @@ def test_a_healthy_run_has_no_warning(tmp_path: Path) -> None:
 
 
 UNHEALTHY: dict[str, tuple[dict[str, Any], str]] = {
-    "a source that is never selected": ({"selection__ratio__web": 0.02}, "source web is almost never selected"),
+    "a source that is never selected": ({"selection__ratio__web": 0.02}, "source web is seldom selected"),
     "NaN scores": ({"selection__nan": 3}, "score of 90 tokens was NaN"),
     "skipped updates": ({"skipped_updates": 4}, "4 updates were skipped"),
     "failed saves": ({"failed_saves": 2}, "2 checkpoints could not be written"),
@@ -120,6 +120,13 @@ def test_a_training_loss_and_a_gradient_that_rise_are_told(tmp_path: Path) -> No
 def test_held_out_losses_that_jump_after_the_start_are_told(tmp_path: Path, jumps: bool) -> None:
     run = read_run(write_run(tmp_path / "run", evaluated([4.0, 3.0, 2.5] if jumps else [1.0, 0.9, 0.8])), "run")
     run = RunFiles(**{**vars(run), "observed": observations()})  # its mean before training is about 2
+    assert any("jumped after the start" in sentence for sentence in warnings(run)) is jumps
+
+
+@pytest.mark.parametrize("jumps", [True, False])
+def test_a_training_loss_that_jumps_after_the_start_is_told(tmp_path: Path, jumps: bool) -> None:
+    records = [record(step, loss__all=(6.0 - 0.03 * step) if jumps and step > 1 else 4.7) for step in range(1, 41)]
+    run = read_run(write_run(tmp_path / "run", records), "run")
     assert any("jumped after the start" in sentence for sentence in warnings(run)) is jumps
 
 
