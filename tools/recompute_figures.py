@@ -23,7 +23,7 @@ def main() -> None:
     columns = parquet.read_table(run / "observed" / "tokens.parquet").to_pydict()
     steps = sorted(int(name.removeprefix("loss/")) for name in columns if name.startswith("loss/"))
     losses = np.array([columns[f"loss/{step}"] for step in steps], dtype=np.float64)
-    slope, start = np.polyfit(steps, losses, 1)
+    slope = np.polyfit(steps, losses, 1)[0]
     change, above = slope * (steps[-1] - steps[0]), losses[-1] > losses[-1].mean()
     flat = abs(change) <= 0.2
     classes = {"H->H": flat & above, "L->H": change > 0.2, "H->L": change < -0.2, "L->L": flat & ~above}

@@ -21,6 +21,7 @@ from megatron_slm.config import Config, dump_config
 from megatron_slm.data.corpus import corpus_tokenizer_path
 from megatron_slm.data.loader import StepLoader
 from megatron_slm.data.settings import blend
+from megatron_slm.data.tokenizer import vocabulary_size
 from megatron_slm.dist import World, agree
 from megatron_slm.errors import UserError
 from megatron_slm.io.files import whole_folder
@@ -125,6 +126,8 @@ def _build(
         config.data.reset_attention,
         world,
         config.data.skip_samples,
+        vocabulary_size(corpora.tokenizer),
+        [corpus.prefix for corpus in corpora.train],
     )
     activity.enter(Phase.MODEL)
     backend = make_backend(config, world)

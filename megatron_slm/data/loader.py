@@ -71,9 +71,11 @@ class StepLoader:
         reset_attention: restart positions at each document.
         world: the rank and world size of this process.
         skip: half-open ranges of the order to skip.
+        vocabulary: number of ids of the tokenizer, to refuse damaged corpora; None not to check.
+        prefixes: of the corpora of the blend, for the error of a damaged one.
 
     Raises:
-        UserError: see `accumulation_steps`.
+        UserError: see `accumulation_steps`; `load` and `read` raise one for ids outside the vocabulary.
     """
 
     def __init__(
@@ -84,6 +86,8 @@ class StepLoader:
         reset_attention: bool,
         world: World,
         skip: Sequence[tuple[int, int]] = (),
+        vocabulary: int | None = None,
+        prefixes: Sequence[str] = (),
     ) -> None:
         self._samples = samples
         self._micro_batch_size = micro_batch_size
@@ -91,6 +95,8 @@ class StepLoader:
         self._reset_attention = reset_attention
         self._world = world
         self._skip = skip
+        self._vocabulary = vocabulary
+        self._prefixes = prefixes
         accumulation_steps(global_batch_size, micro_batch_size, world.data.size)  # raises an error for bad sizes
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
@@ -120,7 +126,25 @@ class StepLoader:
         return [self._batch(ordinals[first : first + self._micro_batch_size]) for first in mine]
 
     def _batch(self, ordinals: list[int]) -> Batch:
-        return make_batch([self._samples[n] for n in ordinals], ordinals, self._reset_attention)
+        samples = [self._samples[n] for n in ordinals]
+        for sample in samples:
+            self._refuse_damaged(sample)
+        return make_batch(samples, ordinals, self._reset_attention)
+
+    def _refuse_damaged(self, sample: Sample) -> None:
+        """Raise an error for ids that no embedding has: on a GPU, they would end in an assertion without a name."""
+        if self._vocabulary is None:
+            return
+        outside = (sample.text < 0) | (sample.text >= self._vocabulary)
+        if outside.any():
+            first = int(outside.argmax())
+            raise UserError(
+                "data.train",
+                self._prefixes[sample.source],
+                f"token {sample.offset[first]} of its .bin is {sample.text[first]}, and its tokenizer has "
+                f"{self._vocabulary} ids, so the file is damaged",
+                "Check it with megatron-slm prepare --verify, and prepare it again",
+            )
 
 
 def make_batch(samples: list[Sample], ordinals: list[int], reset_attention: bool) -> Batch:

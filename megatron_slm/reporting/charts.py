@@ -1,6 +1,7 @@
 """Charts that are readable in print and without colour."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ _LOOKS: tuple[tuple[str, tuple[float, ...], str], ...] = (
 """The colour, dashes and marker of each curve. `page.css` holds the same colours, and others for dark windows."""
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
 """The pattern of each series of bars."""
+TITLE_WIDTH = 46
+"""Characters of a title in a line."""
 LABELLED = 6
 """Curves in a panel up to which each one carries its last value."""
 
@@ -93,12 +96,15 @@ def draw_curves(panels: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str,
     of each path is its format.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(4.8 * len(panels), 3.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         _draw_panel(axis, curves)
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.set(title=textwrap.fill(title, TITLE_WIDTH), xlabel=xlabel, ylabel=ylabel)
+        if axis.get_xlim()[1] > 10_000:
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     _save(figure, axes[0], 3 * len(panels), paths)
 
 
@@ -115,7 +121,7 @@ def draw_bars(chart: Chart, *paths: Path) -> None:
         hatch, colour = HATCHES[shown % len(HATCHES)], _LOOKS[look(shown).colour][0]
         axis.bar(places, curve.y, width, label=curve.label, hatch=hatch, color="white", edgecolor=colour)
     axis.set_xticks(range(len(chart.categories)), chart.categories, rotation=30 if len(chart.categories) > 6 else 0)
-    axis.set(title=chart.title, xlabel=chart.xlabel, ylabel=chart.ylabel)
+    axis.set(title=textwrap.fill(chart.title, TITLE_WIDTH), xlabel=chart.xlabel, ylabel=chart.ylabel)
     _save(figure, axis, 3, paths)
 
 

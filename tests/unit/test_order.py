@@ -195,6 +195,13 @@ def test_seeking_equals_reading_through() -> None:
     )
 
 
+def test_an_id_outside_the_vocabulary_is_refused_with_its_place() -> None:
+    loader = StepLoader(Numbered(), 2, 4, False, World(0, 1, 0, torch.device("cpu")), (), 10, ["web"])
+    assert loader.read(4)[1].tokens_BT[1, 0] == 7
+    with refuses("data.train", "web", "token 0 of its .bin is 10, and its tokenizer has 10 ids"):
+        loader.read(8)
+
+
 SKIP = [(40, 41), (30, 33), (26, 28), (27, 29), (0, 5)]
 """Unsorted, touching and overlapping; one lies behind."""
 LEFT = [n for n in range(24, 100) if not any(first <= n < last for first, last in SKIP)]
