@@ -22,8 +22,10 @@ GUESSED = 0.95
 """A source is no better than guessed if its loss is above this part of the logarithm of the vocabulary."""
 PAPER_RATIOS = (0.4, 1.0)
 """The range of selection.ratio that the paper tried (Figure 9)."""
-HELD_OUT_JUMP, TRAINING_JUMP = 0.2, 0.3
-"""Nats by which held-out and training losses may be above those before training soon after the start."""
+HELD_OUT_JUMP, TRAINING_JUMP = 0.2, 0.6
+"""Nats by which held-out and training losses may rise soon after the start; a training loss is that of one batch."""
+FALL = 0.3
+"""Nats by which a training loss that jumped falls again."""
 RISING_GRADIENT = 2.0
 """Factor by which the gradient norm may rise between the first and the last third of a run."""
 
@@ -213,7 +215,7 @@ def _jumped(run: RunFiles) -> bool:
     """Return whether the training loss, or every held-out loss, rose soon after the start and fell again later."""
     losses = [record["loss/all"] for record in run.records if record.get("loss/all") is not None]
     soon, late = losses[1 : 1 + len(losses) // 10], losses[-(len(losses) // 3) :]
-    if len(soon) > 2 and median(soon) > max(losses[0], median(late)) + TRAINING_JUMP:
+    if len(soon) > 2 and median(soon) > max(losses[0] + TRAINING_JUMP, median(late) + FALL):
         return True
     curves = [[loss for _, loss in _with_start(run, name)] for name in run.evaluation_sets if _has_start(run, name)]
     return bool(curves) and all(
